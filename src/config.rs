@@ -1,0 +1,313 @@
+//! What a VM is made of: plain data, set by a builder or read by serde, checked once.
+//!
+//! [`VmConfig`] is the whole; [`MachineConfig`] is the part that the machine itself needs, which
+//! is everything but what it boots.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error as ThisError;
+
+use crate::cmdline::Cmdline;
+use crate::console::ConsoleWriter;
+use crate::error::{Error, ErrorKind};
+use crate::initramfs::Initramfs;
+use crate::kernel::Kernel;
+
+const PAGE_BYTES: u64 = 4096;
+const MIN_MEMORY_BYTES: u64 = 2 << 20;
+const MAX_MEMORY_BYTES: u64 = 1 << 40;
+const MAX_VCPUS: u8 = 32;
+const MAX_CONSOLE_TAIL_BYTES: usize = 64 << 20;
+
+/// Which value is refused, and what would be taken.
+#[derive(Debug, ThisError)]
+pub(crate) enum ConfigError {
+    #[error(
+        "{bytes} bytes of memory: it takes a multiple of 4096 from {MIN_MEMORY_BYTES} (2 MiB) to \
+         {MAX_MEMORY_BYTES} (1 TiB)"
+    )]
+    Memory { bytes: u64 },
+    #[error("{count} vCPUs: it takes 1 to {MAX_VCPUS}")]
+    Vcpus { count: u8 },
+    #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
+    ConsoleTail { bytes: usize },
+}
+
+impl From<ConfigError> for Error {
+    fn from(error: ConfigError) -> Self {
+        Error::new(ErrorKind::Config, error)
+    }
+}
+
+/// Everything that a VM is made of.
+///
+/// It is plain data: it clones, and serializes but for what cannot be written down (a kernel or
+/// initramfs in memory, the console's writer). Values are checked when a VM is created from it.
+///
+/// ```
+/// use dormouse::{Kernel, VmConfig};
+///
+/// let config = VmConfig::new(Kernel::file("vmlinux")).memory_mib(512).vcpus(2);
+/// let json = serde_json::to_string(&config).unwrap();
+/// let same: VmConfig = serde_json::from_str(&json).unwrap();
+/// assert_eq!(same.memory_bytes(), 512 << 20);
+/// ```
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmConfig {
+    kernel: Kernel,
+    #[serde(default)]
+    initramfs: Option<Initramfs>,
+    #[serde(default)]
+    cmdline: Cmdline,
+    #[serde(flatten)]
+    machine: MachineConfig,
+}
+
+impl VmConfig {
+    /// A VM with this kernel, 128 MiB of memory, one vCPU, no initramfs, the default command
+    /// line, and the last 16 KiB of its console kept.
+    pub fn new(kernel: Kernel) -> Self {
+        Self {
+            kernel,
+            initramfs: None,
+            cmdline: Cmdline::default(),
+            machine: MachineConfig::default(),
+        }
+    }
+
+    /// The guest's first file system. None unless set.
+    #[must_use]
+    pub fn initramfs(mut self, initramfs: Initramfs) -> Self {
+        self.initramfs = Some(initramfs);
+        self
+    }
+
+    /// The whole command line, in place of the default one.
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: Cmdline) -> Self {
+        self.cmdline = cmdline;
+        self
+    }
+
+    /// Guest memory in MiB: 2 to 1,048,576 (1 TiB).
+    #[must_use]
+    pub fn memory_mib(self, mib: u32) -> Self {
+        self.memory(u64::from(mib) << 20)
+    }
+
+    /// Guest memory in bytes: a multiple of 4,096, from 2 MiB to 1 TiB. The host gives a page
+    /// when the guest first uses it.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.machine.memory_bytes = bytes;
+        self
+    }
+
+    /// Virtual CPUs: 1 to 32, a thread each.
+    #[must_use]
+    pub fn vcpus(mut self, count: u8) -> Self {
+        self.machine.vcpus = count;
+        self
+    }
+
+    /// Hides CPU features from the guest, or sets bits, in what the host's CPU offers.
+    #[must_use]
+    pub fn cpu(mut self, template: CpuTemplate) -> Self {
+        self.machine.cpu = template;
+        self
+    }
+
+    /// Copies the console's output to a writer as it comes, a byte or a few at a time. It runs
+    /// on the vCPU's thread: one that blocks stops that vCPU, one that fails is not called again.
+    #[must_use]
+    pub fn console(mut self, writer: impl Write + Send + 'static) -> Self {
+        self.machine.console_writer = Some(ConsoleOutput(Arc::new(Mutex::new(writer))));
+        self
+    }
+
+    /// How many of the console's last bytes are kept, for errors and [`Console::tail`]: 0 to
+    /// 64 MiB; 16 KiB unless set.
+    ///
+    /// [`Console::tail`]: crate::Console::tail
+    #[must_use]
+    pub fn console_tail_bytes(mut self, bytes: usize) -> Self {
+        self.machine.console_tail_bytes = bytes;
+        self
+    }
+
+    /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
+    #[must_use]
+    pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
+        self.machine.kvm_device = path.into();
+        self
+    }
+
+    /// Guest memory in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.machine.memory_bytes
+    }
+
+    pub(crate) fn parts(&self) -> (&Kernel, Option<&Initramfs>, &Cmdline, &MachineConfig) {
+        (&self.kernel, self.initramfs.as_ref(), &self.cmdline, &self.machine)
+    }
+}
+
+/// The machine without what it boots.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct MachineConfig {
+    pub(crate) memory_bytes: u64,
+    pub(crate) vcpus: u8,
+    pub(crate) cpu: CpuTemplate,
+    pub(crate) console_tail_bytes: usize,
+    #[serde(skip)]
+    pub(crate) console_writer: Option<ConsoleOutput>,
+    pub(crate) kvm_device: PathBuf,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 128 << 20,
+            vcpus: 1,
+            cpu: CpuTemplate::default(),
+            console_tail_bytes: 16 << 10,
+            console_writer: None,
+            kvm_device: Path::new("/dev/kvm").to_owned(),
+        }
+    }
+}
+
+impl MachineConfig {
+    /// Checks every value. Costs nothing.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        let bytes = self.memory_bytes;
+        if !bytes.is_multiple_of(PAGE_BYTES)
+            || !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes)
+        {
+            return Err(ConfigError::Memory { bytes });
+        }
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(ConfigError::Vcpus { count: self.vcpus });
+        }
+        if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
+            return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
+        }
+        Ok(())
+    }
+}
+
+/// A console writer in a configuration that can be cloned and printed.
+#[derive(Clone)]
+pub(crate) struct ConsoleOutput(pub(crate) ConsoleWriter);
+
+impl std::fmt::Debug for ConsoleOutput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ConsoleOutput")
+    }
+}
+
+/// Changes to what the guest's CPUID shows: bits to clear and to set.
+///
+/// The starting point is what KVM offers on this host (KVM_GET_SUPPORTED_CPUID). A VM that is
+/// to run on several hosts hides what not all of them have.
+///
+/// ```
+/// use dormouse::{CpuTemplate, CpuidRegister};
+///
+/// // Leaf 7, EBX bit 16: AVX-512 Foundation.
+/// let template = CpuTemplate::default().clear(7, 0, CpuidRegister::Ebx, 1 << 16);
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct CpuTemplate {
+    pub(crate) changes: Vec<CpuidChange>,
+}
+
+impl CpuTemplate {
+    /// Clears the bits of `mask` in one register of one leaf. A leaf that the host does not have
+    /// stays away.
+    #[must_use]
+    pub fn clear(self, leaf: u32, subleaf: u32, register: CpuidRegister, mask: u32) -> Self {
+        self.change(CpuidChange { leaf, subleaf, register, clear: mask, set: 0 })
+    }
+
+    /// Sets the bits of `mask` in one register of one leaf that the host has. KVM emulates
+    /// nothing for it: a bit that the CPU cannot keep misleads the guest.
+    #[must_use]
+    pub fn set(self, leaf: u32, subleaf: u32, register: CpuidRegister, mask: u32) -> Self {
+        self.change(CpuidChange { leaf, subleaf, register, clear: 0, set: mask })
+    }
+
+    fn change(mut self, change: CpuidChange) -> Self {
+        self.changes.push(change);
+        self
+    }
+}
+
+/// One change of a [`CpuTemplate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CpuidChange {
+    pub(crate) leaf: u32,
+    #[serde(default)]
+    pub(crate) subleaf: u32,
+    pub(crate) register: CpuidRegister,
+    #[serde(default)]
+    pub(crate) clear: u32,
+    #[serde(default)]
+    pub(crate) set: u32,
+}
+
+/// A register that CPUID returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum CpuidRegister {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig::new(Kernel::file("/vmlinux"))
+    }
+
+    fn refusal(config: VmConfig) -> String {
+        Error::from(config.machine.check().unwrap_err()).to_string()
+    }
+
+    #[test]
+    fn memory_sizes_that_no_machine_has_are_refused() {
+        for bytes in [0, 1, 4096, (128 << 20) + 1, (2 << 20) - 4096, (1 << 40) + 4096, u64::MAX] {
+            assert!(refusal(config().memory(bytes)).contains(&bytes.to_string()));
+        }
+        for bytes in [2 << 20, (128 << 20) + 4096, 1 << 40] {
+            config().memory(bytes).machine.check().unwrap();
+        }
+    }
+
+    #[test]
+    fn vcpu_counts_from_1_to_32_are_taken() {
+        assert_eq!(refusal(config().vcpus(0)), "0 vCPUs: it takes 1 to 32");
+        assert_eq!(refusal(config().vcpus(33)), "33 vCPUs: it takes 1 to 32");
+        config().vcpus(32).machine.check().unwrap();
+    }
+
+    #[test]
+    fn a_written_configuration_needs_only_the_kernel() {
+        let config: VmConfig =
+            serde_json::from_str(r#"{"kernel": {"source": {"file": "/vmlinux"}}}"#).unwrap();
+        assert_eq!(config.machine.vcpus, 1);
+        assert_eq!(config.cmdline, Cmdline::default());
+        let in_memory = VmConfig::new(Kernel::bytes(vec![1]));
+        assert!(serde_json::to_string(&in_memory).is_err());
+    }
+}

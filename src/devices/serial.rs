@@ -1,0 +1,214 @@
+//! A 16550 serial port, the guest's console.
+//!
+//! Source: National Semiconductor PC16550D data sheet. The registers are vm-superio's; what is
+//! added is an input queue that is larger than the port's 64 bytes, and that is fed by any
+//! thread at any time without waiting for the guest, or for a console writer that blocks.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::NoEvents;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+use crate::console::Console;
+
+/// Input that waits for the guest to read it: 64 KiB.
+const MAX_INPUT_BYTES: usize = 64 << 10;
+
+/// The interrupt line of a device: an eventfd that KVM listens to.
+struct InterruptLine(EventFd);
+
+impl Trigger for InterruptLine {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+type Uart = vm_superio::Serial<InterruptLine, NoEvents, Console>;
+
+struct Port {
+    uart: Mutex<Uart>,
+    input: Mutex<VecDeque<u8>>,
+}
+
+impl Port {
+    /// Moves input to the UART while both have room.
+    ///
+    /// Nobody waits for the UART here. Whoever finds it locked leaves the input to the holder,
+    /// and every holder comes here again after it let go, so no input is left behind.
+    fn pump(&self) {
+        while !self.lock_input().is_empty() {
+            let mut uart = match self.uart.try_lock() {
+                Ok(uart) => uart,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return,
+            };
+            let mut input = self.lock_input();
+            let room = uart.fifo_capacity().min(input.len());
+            let chunk: Vec<u8> = input.iter().copied().take(room).collect();
+            // In loopback mode the port takes nothing; a failed interrupt loses none of it.
+            match uart.enqueue_raw_bytes(&chunk) {
+                Ok(0) | Err(_) => return,
+                Ok(taken) => drop(input.drain(..taken)),
+            }
+        }
+    }
+
+    fn lock_input(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        self.input.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_uart(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The serial port as the guest sees it.
+pub(crate) struct Serial {
+    port: Arc<Port>,
+}
+
+impl Serial {
+    /// A port that raises `interrupt` and writes to `console`.
+    pub(crate) fn new(interrupt: EventFd, console: Console) -> Self {
+        let uart = Uart::new(InterruptLine(interrupt), console);
+        Self { port: Arc::new(Port { uart: Mutex::new(uart), input: Mutex::default() }) }
+    }
+
+    /// The end of the line that the host types into.
+    pub(crate) fn input(&self) -> SerialInput {
+        SerialInput { port: Arc::clone(&self.port) }
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let [byte] = data {
+            *byte = self.port.lock_uart().read(offset as u8);
+            self.port.pump();
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let [byte] = data {
+            // Neither a writer that fails nor an interrupt that cannot be raised is the guest's
+            // business: it goes on as with a cable that nobody listens to.
+            let _ = self.port.lock_uart().write(offset as u8, *byte);
+            self.port.pump();
+        }
+    }
+}
+
+/// Feeds the serial port.
+#[derive(Clone)]
+pub(crate) struct SerialInput {
+    port: Arc<Port>,
+}
+
+impl SerialInput {
+    /// Queues all of `bytes` for the guest, or, where they do not fit, none. Never waits.
+    pub(crate) fn feed(&self, bytes: &[u8]) -> bool {
+        let mut input = self.port.lock_input();
+        if input.len() + bytes.len() > MAX_INPUT_BYTES {
+            return false;
+        }
+        input.extend(bytes);
+        drop(input);
+        self.port.pump();
+        true
+    }
+}
+
+impl std::fmt::Debug for SerialInput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SerialInput")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    const DATA: u64 = 0;
+    const LINE_STATUS: u64 = 5;
+    const DATA_READY: u8 = 1;
+
+    fn serial(console: Console) -> Serial {
+        Serial::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), console)
+    }
+
+    fn read(serial: &mut Serial, offset: u64) -> u8 {
+        let mut data = [0xff];
+        serial.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn output_goes_to_the_console() {
+        let console = Console::new(100, None);
+        let mut serial = serial(console.clone());
+        for byte in b"hello" {
+            serial.write(DATA, &[*byte]);
+        }
+        assert_eq!(console.tail(), "hello");
+    }
+
+    #[test]
+    fn input_longer_than_the_fifo_arrives_whole_and_in_order() {
+        let mut serial = serial(Console::new(0, None));
+        let text: Vec<u8> = (0..10_000u32).map(|n| n as u8).collect();
+        assert!(serial.input().feed(&text));
+        let mut got = Vec::new();
+        while read(&mut serial, LINE_STATUS) & DATA_READY != 0 {
+            got.push(read(&mut serial, DATA));
+        }
+        assert_eq!(got, text);
+    }
+
+    #[test]
+    fn a_guest_that_reads_nothing_is_refused_input_not_waited_for() {
+        let serial = serial(Console::new(0, None));
+        let input = serial.input();
+        assert!(input.feed(&[b'x'; MAX_INPUT_BYTES]));
+        assert!(!input.feed(&[b'y'; MAX_INPUT_BYTES]));
+    }
+
+    #[test]
+    fn a_console_writer_may_answer_the_guest() {
+        struct Answer(Arc<Mutex<Option<SerialInput>>>);
+        impl Write for Answer {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                let input = self.0.lock().unwrap().clone();
+                assert!(input.unwrap().feed(b"!"));
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let slot = Arc::new(Mutex::new(None));
+        let writer = Arc::new(Mutex::new(Answer(slot.clone())));
+        let mut serial = serial(Console::new(0, Some(writer)));
+        *slot.lock().unwrap() = Some(serial.input());
+        serial.write(DATA, b"?");
+        assert_eq!(read(&mut serial, DATA), b'!');
+    }
+
+    #[test]
+    fn accesses_of_odd_sizes_do_nothing() {
+        let console = Console::new(100, None);
+        let mut serial = serial(console.clone());
+        serial.write(DATA, b"ab");
+        serial.write(DATA, b"");
+        let mut wide = [0xff; 4];
+        serial.read(DATA, &mut wide);
+        assert_eq!(wide, [0xff; 4]);
+        assert_eq!(console.tail(), "");
+    }
+}

@@ -1,0 +1,287 @@
+//! The guest's first file system: an archive that the kernel unpacks into memory.
+//!
+//! Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst (cpio "newc").
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cpio::newc;
+use serde::{Deserialize, Serialize};
+use thiserror::Error as ThisError;
+
+use crate::error::{Error, ErrorKind};
+
+const S_IFDIR: u32 = 0o040_000;
+const S_IFCHR: u32 = 0o020_000;
+const S_IFREG: u32 = 0o100_000;
+const S_IFLNK: u32 = 0o120_000;
+
+/// Why an initramfs cannot be read or built.
+#[derive(Debug, ThisError)]
+pub(crate) enum InitramfsError {
+    #[error("cannot read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path:?} is no path for an initramfs: {reason}")]
+    Path { path: String, reason: &'static str },
+    #[error("{path} is larger than the 4 GiB that the format can hold")]
+    FileTooLarge { path: String },
+    #[error("cannot write the archive")]
+    Write(#[source] io::Error),
+}
+
+impl From<InitramfsError> for Error {
+    fn from(error: InitramfsError) -> Self {
+        Error::new(ErrorKind::Initramfs, error)
+    }
+}
+
+/// An initramfs: a file, bytes in memory, or built from parts by [`Initramfs::builder`].
+///
+/// The kernel takes a cpio archive, or several in a row, each plain or compressed in a way that
+/// the kernel was built to read. What it holds is not looked at here.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Initramfs {
+    source: Source,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Source {
+    File(PathBuf),
+    #[serde(skip)]
+    Bytes(Arc<[u8]>),
+}
+
+impl Initramfs {
+    /// An archive file, read when a VM is created.
+    pub fn file(path: impl Into<PathBuf>) -> Self {
+        Self { source: Source::File(path.into()) }
+    }
+
+    /// An archive in memory. It does not serialize.
+    pub fn bytes(archive: impl Into<Arc<[u8]>>) -> Self {
+        Self { source: Source::Bytes(archive.into()) }
+    }
+
+    /// Builds an archive in memory, file by file.
+    pub fn builder() -> InitramfsBuilder {
+        InitramfsBuilder::default()
+    }
+
+    /// The archive's bytes.
+    pub(crate) fn load(&self) -> Result<Arc<[u8]>, InitramfsError> {
+        match &self.source {
+            Source::Bytes(bytes) => Ok(Arc::clone(bytes)),
+            Source::File(path) => fs::read(path)
+                .map(Arc::from)
+                .map_err(|source| InitramfsError::Read { path: path.clone(), source }),
+        }
+    }
+}
+
+/// Builds an [`Initramfs`] from parts. Directories above a file are made by themselves, a later
+/// entry replaces an earlier one of the same path, and equal input gives equal bytes: everything
+/// belongs to root and has no time.
+///
+/// ```no_run
+/// use dormouse::Initramfs;
+///
+/// let initramfs = Initramfs::builder()
+///     .host_file("bin/busybox", "/bin/busybox")
+///     .file("init", 0o755, "#!/bin/busybox sh\necho hello\n/bin/busybox poweroff -f\n")
+///     .build()?;
+/// # Ok::<(), dormouse::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct InitramfsBuilder {
+    entries: BTreeMap<String, Entry>,
+}
+
+#[derive(Clone, Debug)]
+enum Entry {
+    Directory { mode: u32 },
+    File { mode: u32, content: Vec<u8> },
+    HostFile { path: PathBuf },
+    Symlink { target: String },
+    CharDevice { mode: u32, major: u32, minor: u32 },
+}
+
+impl InitramfsBuilder {
+    /// A file with these permission bits and this content.
+    #[must_use]
+    pub fn file(self, path: &str, mode: u32, content: impl Into<Vec<u8>>) -> Self {
+        self.entry(path, Entry::File { mode, content: content.into() })
+    }
+
+    /// A copy of a file of the host, executable where that one is. It is read by
+    /// [`build`](Self::build).
+    #[must_use]
+    pub fn host_file(self, path: &str, host_path: impl Into<PathBuf>) -> Self {
+        self.entry(path, Entry::HostFile { path: host_path.into() })
+    }
+
+    /// A directory with these permission bits.
+    #[must_use]
+    pub fn directory(self, path: &str, mode: u32) -> Self {
+        self.entry(path, Entry::Directory { mode })
+    }
+
+    /// A symbolic link.
+    #[must_use]
+    pub fn symlink(self, path: &str, target: &str) -> Self {
+        self.entry(path, Entry::Symlink { target: target.to_owned() })
+    }
+
+    /// A character device, such as `dev/console` (5, 1).
+    #[must_use]
+    pub fn char_device(self, path: &str, mode: u32, major: u32, minor: u32) -> Self {
+        self.entry(path, Entry::CharDevice { mode, major, minor })
+    }
+
+    fn entry(mut self, path: &str, entry: Entry) -> Self {
+        let path = path.trim_matches('/').to_owned();
+        self.entries.insert(path, entry);
+        self
+    }
+
+    /// Reads the host's files and writes the archive: one copy of everything in memory.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Initramfs`]: a file of the host cannot be read, or a path is empty, holds a
+    /// NUL byte, or leads through `.` or `..`.
+    pub fn build(self) -> Result<Initramfs, Error> {
+        let mut archive = Vec::new();
+        for (inode, (path, entry)) in (1..).zip(self.with_parents()?) {
+            write_entry(&mut archive, inode, &path, entry)?;
+        }
+        newc::trailer(&mut archive).map_err(InitramfsError::Write)?;
+        Ok(Initramfs::bytes(archive))
+    }
+
+    /// The entries in an order in which every directory comes before what it holds.
+    fn with_parents(self) -> Result<BTreeMap<String, Entry>, InitramfsError> {
+        let mut all = self.entries.clone();
+        for path in self.entries.keys() {
+            check_path(path)?;
+            for (at, _) in path.match_indices('/') {
+                all.entry(path[..at].to_owned()).or_insert(Entry::Directory { mode: 0o755 });
+            }
+        }
+        Ok(all)
+    }
+}
+
+fn check_path(path: &str) -> Result<(), InitramfsError> {
+    let bad = |reason| Err(InitramfsError::Path { path: path.to_owned(), reason });
+    if path.is_empty() {
+        return bad("it is empty");
+    }
+    if path.contains('\0') {
+        return bad("it holds a NUL byte");
+    }
+    if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        return bad("it has an empty part, `.` or `..`");
+    }
+    Ok(())
+}
+
+fn write_entry(
+    archive: &mut Vec<u8>,
+    inode: u32,
+    path: &str,
+    entry: Entry,
+) -> Result<(), InitramfsError> {
+    let header = newc::Builder::new(path).ino(inode).nlink(1);
+    let (header, content) = match entry {
+        Entry::Directory { mode } => (header.mode(S_IFDIR | mode).nlink(2), Vec::new()),
+        Entry::File { mode, content } => (header.mode(S_IFREG | mode), content),
+        Entry::HostFile { path } => {
+            let (mode, content) = read_host_file(&path)?;
+            (header.mode(S_IFREG | mode), content)
+        }
+        Entry::Symlink { target } => (header.mode(S_IFLNK | 0o777), target.into_bytes()),
+        Entry::CharDevice { mode, major, minor } => {
+            (header.mode(S_IFCHR | mode).rdev_major(major).rdev_minor(minor), Vec::new())
+        }
+    };
+    let len = u32::try_from(content.len())
+        .map_err(|_| InitramfsError::FileTooLarge { path: path.to_owned() })?;
+    let mut writer = header.write(archive, len);
+    io::Write::write_all(&mut writer, &content).map_err(InitramfsError::Write)?;
+    writer.finish().map_err(InitramfsError::Write)?;
+    Ok(())
+}
+
+fn read_host_file(path: &Path) -> Result<(u32, Vec<u8>), InitramfsError> {
+    use std::os::unix::fs::PermissionsExt;
+
+    let failed = |source| InitramfsError::Read { path: path.into(), source };
+    let content = fs::read(path).map_err(failed)?;
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    Ok((if mode & 0o111 == 0 { 0o644 } else { 0o755 }, content))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(initramfs: &Initramfs) -> Vec<(String, u32)> {
+        let bytes = initramfs.load().unwrap();
+        let mut rest: &[u8] = &bytes;
+        let mut names = Vec::new();
+        loop {
+            let reader = newc::Reader::new(rest).unwrap();
+            if reader.entry().is_trailer() {
+                return names;
+            }
+            names.push((reader.entry().name().to_owned(), reader.entry().mode()));
+            rest = reader.finish().unwrap();
+        }
+    }
+
+    #[test]
+    fn parents_are_made_and_come_first() {
+        let built = Initramfs::builder()
+            .file("/a/b/c", 0o600, "x")
+            .symlink("a/link", "b/c")
+            .char_device("dev/console", 0o600, 5, 1)
+            .directory("a", 0o700)
+            .build()
+            .unwrap();
+        assert_eq!(
+            names(&built),
+            [
+                ("a".into(), 0o040_700),
+                ("a/b".into(), 0o040_755),
+                ("a/b/c".into(), 0o100_600),
+                ("a/link".into(), 0o120_777),
+                ("dev".into(), 0o040_755),
+                ("dev/console".into(), 0o020_600),
+            ]
+        );
+    }
+
+    #[test]
+    fn equal_input_gives_equal_bytes() {
+        let build = |names: [&str; 2]| {
+            let [a, b] = names;
+            let builder = Initramfs::builder().file(a, 0o644, a).file(b, 0o644, b);
+            builder.build().unwrap().load().unwrap()
+        };
+        assert_eq!(build(["x", "y/z"]), build(["y/z", "x"]));
+    }
+
+    #[test]
+    fn bad_paths_and_missing_files_are_named() {
+        for bad in ["", "/", "a//b", "../x", "a/./b", "a\0b"] {
+            let error = Initramfs::builder().file(bad, 0o644, "").build().unwrap_err();
+            assert_eq!(error.kind(), &ErrorKind::Initramfs, "{bad:?}");
+        }
+        let missing = Initramfs::builder().host_file("a", "/nonexistent/file").build();
+        assert!(missing.unwrap_err().to_string().contains("/nonexistent/file"));
+    }
+}

@@ -1,0 +1,195 @@
+//! `/dev/kvm`: opened for each VM, its capabilities read once per process.
+//!
+//! Source: Linux Documentation/virt/kvm/api.rst; section numbers are given at each call.
+
+mod kick;
+mod vcpu;
+mod vm;
+
+pub(crate) use self::kick::{KickTarget, block_signals};
+pub(crate) use self::vcpu::{Vcpu, VmExit};
+pub(crate) use self::vm::Vm;
+
+use std::ffi::CString;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::Cap;
+use thiserror::Error as ThisError;
+
+use crate::error::{Error, ErrorKind};
+
+/// Why KVM cannot be used, or what it refused.
+#[derive(Debug, ThisError)]
+pub(crate) enum KvmError {
+    #[error("cannot open {}", path.display())]
+    Open { path: PathBuf, owner: Option<u32>, source: io::Error },
+    #[error("{} is not a KVM device", path.display())]
+    NotKvm { path: PathBuf },
+    #[error("{} speaks version {version} of the KVM API, not {KVM_API_VERSION}", path.display())]
+    Version { path: PathBuf, version: i32 },
+    #[error("this host's KVM lacks {missing}")]
+    Capability { missing: String },
+    #[error("{count} vCPUs, but this host's KVM takes {max}")]
+    TooManyVcpus { count: u8, max: usize },
+    #[error("{call} failed")]
+    Call { call: &'static str, source: io::Error },
+    #[error("KVM refuses the model-specific register {index:#x}")]
+    Msr { index: u32 },
+    #[error("the host's CPUID has more entries than KVM takes")]
+    CpuidEntries,
+}
+
+impl KvmError {
+    /// Wraps the result of an ioctl.
+    fn call(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |errno| Self::Call { call, source: io::Error::from_raw_os_error(errno.errno()) }
+    }
+}
+
+impl From<KvmError> for Error {
+    fn from(error: KvmError) -> Self {
+        let (kind, fix) = match &error {
+            KvmError::Open { path, source, owner } => match source.kind() {
+                io::ErrorKind::NotFound => (ErrorKind::KvmMissing, Some(missing_device_fix(path))),
+                io::ErrorKind::PermissionDenied => {
+                    (ErrorKind::KvmPermission, Some(permission_fix(path, *owner)))
+                }
+                _ => (ErrorKind::KvmMissing, None),
+            },
+            KvmError::NotKvm { .. } | KvmError::Version { .. } => {
+                (ErrorKind::KvmUnsupported, Some("name the host's /dev/kvm".to_owned()))
+            }
+            KvmError::Capability { .. } => (
+                ErrorKind::KvmUnsupported,
+                Some("run a host kernel of version 5.10 or later".to_owned()),
+            ),
+            KvmError::TooManyVcpus { .. } => (ErrorKind::Config, None),
+            KvmError::Call { source, .. } => match source.raw_os_error() {
+                Some(libc::EMFILE) => (
+                    ErrorKind::Resources,
+                    Some("raise the limit of open files (ulimit -n)".to_owned()),
+                ),
+                Some(libc::ENOMEM | libc::ENFILE) => (ErrorKind::Resources, None),
+                _ => (ErrorKind::Kvm, None),
+            },
+            KvmError::Msr { .. } | KvmError::CpuidEntries => (ErrorKind::Kvm, None),
+        };
+        let error = Error::new(kind, error);
+        match fix {
+            Some(fix) => error.fix(fix),
+            None => error,
+        }
+    }
+}
+
+fn missing_device_fix(path: &Path) -> String {
+    format!(
+        "load the module (modprobe kvm_intel or kvm_amd), switch virtualization on in the \
+         firmware, or pass the device into the container (--device {})",
+        path.display()
+    )
+}
+
+fn permission_fix(path: &Path, owner: Option<u32>) -> String {
+    let group = owner.map_or_else(|| "the device's group".to_owned(), |gid| format!("group {gid}"));
+    format!(
+        "{} belongs to {group}: add your user to it (on most systems: sudo usermod -aG kvm $USER) \
+         and log in again",
+        path.display()
+    )
+}
+
+/// What every VM here stands on.
+const REQUIRED: &[(Cap, &str)] = &[
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+];
+
+/// What does not change while the process lives.
+pub(crate) struct Capabilities {
+    pub(crate) supported_cpuid: CpuId,
+    pub(crate) max_vcpus: usize,
+}
+
+/// An open KVM device.
+pub(crate) struct Kvm {
+    fd: kvm_ioctls::Kvm,
+    capabilities: &'static Capabilities,
+}
+
+impl Kvm {
+    /// Opens the device and checks that it is a KVM that can run a VM: three system calls, and
+    /// some 400 µs more at the process's first time.
+    pub(crate) fn open(path: &Path) -> Result<Self, KvmError> {
+        let fd = open_device(path)?;
+        static CAPABILITIES: OnceLock<Capabilities> = OnceLock::new();
+        let capabilities = match CAPABILITIES.get() {
+            Some(capabilities) => capabilities,
+            None => {
+                let found = read_capabilities(&fd)?;
+                CAPABILITIES.get_or_init(|| found)
+            }
+        };
+        Ok(Self { fd, capabilities })
+    }
+
+    pub(crate) fn capabilities(&self) -> &'static Capabilities {
+        self.capabilities
+    }
+
+    /// The version of the API, which is 12 for ever (api.rst §4.1).
+    pub(crate) fn api_version(&self) -> i32 {
+        self.fd.get_api_version()
+    }
+
+    /// Whether an optional capability is there, by its number.
+    pub(crate) fn check_extension(&self, capability: Cap) -> bool {
+        self.fd.check_extension(capability)
+    }
+
+    pub(super) fn fd(&self) -> &kvm_ioctls::Kvm {
+        &self.fd
+    }
+}
+
+fn open_device(path: &Path) -> Result<kvm_ioctls::Kvm, KvmError> {
+    let failed = |source: io::Error| KvmError::Open {
+        path: path.into(),
+        owner: path.metadata().ok().map(|metadata| metadata.gid()),
+        source,
+    };
+    let c_path = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| failed(io::Error::from_raw_os_error(libc::ENOENT)))?;
+    let fd = kvm_ioctls::Kvm::new_with_path(c_path)
+        .map_err(|errno| failed(io::Error::from_raw_os_error(errno.errno())))?;
+    match fd.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => Ok(fd),
+        version if version < 0 => Err(KvmError::NotKvm { path: path.into() }),
+        version => Err(KvmError::Version { path: path.into(), version }),
+    }
+}
+
+fn read_capabilities(fd: &kvm_ioctls::Kvm) -> Result<Capabilities, KvmError> {
+    let missing: Vec<&str> = REQUIRED
+        .iter()
+        .filter(|(capability, _)| !fd.check_extension(*capability))
+        .map(|(_, name)| *name)
+        .collect();
+    if !missing.is_empty() {
+        return Err(KvmError::Capability { missing: missing.join(", ") });
+    }
+    let supported_cpuid = fd
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
+    Ok(Capabilities { supported_cpuid, max_vcpus: fd.get_max_vcpus() })
+}

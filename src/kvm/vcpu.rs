@@ -1,0 +1,177 @@
+//! A virtual CPU: its registers before the start, and one entry into the guest at a time.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
+    kvm_cpuid_entry2, kvm_msr_entry, kvm_run,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::{KvmError, Vm, kick};
+use crate::arch::regs::Entry;
+use crate::bus::Bus;
+use crate::exit::ExitStatus;
+
+/// A vCPU that whoever owns it may run.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    fd: VcpuFd,
+    id: u8,
+    // Keeps the VM and its memory for as long as KVM_RUN can touch them.
+    _vm: Arc<Vm>,
+}
+
+/// Why the guest returned to the host.
+#[derive(Debug)]
+pub(crate) enum VmExit {
+    /// The guest asked a device, and was answered.
+    Handled,
+    /// Somebody wants something of the thread.
+    Interrupted,
+    /// The guest is over.
+    Ended(ExitStatus),
+}
+
+impl Vcpu {
+    pub(super) fn new(fd: VcpuFd, id: u8, vm: Arc<Vm>) -> Self {
+        Self { fd, id, _vm: vm }
+    }
+
+    /// The vCPU's number, which is also its APIC id.
+    pub(crate) fn id(&self) -> u8 {
+        self.id
+    }
+
+    /// Gives the vCPU its CPUID (api.rst §4.20), the MSRs of a booted machine (§4.19), and lets
+    /// a kick through to KVM_RUN.
+    pub(crate) fn configure(
+        &self,
+        cpuid: &[kvm_cpuid_entry2],
+        msrs: &[kvm_msr_entry],
+    ) -> Result<(), KvmError> {
+        let cpuid = CpuId::from_entries(cpuid).map_err(|_| KvmError::CpuidEntries)?;
+        self.fd.set_cpuid2(&cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
+        self.set_msrs(msrs)?;
+        kick::open_kick_in_run(&self.fd)
+    }
+
+    /// KVM_SET_MSRS stops at the first register that it refuses: a short count is an error.
+    fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+        let msrs = Msrs::from_entries(entries).map_err(|_| KvmError::CpuidEntries)?;
+        let written = self.fd.set_msrs(&msrs).map_err(KvmError::call("KVM_SET_MSRS"))?;
+        match entries.get(written) {
+            Some(refused) => Err(KvmError::Msr { index: refused.index }),
+            None => Ok(()),
+        }
+    }
+
+    /// Sets the boot vCPU's registers to a kernel's entry (api.rst §4.11, §4.13).
+    pub(crate) fn enter_at(&self, entry: Entry) -> Result<(), KvmError> {
+        let mut sregs = self.fd.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))?;
+        entry.set_sregs(&mut sregs);
+        self.fd.set_sregs(&sregs).map_err(KvmError::call("KVM_SET_SREGS"))?;
+        self.fd.set_regs(&entry.regs()).map_err(KvmError::call("KVM_SET_REGS"))
+    }
+
+    /// Tells a guest with a paravirtual clock that it was stopped, so that its watchdogs do not
+    /// take the pause for a hang (api.rst §4.76). A guest without one is none the wiser.
+    pub(crate) fn forgive_pause(&self) {
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    /// Runs the guest until it asks for something, and answers from the bus (api.rst §4.10).
+    pub(crate) fn run(&mut self, bus: &Bus) -> VmExit {
+        let run: *const kvm_run = self.fd.get_kvm_run();
+        match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => {
+                let size = io_size(run);
+                for access in data.chunks(size) {
+                    bus.pio.write(port.into(), access);
+                }
+                VmExit::Handled
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                let size = io_size(run);
+                for access in data.chunks_mut(size) {
+                    bus.pio.read(port.into(), access);
+                }
+                VmExit::Handled
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                bus.mmio.write(address, data);
+                VmExit::Handled
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                bus.mmio.read(address, data);
+                VmExit::Handled
+            }
+            Ok(VcpuExit::Intr) => VmExit::Interrupted,
+            Ok(VcpuExit::Shutdown) => VmExit::Ended(ExitStatus::TripleFault),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
+                VmExit::Ended(ExitStatus::PoweredOff)
+            }
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
+                VmExit::Ended(ExitStatus::Rebooted)
+            }
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+                VmExit::Ended(ExitStatus::Panicked { message: None })
+            }
+            Ok(VcpuExit::InternalError) => {
+                let what = internal_error(run);
+                self.crashed(what)
+            }
+            Ok(VcpuExit::FailEntry(reason, cpu)) => self
+                .crashed(format!("the CPU refused to enter the guest: {reason:#x} on CPU {cpu}")),
+            Ok(other) => {
+                let what = format!("an exit that no guest of this machine causes: {other:?}");
+                self.crashed(what)
+            }
+            Err(errno) => match errno.errno() {
+                libc::EINTR => {
+                    kick::take_kick();
+                    VmExit::Interrupted
+                }
+                libc::EAGAIN => VmExit::Interrupted,
+                code => {
+                    let cause = io::Error::from_raw_os_error(code);
+                    self.crashed(format!("KVM_RUN failed: {cause}"))
+                }
+            },
+        }
+    }
+
+    fn crashed(&self, what: String) -> VmExit {
+        let reason = match self.fd.get_regs() {
+            Ok(regs) => format!("{what} (vCPU {}, rip {:#x})", self.id, regs.rip),
+            Err(_) => format!("{what} (vCPU {})", self.id),
+        };
+        VmExit::Ended(ExitStatus::Crashed { reason })
+    }
+}
+
+/// The size of one access of a port exit: `rep outsb` brings many of one byte at once.
+fn io_size(run: *const kvm_run) -> usize {
+    // SAFETY: `run` points to the vCPU's mapped `kvm_run`, which lives as long as its vCPU; KVM
+    // writes it during KVM_RUN only, and the last exit was KVM_EXIT_IO, whose member this is.
+    let io = unsafe { (*run).__bindgen_anon_1.io };
+    usize::from(io.size).max(1)
+}
+
+/// What an internal error of KVM is about (api.rst, KVM_EXIT_INTERNAL_ERROR).
+fn internal_error(run: *const kvm_run) -> String {
+    // SAFETY: as in `io_size`; the last exit was KVM_EXIT_INTERNAL_ERROR, whose member this is.
+    let suberror = unsafe { (*run).__bindgen_anon_1.internal.suberror };
+    match suberror {
+        kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => {
+            "KVM could not emulate an instruction; where /dev/kvm emulates all of ring 0, as that \
+             of kvm_pvm does, no stock kernel runs"
+                .to_owned()
+        }
+        kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => {
+            "KVM could not deliver an exception".to_owned()
+        }
+        other => format!("KVM reported internal error {other}"),
+    }
+}

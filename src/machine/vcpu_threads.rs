@@ -1,0 +1,244 @@
+//! The threads that run vCPUs: one each, for the machine's whole life.
+//!
+//! A thread parks until it is given its vCPU, runs it until the guest ends or the host wants it
+//! back, and gives it back. So whoever holds the vCPUs knows that none of them runs: ownership
+//! is the lock. The same thread always runs the same vCPU, because KVM makes a vCPU that changes
+//! threads wait for an RCU grace period.
+//!
+//! Threads have every signal blocked (see `kvm::kick`) and are named `dormouse-vcpuN`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SendError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::MachineError;
+use crate::bus::Bus;
+use crate::exit::{ExitLatch, ExitStatus};
+use crate::kvm::{KickTarget, Vcpu, VmExit, block_signals};
+use crate::timings::FirstRun;
+
+/// One thread a vCPU.
+#[derive(Debug)]
+pub(crate) struct VcpuThreads {
+    threads: Vec<VcpuThread>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct VcpuThread {
+    // Sending gives the vCPU to the thread; dropping ends the thread.
+    inbox: Sender<Vcpu>,
+    join: JoinHandle<()>,
+}
+
+/// The vCPUs are with their threads. Only [`VcpuThreads::run`] makes one, so that a machine is
+/// stopped only after it was run.
+#[derive(Debug)]
+pub(crate) struct Running(());
+
+/// The vCPUs that could not be run.
+#[derive(Debug)]
+pub(crate) struct NotRun {
+    pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) error: MachineError,
+}
+
+struct Shared {
+    bus: Arc<Bus>,
+    exit: Arc<ExitLatch>,
+    /// Asks every thread to give its vCPU back.
+    stop: AtomicBool,
+    parked: Mutex<Parked>,
+    /// Signalled when a vCPU came back.
+    came_back: Condvar,
+    first_run: Arc<FirstRun>,
+}
+
+#[derive(Default)]
+struct Parked {
+    /// Threads that can be kicked. Each enters itself before it takes its first vCPU; one that
+    /// is not here yet looks at `stop` before it runs anything.
+    kick: Vec<KickTarget>,
+    /// vCPUs that came back.
+    vcpus: Vec<Vcpu>,
+}
+
+impl VcpuThreads {
+    /// Starts `count` threads, which park.
+    pub(crate) fn spawn(
+        count: u8,
+        bus: Arc<Bus>,
+        exit: Arc<ExitLatch>,
+        first_run: Arc<FirstRun>,
+    ) -> Result<Self, MachineError> {
+        let shared = Arc::new(Shared {
+            bus,
+            exit,
+            stop: AtomicBool::new(false),
+            parked: Mutex::default(),
+            came_back: Condvar::new(),
+            first_run,
+        });
+        let mut all = Self { threads: Vec::new(), shared };
+        for id in 0..count {
+            let (inbox, vcpus) = channel();
+            let shared = Arc::clone(&all.shared);
+            let join = thread::Builder::new()
+                .name(format!("dormouse-vcpu{id}"))
+                .spawn(move || shared.serve(&vcpus))
+                .map_err(|source| MachineError::Thread { id, source })?;
+            all.threads.push(VcpuThread { inbox, join });
+        }
+        Ok(all)
+    }
+
+    /// Gives each thread its vCPU; vCPU 0 is the first of `vcpus`, and so on. Where a thread is
+    /// gone, all vCPUs come back.
+    pub(crate) fn run(&self, vcpus: Vec<Vcpu>) -> Result<Running, NotRun> {
+        self.shared.stop.store(false, Ordering::SeqCst);
+        self.shared.first_run.started();
+        let mut unsent = Vec::new();
+        for (thread, vcpu) in self.threads.iter().zip(vcpus) {
+            if let Err(SendError(vcpu)) = thread.inbox.send(vcpu) {
+                unsent.push(vcpu);
+            }
+        }
+        if unsent.is_empty() {
+            return Ok(Running(()));
+        }
+        self.shared.stop_all();
+        let mut vcpus = self.shared.wait_for(self.threads.len() - unsent.len());
+        vcpus.append(&mut unsent);
+        vcpus.sort_by_key(Vcpu::id);
+        Err(NotRun { vcpus, error: MachineError::ThreadGone })
+    }
+
+    /// Takes the vCPUs back, wherever they are in the guest. Returns when all have come: after
+    /// one exit each, or as long as a console writer blocks.
+    pub(crate) fn stop(&self, running: Running) -> Vec<Vcpu> {
+        self.shared.stop_all();
+        self.wait(running)
+    }
+
+    /// Waits for the guest's end, and for its vCPUs.
+    pub(crate) fn wait(&self, Running(()): Running) -> Vec<Vcpu> {
+        self.shared.wait_for(self.threads.len())
+    }
+
+    /// As [`wait`](Self::wait), but gives up after a time.
+    pub(crate) fn wait_timeout(
+        &self,
+        running: Running,
+        timeout: Duration,
+    ) -> Result<Vec<Vcpu>, Running> {
+        let parked = self.shared.lock();
+        let waited = self
+            .shared
+            .came_back
+            .wait_timeout_while(parked, timeout, |parked| parked.vcpus.len() < self.threads.len());
+        let (mut parked, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        if result.timed_out() { Err(running) } else { Ok(parked.take_all()) }
+    }
+
+    /// Stops the guest without waiting for it, before the machine is taken down.
+    pub(crate) fn halt(&self) {
+        self.shared.stop_all();
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        // No vCPU thread kicks another one after it gave its vCPU back, so a kick can only reach
+        // a thread that has not been joined.
+        self.shared.stop_all();
+        for thread in self.threads.drain(..) {
+            drop(thread.inbox);
+            // A thread that panicked has reported it as the guest's end.
+            let _ = thread.join.join();
+        }
+    }
+}
+
+impl Shared {
+    /// A thread's life: vCPU after vCPU, until there will be no more.
+    fn serve(&self, inbox: &Receiver<Vcpu>) {
+        block_signals();
+        self.lock().kick.push(KickTarget::current());
+        while let Ok(mut vcpu) = inbox.recv() {
+            // A console writer of the embedding program may panic. That ends the guest, and
+            // neither the process nor the wait for the vCPU.
+            let run = catch_unwind(AssertUnwindSafe(|| self.run(&mut vcpu)));
+            if run.is_err() {
+                let reason = "a thread of the VMM panicked".to_owned();
+                self.exit.report(ExitStatus::Crashed { reason });
+                self.stop_all();
+            }
+            self.take_back(vcpu);
+        }
+    }
+
+    /// Runs a vCPU until it is wanted back.
+    fn run(&self, vcpu: &mut Vcpu) {
+        if vcpu.id() == 0 && self.first_run.entered() {
+            let exit = vcpu.run(&self.bus);
+            self.first_run.left();
+            self.after(exit);
+        }
+        while !self.stop.load(Ordering::SeqCst) {
+            let exit = vcpu.run(&self.bus);
+            self.after(exit);
+        }
+    }
+
+    /// Ends the guest where the exit, or a device that handled it, says so.
+    fn after(&self, exit: VmExit) {
+        if let VmExit::Ended(status) = exit {
+            self.exit.report(status);
+        }
+        if self.exit.get().is_some() {
+            self.stop_all();
+        }
+    }
+
+    fn stop_all(&self) {
+        if !self.stop.swap(true, Ordering::SeqCst) {
+            for target in &self.lock().kick {
+                target.kick();
+            }
+        }
+    }
+
+    /// Waits until `count` vCPUs have come back, and takes them.
+    fn wait_for(&self, count: usize) -> Vec<Vcpu> {
+        let parked = self.lock();
+        let waited = self.came_back.wait_while(parked, |parked| parked.vcpus.len() < count);
+        waited.unwrap_or_else(PoisonError::into_inner).take_all()
+    }
+
+    fn take_back(&self, vcpu: Vcpu) {
+        self.lock().vcpus.push(vcpu);
+        self.came_back.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Parked> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Parked {
+    /// All vCPUs, in the order of their numbers.
+    fn take_all(&mut self) -> Vec<Vcpu> {
+        let mut vcpus = std::mem::take(&mut self.vcpus);
+        vcpus.sort_by_key(Vcpu::id);
+        vcpus
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("stop", &self.stop).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,132 @@
+//! [`MicroVm`]: a VM whose state is its type.
+//!
+//! ```text
+//!             start              pause
+//!   Created ────────▶ Running ◀────────▶ Paused
+//!                        │      resume      │
+//!              wait,     │                  │ terminate
+//!              terminate ▼                  ▼
+//!                          Terminated
+//! ```
+//!
+//! A transition takes the VM and gives it back in its new state, so a call that does not fit the
+//! state does not compile. States carry their data: `Created` and `Paused` hold the vCPUs,
+//! `Running` holds the proof that the threads have them. There is no state to check at run time.
+
+mod any;
+mod created;
+mod paused;
+mod running;
+mod state;
+mod terminated;
+
+pub use self::any::AnyMicroVm;
+pub use self::state::{Created, Paused, Running, State, Terminated};
+
+use std::fmt;
+
+use thiserror::Error as ThisError;
+
+use crate::console::Console;
+use crate::error::{Error, ErrorKind};
+use crate::exit::ExitStatus;
+use crate::timings::{Phase, Recorder, Timings};
+
+/// A microVM in one of its states: [`Created`], [`Running`], [`Paused`], [`Terminated`].
+///
+/// It lives in this process: a thread for each vCPU, a mapping for the guest's memory, some file
+/// descriptors. Dropping it ends the guest, in whatever state, and returns at once; descriptors,
+/// threads and memory are given back within milliseconds by a thread that comes and goes for it.
+///
+/// A `MicroVm` belongs to the process that created it: KVM refuses it to a child after `fork`.
+#[must_use = "dropping a `MicroVm` ends its guest"]
+pub struct MicroVm<S: State> {
+    state: S,
+    console: Console,
+    recorder: Recorder,
+}
+
+impl<S: State> MicroVm<S> {
+    /// What the guest wrote to its serial port; the handle outlives the VM.
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// What the transitions so far took, phase by phase.
+    pub fn timings(&self) -> Timings {
+        self.recorder.timings()
+    }
+
+    /// An error of this VM's: with its stage and the guest's last words.
+    fn error(&self, phase: Phase, error: impl Into<Error>) -> Error {
+        error.into().at(phase).console(self.console.tail())
+    }
+}
+
+impl<S: State> fmt::Debug for MicroVm<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MicroVm<{}>", S::NAME)
+    }
+}
+
+/// A transition that failed: why, and the VM in the state that it is in now.
+///
+/// `?` turns it into an [`Error`] and drops the VM.
+pub struct TransitionError<S: State> {
+    /// The VM, in the state that it is in now.
+    pub vm: MicroVm<S>,
+    /// Why the transition failed.
+    pub error: Error,
+}
+
+impl<S: State> From<TransitionError<S>> for Error {
+    fn from(failed: TransitionError<S>) -> Self {
+        failed.error
+    }
+}
+
+impl<S: State> fmt::Display for TransitionError<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<S: State> fmt::Debug for TransitionError<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<S: State> std::error::Error for TransitionError<S> {}
+
+/// Why a transition of a sound VM fails.
+#[derive(Debug, ThisError)]
+enum LifecycleError {
+    #[error("cannot {attempt}: {status}")]
+    Ended { attempt: &'static str, status: ExitStatus },
+    #[error("the guest has not ended within {seconds} s")]
+    Timeout { seconds: f64 },
+    #[error("the guest does not read its console: {bytes} bytes do not fit its input queue")]
+    ConsoleFull { bytes: usize },
+}
+
+impl From<LifecycleError> for Error {
+    fn from(error: LifecycleError) -> Self {
+        let kind = match &error {
+            LifecycleError::Ended { status, .. } => ErrorKind::GuestEnded(status.clone()),
+            LifecycleError::Timeout { .. } => ErrorKind::Timeout,
+            LifecycleError::ConsoleFull { .. } => ErrorKind::ConsoleFull,
+        };
+        Error::new(kind, error)
+    }
+}
+
+/// A VM moves between threads, whatever its state.
+const _: () = {
+    const fn assert_send<T: Send>() {}
+    assert_send::<MicroVm<Created>>();
+    assert_send::<MicroVm<Running>>();
+    assert_send::<MicroVm<Paused>>();
+    assert_send::<MicroVm<Terminated>>();
+    assert_send::<AnyMicroVm>();
+};

@@ -1,0 +1,39 @@
+//! A paused VM: letting it run on, ending it.
+
+use super::{MicroVm, Paused, Running, Terminated, TransitionError};
+use crate::exit::ExitStatus;
+use crate::timings::Phase;
+
+impl MicroVm<Paused> {
+    /// Lets the guest run on, in some 10 µs. Its TSC and wall clock went on during the pause;
+    /// its watchdogs are told about it (KVM_KVMCLOCK_CTRL).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Resources`](crate::ErrorKind::Resources) where a vCPU's thread is gone.
+    pub fn resume(self) -> Result<MicroVm<Running>, TransitionError<Paused>> {
+        let Self { state: Paused { stopped }, console, mut recorder } = self;
+        let resumed = recorder.timed(Phase::Resume, || {
+            for vcpu in &stopped.vcpus {
+                vcpu.forgive_pause();
+            }
+            stopped.run()
+        });
+        match resumed {
+            Ok(state) => Ok(MicroVm { state, console, recorder }),
+            Err((stopped, error)) => {
+                let vm = MicroVm { state: Paused { stopped }, console, recorder };
+                let error = vm.error(Phase::Resume, error);
+                Err(TransitionError { vm, error })
+            }
+        }
+    }
+
+    /// Ends the guest where it is.
+    pub fn terminate(self) -> MicroVm<Terminated> {
+        let Self { state, console, mut recorder } = self;
+        recorder.timed(Phase::Terminate, || drop(state));
+        let state = Terminated { status: ExitStatus::Terminated };
+        MicroVm { state, console, recorder }
+    }
+}

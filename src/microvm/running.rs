@@ -1,0 +1,111 @@
+//! A running VM: pausing it, waiting for its end, ending it, typing into its console.
+
+use std::time::Duration;
+
+use super::state::Stopped;
+use super::{LifecycleError, MicroVm, Paused, Running, Terminated, TransitionError};
+use crate::error::Error;
+use crate::exit::ExitStatus;
+use crate::kvm::Vcpu;
+use crate::machine::Machine;
+use crate::timings::Phase;
+
+impl MicroVm<Running> {
+    /// Stops every vCPU between two instructions, in some 100 µs, or as long as a console writer
+    /// blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded), with the VM `Terminated`, where
+    /// the guest has ended by itself.
+    pub fn pause(self) -> Result<MicroVm<Paused>, TransitionError<Terminated>> {
+        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        let vcpus = recorder.timed(Phase::Pause, || machine.threads().stop(run));
+        match machine.exit_status() {
+            None => {
+                let stopped = Stopped { vcpus, machine };
+                Ok(MicroVm { state: Paused { stopped }, console, recorder })
+            }
+            Some(status) => {
+                let state = Terminated { status: status.clone() };
+                let vm = MicroVm { state, console, recorder };
+                let error =
+                    vm.error(Phase::Pause, LifecycleError::Ended { attempt: "pause", status });
+                Err(TransitionError { vm, error })
+            }
+        }
+    }
+
+    /// Waits until the guest ends by itself, for as long as that takes.
+    pub fn wait(self) -> MicroVm<Terminated> {
+        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        let vcpus = recorder.timed(Phase::Wait, || machine.threads().wait(run));
+        MicroVm { state: terminated(vcpus, *machine), console, recorder }
+    }
+
+    /// Waits until the guest ends by itself, for at most `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the VM, where it is still
+    /// running.
+    pub fn wait_timeout(
+        self,
+        timeout: Duration,
+    ) -> Result<MicroVm<Terminated>, TransitionError<Running>> {
+        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        match recorder.timed(Phase::Wait, || machine.threads().wait_timeout(run, timeout)) {
+            Ok(vcpus) => Ok(MicroVm { state: terminated(vcpus, *machine), console, recorder }),
+            Err(run) => {
+                let vm = MicroVm { state: Running { run, machine }, console, recorder };
+                let seconds = timeout.as_secs_f64();
+                let error = vm.error(Phase::Wait, LifecycleError::Timeout { seconds });
+                Err(TransitionError { vm, error })
+            }
+        }
+    }
+
+    /// Ends the guest as if its power was cut, in some 100 µs. A guest that ended by itself
+    /// before keeps its own exit status.
+    pub fn terminate(self) -> MicroVm<Terminated> {
+        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        let vcpus = recorder.timed(Phase::Terminate, || {
+            machine.end();
+            machine.threads().stop(run)
+        });
+        MicroVm { state: terminated(vcpus, *machine), console, recorder }
+    }
+
+    /// How the guest ended, where it has: [`wait`](Self::wait) would then return at once.
+    pub fn exit_status(&self) -> Option<ExitStatus> {
+        self.state.machine.exit_status()
+    }
+
+    /// Types `bytes` into the guest's serial port. They wait in a queue of 64 KiB until the
+    /// guest reads them; this call never waits.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::ConsoleFull`](crate::ErrorKind::ConsoleFull) where they do not all fit (none
+    /// of them is queued), [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded) where the
+    /// guest has ended.
+    pub fn console_input(&self, bytes: impl AsRef<[u8]>) -> Result<(), Error> {
+        let bytes = bytes.as_ref();
+        if let Some(status) = self.exit_status() {
+            let error = LifecycleError::Ended { attempt: "feed the console", status };
+            return Err(self.error(Phase::Console, error));
+        }
+        if self.state.machine.serial_input().feed(bytes) {
+            return Ok(());
+        }
+        Err(self.error(Phase::Console, LifecycleError::ConsoleFull { bytes: bytes.len() }))
+    }
+}
+
+/// The end of a machine: its vCPUs go, then the rest goes to the reaper.
+fn terminated(vcpus: Vec<Vcpu>, machine: Machine) -> Terminated {
+    drop(vcpus);
+    // Threads only give all vCPUs back unasked when the guest has ended.
+    let status = machine.exit_status().unwrap_or(ExitStatus::Terminated);
+    Terminated { status }
+}

@@ -1,0 +1,265 @@
+//! What each transition of a VM cost, phase by phase.
+//!
+//! A [`Recorder`] runs a phase inside a `tracing` span of the same name, notes when it began and
+//! how long it took, and marks an error that leaves it with the phase. So timings, spans and
+//! errors use one set of names.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+macro_rules! phases {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+        /// A step of a transition: names a timing, a `tracing` span and the stage of an
+        /// [`Error`].
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        #[non_exhaustive]
+        pub enum Phase {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Phase {
+            /// The name as it stands in spans and in serialized timings.
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// A span's name is part of its static metadata, hence one call site a phase.
+            fn span(self) -> tracing::Span {
+                match self { $(Self::$variant => tracing::debug_span!($name),)* }
+            }
+        }
+    };
+}
+
+phases! {
+    /// Checking the configuration. No system call.
+    Config = "config",
+    /// Reading, unpacking and checking the kernel; nothing where the [`Kernel`](crate::Kernel)
+    /// was used before, because it keeps the result.
+    Kernel = "kernel",
+    /// Reserving guest RAM: one `mmap` a region, no page touched.
+    Memory = "memory",
+    /// `/dev/kvm`, KVM_CREATE_VM, the memory slots, and then the interrupt controllers.
+    Kvm = "kvm",
+    /// Devices, their interrupts and their places on the bus.
+    Devices = "devices",
+    /// Virtual CPUs, their CPUID, and the threads that run them.
+    Vcpus = "vcpus",
+    /// Kernel, initramfs, command line and ACPI tables to guest RAM; registers to the vCPU.
+    Load = "load",
+    /// Giving the vCPUs to their threads.
+    Start = "start",
+    /// From the start to the first entry of vCPU 0 into the guest.
+    FirstRun = "first_run",
+    /// From the first entry of vCPU 0 to its first return; the first instruction that the host
+    /// can notice lies in between.
+    FirstExit = "first_exit",
+    /// Stopping every vCPU.
+    Pause = "pause",
+    /// Letting every vCPU run on.
+    Resume = "resume",
+    /// Waiting for the guest's end.
+    Wait = "wait",
+    /// Ending the guest.
+    Terminate = "terminate",
+    /// Feeding the console.
+    Console = "console",
+    /// Looking at what the host can do.
+    Host = "host",
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One phase that ran: when, after the VM's `create` was called, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// What ran.
+    pub phase: Phase,
+    /// Nanoseconds between the call of `create` and the phase's beginning.
+    pub start_ns: u64,
+    /// Nanoseconds that the phase took.
+    pub duration_ns: u64,
+}
+
+/// The phases of a VM's transitions so far, in the order in which they ended.
+///
+/// ```
+/// # use dormouse::{Phase, Timings};
+/// fn report(timings: &Timings) {
+///     let boot = timings.duration(Phase::Load) + timings.duration(Phase::Kvm);
+///     println!("{}", boot.as_micros());
+/// }
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Timings {
+    phases: Vec<Timing>,
+}
+
+/// Timings kept for one VM. A VM that is paused and resumed for ever must not grow.
+const MAX_TIMINGS: usize = 256;
+
+impl Timings {
+    /// Every phase, in the order in which it ended. The first 256 are kept.
+    pub fn iter(&self) -> impl Iterator<Item = &Timing> {
+        self.phases.iter()
+    }
+
+    /// The time spent in a phase, summed over all its runs; zero where it never ran.
+    pub fn duration(&self, phase: Phase) -> Duration {
+        let runs = self.phases.iter().filter(|timing| timing.phase == phase);
+        Duration::from_nanos(runs.map(|timing| timing.duration_ns).sum())
+    }
+
+    pub(crate) fn push(&mut self, timing: Timing) {
+        if self.phases.len() < MAX_TIMINGS {
+            self.phases.push(timing);
+        }
+    }
+}
+
+/// Measures phases against one beginning.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    origin: Instant,
+    timings: Timings,
+    first_run: Arc<FirstRun>,
+}
+
+impl Recorder {
+    pub(crate) fn new() -> Self {
+        let origin = Instant::now();
+        let first_run = Arc::new(FirstRun { origin, ..FirstRun::default() });
+        Self { origin, timings: Timings::default(), first_run }
+    }
+
+    /// Where the thread of vCPU 0 notes its first run.
+    pub(crate) fn first_run(&self) -> &Arc<FirstRun> {
+        &self.first_run
+    }
+
+    /// The phases so far, and those of the first run that are over.
+    pub(crate) fn timings(&self) -> Timings {
+        let mut timings = self.timings.clone();
+        for timing in self.first_run.timings() {
+            timings.push(timing);
+        }
+        timings
+    }
+
+    /// Runs one phase: in its span, timed.
+    pub(crate) fn timed<T>(&mut self, phase: Phase, work: impl FnOnce() -> T) -> T {
+        let _entered = phase.span().entered();
+        let start = Instant::now();
+        let result = work();
+        self.timings.push(Timing {
+            phase,
+            start_ns: nanos(start.duration_since(self.origin)),
+            duration_ns: nanos(start.elapsed()),
+        });
+        result
+    }
+
+    /// Runs one phase that may fail; its error is marked with it.
+    pub(crate) fn run<T, E: Into<Error>>(
+        &mut self,
+        phase: Phase,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, Error> {
+        self.timed(phase, work).map_err(|error| error.into().at(phase))
+    }
+}
+
+/// When vCPU 0 was given to its thread, first entered the guest, and first came out of it. Its
+/// thread notes it without a lock: nanoseconds after the origin, 0 for not yet.
+#[derive(Debug)]
+pub(crate) struct FirstRun {
+    origin: Instant,
+    started: AtomicU64,
+    entered: AtomicU64,
+    left: AtomicU64,
+}
+
+impl FirstRun {
+    /// vCPU 0 is given to its thread.
+    pub(crate) fn started(&self) {
+        self.mark(&self.started);
+    }
+
+    /// vCPU 0 is about to enter the guest. Whether it was the first time.
+    pub(crate) fn entered(&self) -> bool {
+        self.mark(&self.entered)
+    }
+
+    /// vCPU 0 came out of the guest.
+    pub(crate) fn left(&self) {
+        self.mark(&self.left);
+    }
+
+    fn mark(&self, what: &AtomicU64) -> bool {
+        let now = nanos(self.origin.elapsed()).max(1);
+        what.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    fn timings(&self) -> impl Iterator<Item = Timing> {
+        let load = |what: &AtomicU64| what.load(Ordering::Relaxed);
+        let (started, entered, left) = (load(&self.started), load(&self.entered), load(&self.left));
+        [(Phase::FirstRun, started, entered), (Phase::FirstExit, entered, left)]
+            .into_iter()
+            .filter(|(_, start, end)| *start != 0 && *end != 0)
+            .map(|(phase, start, end)| Timing {
+                phase,
+                start_ns: start,
+                duration_ns: end.saturating_sub(start),
+            })
+    }
+}
+
+impl Default for FirstRun {
+    fn default() -> Self {
+        Self {
+            origin: Instant::now(),
+            started: AtomicU64::new(0),
+            entered: AtomicU64::new(0),
+            left: AtomicU64::new(0),
+        }
+    }
+}
+
+/// Nanoseconds of a duration; 584 years are enough.
+pub(crate) fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_serialize_under_their_own_names() {
+        for phase in [Phase::Config, Phase::FirstRun, Phase::Terminate] {
+            let json = serde_json::to_string(&phase).unwrap();
+            assert_eq!(json, format!("\"{}\"", phase.name()));
+        }
+    }
+
+    #[test]
+    fn a_vm_that_is_paused_for_ever_keeps_a_bounded_list() {
+        let mut recorder = Recorder::new();
+        for _ in 0..10_000 {
+            recorder.run(Phase::Pause, || Ok::<_, Error>(())).unwrap();
+        }
+        assert_eq!(recorder.timings().iter().count(), MAX_TIMINGS);
+    }
+}
