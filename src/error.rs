@@ -8,7 +8,7 @@ use std::error::Error as StdError;
 use std::fmt;
 
 use crate::exit::ExitStatus;
-use crate::timings::Phase;
+use crate::phase::Phase;
 
 /// What went wrong, for a program to act on. The text is in [`Error`]'s `Display`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -24,7 +24,8 @@ pub enum ExitStatus {
     Rebooted,
     /// The guest's kernel panicked.
     ///
-    /// Known from the pvpanic device, which guests drive with the module `pvpanic-mmio`; or,
+    /// Known from the pvpanic device, which Linux drives with its modules `pvpanic` and `pvpanic-mmio`;
+    /// or,
     /// where no driver is loaded, from the kernel's own words on the console before a reset
     /// (`panic=-1`, which is part of the default command line). The words are the guest's and
     /// are to be believed as far as the guest is.

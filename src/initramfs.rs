@@ -71,7 +71,15 @@ impl Initramfs {
         InitramfsBuilder::default()
     }
 
-    /// The archive's bytes.
+    /// The archive's bytes, to keep or to look at.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Initramfs`] where the file cannot be read.
+    pub fn read(&self) -> Result<Arc<[u8]>, Error> {
+        Ok(self.load()?)
+    }
+
     pub(crate) fn load(&self) -> Result<Arc<[u8]>, InitramfsError> {
         match &self.source {
             Source::Bytes(bytes) => Ok(Arc::clone(bytes)),

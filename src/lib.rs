@@ -1,6 +1,8 @@
 //! MicroVMs inside your process.
 
-#![deny(unsafe_op_in_unsafe_fn)]
+#![warn(missing_docs, unreachable_pub)]
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod arch;
 mod boot;
@@ -17,6 +19,7 @@ mod kvm;
 mod machine;
 mod memory;
 mod microvm;
+mod phase;
 mod timings;
 
 pub use cmdline::Cmdline;
@@ -29,4 +32,5 @@ pub use kernel::{BootProtocol, InstalledKernel, Kernel};
 pub use microvm::{
     AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
 };
-pub use timings::{Phase, Timing, Timings};
+pub use phase::Phase;
+pub use timings::{Timing, Timings};

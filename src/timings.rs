@@ -4,7 +4,6 @@
 //! how long it took, and marks an error that leaves it with the phase. So timings, spans and
 //! errors use one set of names.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,74 +11,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-
-macro_rules! phases {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// A step of a transition: names a timing, a `tracing` span and the stage of an
-        /// [`Error`].
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-        #[serde(rename_all = "snake_case")]
-        #[non_exhaustive]
-        pub enum Phase {
-            $($(#[$doc])* $variant,)*
-        }
-
-        impl Phase {
-            /// The name as it stands in spans and in serialized timings.
-            pub fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
-            /// A span's name is part of its static metadata, hence one call site a phase.
-            fn span(self) -> tracing::Span {
-                match self { $(Self::$variant => tracing::debug_span!($name),)* }
-            }
-        }
-    };
-}
-
-phases! {
-    /// Checking the configuration. No system call.
-    Config = "config",
-    /// Reading, unpacking and checking the kernel; nothing where the [`Kernel`](crate::Kernel)
-    /// was used before, because it keeps the result.
-    Kernel = "kernel",
-    /// Reserving guest RAM: one `mmap` a region, no page touched.
-    Memory = "memory",
-    /// `/dev/kvm`, KVM_CREATE_VM, the memory slots, and then the interrupt controllers.
-    Kvm = "kvm",
-    /// Devices, their interrupts and their places on the bus.
-    Devices = "devices",
-    /// Virtual CPUs, their CPUID, and the threads that run them.
-    Vcpus = "vcpus",
-    /// Kernel, initramfs, command line and ACPI tables to guest RAM; registers to the vCPU.
-    Load = "load",
-    /// Giving the vCPUs to their threads.
-    Start = "start",
-    /// From the start to the first entry of vCPU 0 into the guest.
-    FirstRun = "first_run",
-    /// From the first entry of vCPU 0 to its first return; the first instruction that the host
-    /// can notice lies in between.
-    FirstExit = "first_exit",
-    /// Stopping every vCPU.
-    Pause = "pause",
-    /// Letting every vCPU run on.
-    Resume = "resume",
-    /// Waiting for the guest's end.
-    Wait = "wait",
-    /// Ending the guest.
-    Terminate = "terminate",
-    /// Feeding the console.
-    Console = "console",
-    /// Looking at what the host can do.
-    Host = "host",
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+use crate::phase::Phase;
 
 /// One phase that ran: when, after the VM's `create` was called, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -245,14 +177,6 @@ pub(crate) fn nanos(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn phases_serialize_under_their_own_names() {
-        for phase in [Phase::Config, Phase::FirstRun, Phase::Terminate] {
-            let json = serde_json::to_string(&phase).unwrap();
-            assert_eq!(json, format!("\"{}\"", phase.name()));
-        }
-    }
 
     #[test]
     fn a_vm_that_is_paused_for_ever_keeps_a_bounded_list() {

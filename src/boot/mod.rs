@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 
 use crate::arch::boot_params::{Handover, Placed};
 use crate::arch::regs::Entry;
-use crate::arch::{acpi, layout};
+use crate::arch::{acpi, firmware, layout};
 use crate::cmdline::Cmdline;
 use crate::error::{Error, ErrorKind};
 use crate::kernel::{BootProtocol, Vmlinux};
@@ -71,6 +71,7 @@ impl Boot<'_> {
         let entry = self.load_kernel(ram)?;
         entry.write_tables(ram)?;
         ram.write(&acpi::tables(self.vcpus), layout::ACPI)?;
+        ram.write(&firmware::reset_code(), layout::RESET_VECTOR)?;
 
         let mut cmdline = self.cmdline.as_str().as_bytes().to_vec();
         cmdline.push(0);

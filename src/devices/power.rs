@@ -40,12 +40,11 @@ impl BusDevice for Power {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         let [value] = *data else { return };
+        // A sleep type that _S5 does not name is not one of this machine.
+        let sleep_type = (value >> SLP_TYP_SHIFT) & SLP_TYP_MASK;
         match offset {
-            SLEEP_CONTROL if value & SLP_EN != 0 => {
-                // A sleep type that _S5 does not name is not one of this machine.
-                if (value >> SLP_TYP_SHIFT) & SLP_TYP_MASK == SLEEP_TYPE_S5 {
-                    self.exit.report(ExitStatus::PoweredOff);
-                }
+            SLEEP_CONTROL if value & SLP_EN != 0 && sleep_type == SLEEP_TYPE_S5 => {
+                self.exit.report(ExitStatus::PoweredOff);
             }
             RESET if value == RESET_VALUE => self.exit.report(ExitStatus::Rebooted),
             _ => {}

@@ -14,7 +14,7 @@ use vm_memory::ByteValued;
 use super::KernelError;
 
 /// The ELF magic number, 0x7f 'E' 'L' 'F'.
-const MAGIC: [u8; 4] = [ELFMAG0 as u8, ELFMAG1, ELFMAG2, ELFMAG3];
+const MAGIC: [u8; 4] = [ELFMAG0, ELFMAG1, ELFMAG2, ELFMAG3];
 
 /// Kernels live above the first MiB, which holds what the boot protocols hand over.
 const LOWEST_ADDRESS: u64 = 0x10_0000;
@@ -36,7 +36,7 @@ impl Vmlinux {
     pub(super) fn parse(image: Vec<u8>) -> Result<Self, KernelError> {
         let header: Elf64_Ehdr = read(&image, 0, "the ELF header")?;
         let (class, machine) = (header.e_ident[EI_CLASS], header.e_machine);
-        if class != ELFCLASS64 || u32::from(machine) != u32::from(EM_X86_64) {
+        if class != ELFCLASS64 || machine != EM_X86_64 {
             return Err(KernelError::Architecture { class, machine });
         }
         if usize::from(header.e_phentsize) != size_of::<Elf64_Phdr>() {

@@ -23,7 +23,8 @@ use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
-use crate::timings::{Phase, Recorder};
+use crate::phase::Phase;
+use crate::timings::Recorder;
 use reaper::Reaped;
 
 /// Why a machine cannot be put together, beyond what its parts say.

@@ -6,7 +6,8 @@ use crate::boot::Boot;
 use crate::config::VmConfig;
 use crate::error::Error;
 use crate::machine::Machine;
-use crate::timings::{Phase, Recorder};
+use crate::phase::Phase;
+use crate::timings::Recorder;
 
 impl MicroVm<Created> {
     /// Assembles a VM and loads its kernel: no instruction of the guest runs yet.

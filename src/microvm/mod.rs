@@ -30,7 +30,8 @@ use thiserror::Error as ThisError;
 use crate::console::Console;
 use crate::error::{Error, ErrorKind};
 use crate::exit::ExitStatus;
-use crate::timings::{Phase, Recorder, Timings};
+use crate::phase::Phase;
+use crate::timings::{Recorder, Timings};
 
 /// A microVM in one of its states: [`Created`], [`Running`], [`Paused`], [`Terminated`].
 ///

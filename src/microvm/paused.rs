@@ -2,7 +2,7 @@
 
 use super::{MicroVm, Paused, Running, Terminated, TransitionError};
 use crate::exit::ExitStatus;
-use crate::timings::Phase;
+use crate::phase::Phase;
 
 impl MicroVm<Paused> {
     /// Lets the guest run on, in some 10 µs. Its TSC and wall clock went on during the pause;

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::exit::ExitStatus;
 use crate::kvm::Vcpu;
 use crate::machine::Machine;
-use crate::timings::Phase;
+use crate::phase::Phase;
 
 impl MicroVm<Running> {
     /// Stops every vCPU between two instructions, in some 100 µs, or as long as a console writer

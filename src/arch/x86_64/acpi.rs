@@ -85,7 +85,7 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
     fadt.sleep_control_reg = register(layout::POWER_PORT);
     fadt.sleep_status_reg = register(layout::POWER_PORT + 1);
-    fadt.reset_reg = register(layout::POWER_PORT + 2);
+    fadt.reset_reg = register(layout::RESET_PORT);
     fadt.reset_value = RESET_VALUE;
     fadt.finalize()
 }

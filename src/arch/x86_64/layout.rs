@@ -7,6 +7,7 @@
 //!         0x9000   page tables of the 64-bit entry   |
 //!        0x20000   kernel command line              /
 //!        0xe0000   ACPI tables, the RSDP first
+//!        0xffff0   reset vector
 //!       0x100000   RAM: the kernel; the initramfs at the end
 //!    0xc000_0000   devices, up to 4 GiB
 //!  0x1_0000_0000   the RAM that did not fit below
@@ -34,6 +35,8 @@ pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 pub(crate) const LOW_RAM_END: u64 = 0x9_fc00;
 /// The ACPI tables, in the area that a guest scans for the RSDP.
 pub(crate) const ACPI: GuestAddress = GuestAddress(0xe_0000);
+/// Where a PC's firmware begins after a reset, in real mode: f000:fff0.
+pub(crate) const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Where RAM goes on after the first MiB.
 pub(crate) const HIGH_RAM_START: u64 = 0x10_0000;
 
@@ -63,6 +66,8 @@ pub(crate) const PVPANIC_PORT: u16 = 0x505;
 /// ACPI sleep control, sleep status and reset registers: 3 ports in a row.
 pub(crate) const POWER_PORT: u16 = 0x600;
 pub(crate) const POWER_PORT_COUNT: u8 = 3;
+/// The reset register, the last of the three.
+pub(crate) const RESET_PORT: u16 = POWER_PORT + 2;
 
 /// Guest RAM of `bytes` as (address, length) ranges: one, or two around the devices' hole.
 pub(crate) fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {

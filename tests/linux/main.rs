@@ -1,0 +1,121 @@
+//! Stock Debian kernels as guests. They need a KVM that runs ring 0: `tests/testbed` starts a
+//! machine that has one where this one does not, and brings the kernels.
+
+mod acpi;
+mod boot;
+mod console;
+mod cpu;
+mod ends;
+
+use std::env;
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use dormouse::{Cmdline, Initramfs, InitramfsBuilder, Kernel, MicroVm, Terminated, VmConfig};
+
+/// A boot takes some 5 s in the testbed, more when it is busy. Only a failing test waits longer.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The two kernels that the tests use.
+#[derive(Clone, Copy, Debug)]
+pub enum Release {
+    Linux6_1,
+    Linux6_12,
+}
+
+impl Release {
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Linux6_1 => "6.1.",
+            Self::Linux6_12 => "6.12.",
+        }
+    }
+
+    /// The kernel in its package; one handle for all tests, so that it is unpacked once.
+    pub fn kernel(self) -> Kernel {
+        static KERNELS: [OnceLock<Kernel>; 2] = [OnceLock::new(), OnceLock::new()];
+        KERNELS[self as usize].get_or_init(|| Kernel::deb(self.package())).clone()
+    }
+
+    /// The kernel's Debian package.
+    pub fn package(self) -> PathBuf {
+        let debs = PathBuf::from(env::var_os("DORMOUSE_GUEST_DEBS").expect("run by tests/testbed"));
+        let prefix = format!("linux-image-{}", self.prefix());
+        let entries = fs::read_dir(debs).expect("packages").map(|entry| entry.unwrap().path());
+        let mut found =
+            entries.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with(&prefix));
+        found.next().expect("a kernel package of this release")
+    }
+}
+
+/// Where busybox, iasl and the unpacked kernels are.
+pub fn guest_root() -> PathBuf {
+    env::var_os("DORMOUSE_GUEST_ROOT").expect("run by tests/testbed").into()
+}
+
+/// An initramfs with busybox, whose init runs `script` with /proc, /sys and /dev mounted.
+pub fn initramfs(script: &str) -> InitramfsBuilder {
+    let init = format!(
+        "#!/bin/busybox sh\n\
+         /bin/busybox mkdir -p /proc /sys /dev /bin\n\
+         /bin/busybox --install -s /bin\n\
+         export PATH=/bin\n\
+         mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
+         {script}\n"
+    );
+    Initramfs::builder()
+        .host_file("bin/busybox", guest_root().join("bin/busybox"))
+        .file("init", 0o755, init)
+}
+
+/// A VM of 128 MiB that runs `script`.
+pub fn config(kernel: Kernel, script: &str) -> VmConfig {
+    VmConfig::new(kernel)
+        .initramfs(initramfs(script).build().expect("an initramfs"))
+        .cmdline(Cmdline::default().push("quiet").unwrap())
+}
+
+/// Runs a VM to its end. Returns it with all that it wrote.
+pub fn run(config: VmConfig) -> (MicroVm<Terminated>, String) {
+    let transcript = Transcript::default();
+    let vm = MicroVm::create(config.console(transcript.clone())).expect("create");
+    let vm = vm.start().unwrap().wait_timeout(PATIENCE);
+    let text = transcript.text();
+    match vm {
+        Ok(vm) => (vm, text),
+        Err(failed) => panic!("{}\n{text}", failed.error),
+    }
+}
+
+/// Everything that a guest wrote.
+#[derive(Clone, Default)]
+pub struct Transcript(Arc<Mutex<Vec<u8>>>);
+
+impl Transcript {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).replace('\r', "")
+    }
+
+    /// Waits until the guest has written `text`.
+    pub fn wait_for(&self, text: &str) {
+        let begin = Instant::now();
+        while !self.text().contains(text) {
+            assert!(begin.elapsed() < PATIENCE, "no {text:?} in:\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Write for Transcript {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,279 @@
+//! A bare-metal guest that runs on any /dev/kvm, also on one that emulates ring 0: a few dozen
+//! instructions in ring 0, then ring 3 with all I/O ports open.
+//!
+//! It is an ELF image made in memory from the code below, entered by the 64-bit Linux protocol.
+//! The very first instructions write `B` to the serial port; what comes then is a [`Program`].
+
+use std::arch::global_asm;
+use std::slice;
+
+global_asm!(
+    r#"
+    .pushsection .rodata.dormouse_payload, "a"
+    .balign 4096
+dm_start:
+    mov edx, 0x3f8
+    mov al, 'B'
+    out dx, al
+    cmp qword ptr [rip + dm_program], 0
+    jne 2f
+1:  cli
+    hlt
+    jmp 1b
+
+    # Ring 3 may use the first pages of 2 MiB: set the user bit in PML4, PDPT and PD.
+2:  lea rsp, [rip + dm_stack]
+    mov rax, cr3
+    and rax, -4096
+    or qword ptr [rax], 4
+    mov rbx, [rax]
+    and rbx, -4096
+    or qword ptr [rbx], 4
+    mov rcx, [rbx]
+    and rcx, -4096
+    mov rdx, [rip + dm_pages]
+3:  or qword ptr [rcx], 4
+    add rcx, 8
+    dec rdx
+    jnz 3b
+    mov rax, cr3
+    mov cr3, rax
+
+    lea rax, [rip + dm_gdt]
+    mov [rip + dm_gdtr + 2], rax
+    lgdt [rip + dm_gdtr]
+    push 0x1b
+    lea rax, [rip + dm_stack]
+    push rax
+    push 0x3002
+    push 0x23
+    lea rax, [rip + dm_start]
+    add rax, [rip + dm_program]
+    push rax
+    iretq
+
+    # A `.` on the serial port about every 0.2 ms, for ever.
+dm_heartbeat:
+    mov edi, 500000
+4:  rdtsc
+    mov esi, eax
+5:  rdtsc
+    sub eax, esi
+    cmp eax, edi
+    jb 5b
+    mov edx, 0x3f8
+    mov al, '.'
+    out dx, al
+    jmp 4b
+
+    # Writes a list of bytes to ports, then spins.
+dm_play:
+    lea rsi, [rip + dm_script]
+6:  movzx edx, word ptr [rsi]
+    cmp edx, 0xffff
+    je 7f
+    mov al, [rsi + 2]
+    out dx, al
+    add rsi, 3
+    jmp 6b
+7:  pause
+    jmp 7b
+
+    # Echoes the serial port until a `q`.
+dm_echo:
+8:  mov edx, 0x3fd
+    in al, dx
+    test al, 1
+    jz 8b
+    mov edx, 0x3f8
+    in al, dx
+    cmp al, 'q'
+    je dm_off
+    out dx, al
+    jmp 8b
+
+    # Reads and writes every port that no device answers, in every size, ...
+dm_poke:
+    mov ebx, 0
+9:  mov edx, ebx
+    cmp edx, 0x60
+    jb 10f
+    cmp edx, 0x64
+    jbe 12f
+10: cmp edx, 0x3f5
+    jb 11f
+    cmp edx, 0x3ff
+    jbe 12f
+11: cmp edx, 0x502
+    jb 13f
+    cmp edx, 0x505
+    jbe 12f
+    cmp edx, 0x5fd
+    jb 13f
+    cmp edx, 0x602
+    ja 13f
+12: inc ebx
+    jmp 9b
+13: mov eax, -1
+    out dx, al
+    out dx, ax
+    out dx, eax
+    in al, dx
+    in ax, dx
+    in eax, dx
+    inc ebx
+    cmp ebx, 0x10000
+    jb 9b
+    # ... and every 2 MiB from the end of RAM to 1 GiB.
+    mov rbx, [rip + dm_ram]
+14: mov byte ptr [rbx], 1
+    mov word ptr [rbx + 2], 2
+    mov dword ptr [rbx + 4], 3
+    mov qword ptr [rbx + 8], 4
+    mov qword ptr [rbx + 0xffc], 5
+    mov al, [rbx]
+    mov ax, [rbx + 2]
+    mov eax, [rbx + 4]
+    mov rax, [rbx + 8]
+    add rbx, 0x200000
+    cmp rbx, 0x40000000
+    jb 14b
+    cmp rax, -1
+    jne dm_fault
+dm_off:
+    mov edx, 0x600
+    mov al, 0x34
+    out dx, al
+    jmp dm_off
+
+    # An exception without a handler for it.
+dm_fault:
+    ud2
+
+    # `rep outsb` and `out dx, ax` to the serial port, then off.
+dm_string:
+    lea rsi, [rip + dm_text]
+    mov ecx, 4
+    mov edx, 0x3f8
+    cld
+    rep outsb
+    jmp dm_off
+dm_text: .ascii "text"
+
+    .balign 8
+dm_gdt:  .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cff3000000ffff, 0x00affb000000ffff
+dm_gdtr: .word 39
+         .quad 0
+    .balign 8
+dm_program: .quad 0
+dm_pages:   .quad 64
+dm_ram:     .quad 0
+dm_script:  .space 2048, 0xff
+dm_end:
+    .set dm_stack, dm_end + 0x8000
+    .popsection
+"#
+);
+
+unsafe extern "C" {
+    static dm_start: u8;
+    static dm_end: u8;
+    static dm_program: u8;
+    static dm_pages: u8;
+    static dm_ram: u8;
+    static dm_script: u8;
+    static dm_heartbeat: u8;
+    static dm_play: u8;
+    static dm_echo: u8;
+    static dm_poke: u8;
+    static dm_fault: u8;
+    static dm_string: u8;
+}
+
+/// What the guest does after its `B`.
+#[derive(Clone, Debug)]
+#[allow(dead_code, reason = "tests and benchmarks use different programs")]
+pub enum Program {
+    /// Halts, in ring 0 and with interrupts off: it costs no CPU and never ends.
+    Halt,
+    /// Writes a `.` about every 0.2 ms.
+    Heartbeat,
+    /// Writes these bytes to these ports, then spins.
+    Script(Vec<(u16, u8)>),
+    /// Echoes its serial port; a `q` switches the machine off.
+    Echo,
+    /// Touches every port and memory that is not there, then switches the machine off. The
+    /// guest has this many MiB of RAM, less than 1,024.
+    Poke { ram_mib: u64 },
+    /// Triple faults.
+    Fault,
+    /// Writes `text` with one string instruction, then switches the machine off.
+    String,
+}
+
+/// Where the code is loaded and entered.
+pub const ADDRESS: u64 = 0x100_0000;
+const STACK_BYTES: u64 = 0x1_0000;
+
+/// The guest as code, to be put at [`ADDRESS`].
+pub fn code(program: &Program) -> Vec<u8> {
+    let start = &raw const dm_start;
+    let offset = |symbol: *const u8| symbol as usize - start as usize;
+    // SAFETY: both symbols delimit the section above, which is part of this program's image.
+    let mut code = unsafe { slice::from_raw_parts(start, offset(&raw const dm_end)) }.to_vec();
+    let mut patch = |symbol: *const u8, bytes: &[u8]| {
+        code[offset(symbol)..][..bytes.len()].copy_from_slice(bytes);
+    };
+    let entry = match program {
+        Program::Halt => None,
+        Program::Heartbeat => Some(&raw const dm_heartbeat),
+        Program::Script(writes) => {
+            let mut script: Vec<u8> = Vec::new();
+            for (port, value) in writes {
+                script.extend(port.to_le_bytes());
+                script.push(*value);
+            }
+            assert!(script.len() < 2040, "the script is too long");
+            patch(&raw const dm_script, &script);
+            Some(&raw const dm_play)
+        }
+        Program::Echo => Some(&raw const dm_echo),
+        Program::Poke { ram_mib } => {
+            patch(&raw const dm_pages, &512u64.to_le_bytes());
+            patch(&raw const dm_ram, &(ram_mib << 20).to_le_bytes());
+            Some(&raw const dm_poke)
+        }
+        Program::Fault => Some(&raw const dm_fault),
+        Program::String => Some(&raw const dm_string),
+    };
+    if let Some(entry) = entry {
+        patch(&raw const dm_program, &(offset(entry) as u64).to_le_bytes());
+    }
+    code
+}
+
+/// The guest as an ELF image.
+pub fn elf(program: &Program) -> Vec<u8> {
+    const HEADERS: u64 = 64 + 56;
+    let code = code(program);
+    let len = code.len() as u64;
+    let mut image = Vec::new();
+    image.extend(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    image.extend(2u16.to_le_bytes()); // e_type: executable
+    image.extend(62u16.to_le_bytes()); // e_machine: x86-64
+    image.extend(1u32.to_le_bytes());
+    image.extend(ADDRESS.to_le_bytes()); // e_entry
+    image.extend(64u64.to_le_bytes()); // e_phoff
+    image.extend(0u64.to_le_bytes());
+    image.extend(0u32.to_le_bytes());
+    for half in [64u16, 56, 1, 64, 0, 0] {
+        image.extend(half.to_le_bytes());
+    }
+    image.extend(1u32.to_le_bytes()); // p_type: load
+    image.extend(7u32.to_le_bytes()); // p_flags
+    for word in [HEADERS, ADDRESS, ADDRESS, len, len + STACK_BYTES, 4096] {
+        image.extend(word.to_le_bytes());
+    }
+    image.extend(code);
+    image
+}

@@ -1,0 +1,157 @@
+//! The transitions of a VM, and how a guest's end is seen.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use dormouse::{AnyMicroVm, ErrorKind, ExitStatus, MicroVm, Phase, Terminated};
+
+use crate::guest::Program;
+use crate::{PATIENCE, config, create};
+
+fn end_of(program: Program) -> MicroVm<Terminated> {
+    let (vm, _output) = create(&program);
+    vm.start().unwrap().wait_timeout(PATIENCE).unwrap()
+}
+
+#[test]
+fn a_guest_that_beats_stops_while_paused_and_goes_on_after() {
+    let (vm, output) = create(&Program::Heartbeat);
+    let mut vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    for _ in 0..20 {
+        assert_eq!(output.next(), b'.');
+        let paused = vm.pause().unwrap();
+        output.so_far();
+        sleep(Duration::from_millis(5));
+        assert_eq!(output.so_far(), b"", "a paused guest runs");
+        vm = paused.resume().unwrap();
+    }
+    assert_eq!(output.next(), b'.');
+    assert_eq!(vm.exit_status(), None);
+    let ended = vm.terminate();
+    assert_eq!(ended.exit_status(), &ExitStatus::Terminated);
+}
+
+#[test]
+fn each_end_of_a_guest_has_its_own_status() {
+    let script = |port, value| Program::Script(vec![(port, value)]);
+    assert_eq!(end_of(script(0x600, 0x34)).exit_status(), &ExitStatus::PoweredOff);
+    assert_eq!(end_of(script(0x602, 1)).exit_status(), &ExitStatus::Rebooted);
+    assert_eq!(end_of(script(0x64, 0xfe)).exit_status(), &ExitStatus::Rebooted);
+    let panicked = ExitStatus::Panicked { message: None };
+    assert_eq!(end_of(script(0x505, 1)).exit_status(), &panicked);
+    assert_eq!(end_of(Program::Fault).exit_status(), &ExitStatus::TripleFault);
+}
+
+#[test]
+fn a_panic_on_the_console_before_a_reset_is_a_panic_with_its_message() {
+    let mut script: Vec<(u16, u8)> =
+        b"Kernel panic - not syncing: no init\r\n".iter().map(|byte| (0x3f8, *byte)).collect();
+    script.push((0x602, 1));
+    let ended = end_of(Program::Script(script));
+    let message = Some("no init".to_owned());
+    assert_eq!(ended.exit_status(), &ExitStatus::Panicked { message });
+}
+
+#[test]
+fn calls_on_a_guest_that_ended_say_how_it_ended_with_its_last_words() {
+    let (vm, output) = create(&Program::Script(vec![(0x3f8, b'!'), (0x600, 0x34)]));
+    let vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    while vm.exit_status().is_none() {
+        sleep(Duration::from_millis(1));
+    }
+    let error = vm.console_input("x").unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::GuestEnded(ExitStatus::PoweredOff));
+    let failed = vm.pause().unwrap_err();
+    assert_eq!(failed.error.to_string(), "cannot pause: the guest powered off");
+    assert_eq!(failed.error.phase(), Some(Phase::Pause));
+    assert_eq!(failed.error.console_tail(), Some("B!"));
+    assert_eq!(failed.vm.exit_status(), &ExitStatus::PoweredOff);
+}
+
+#[test]
+fn wait_timeout_gives_a_living_vm_back() {
+    let (vm, output) = create(&Program::Heartbeat);
+    let vm = vm.start().unwrap();
+    let failed = vm.wait_timeout(Duration::from_millis(20)).unwrap_err();
+    assert_eq!(failed.error.kind(), &ErrorKind::Timeout);
+    assert_eq!(output.next(), b'B');
+    assert_eq!(failed.vm.terminate().exit_status(), &ExitStatus::Terminated);
+}
+
+#[test]
+fn terminate_keeps_the_status_of_a_guest_that_ended_before() {
+    let (vm, _output) = create(&Program::Script(vec![(0x600, 0x34)]));
+    let vm = vm.start().unwrap();
+    while vm.exit_status().is_none() {
+        sleep(Duration::from_millis(1));
+    }
+    assert_eq!(vm.terminate().exit_status(), &ExitStatus::PoweredOff);
+}
+
+#[test]
+fn what_the_host_types_comes_back_from_an_echoing_guest() {
+    let (vm, output) = create(&Program::Echo);
+    let vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    let text: Vec<u8> = (0..5000).map(|n| b'a' + (n % 16) as u8).collect();
+    vm.console_input(&text).unwrap();
+    let echoed: Vec<u8> = text.iter().map(|_| output.next()).collect();
+    assert_eq!(echoed, text);
+    vm.console_input("q").unwrap();
+    let ended = vm.wait_timeout(PATIENCE).unwrap();
+    assert_eq!(ended.exit_status(), &ExitStatus::PoweredOff);
+}
+
+#[test]
+fn a_string_instruction_writes_each_of_its_bytes() {
+    let ended = end_of(Program::String);
+    assert_eq!(ended.console().tail(), "Btext");
+}
+
+#[test]
+fn timings_name_every_phase_once_in_order() {
+    let (vm, output) = create(&Program::Heartbeat);
+    let vm = vm.start().unwrap();
+    output.next();
+    output.next();
+    let ended = vm.pause().unwrap().resume().unwrap().terminate();
+    let timings = ended.timings();
+    let mut names: Vec<&str> = timings.iter().map(|timing| timing.phase.name()).collect();
+    names.sort_unstable();
+    let mut all = [
+        "config",
+        "kernel",
+        "memory",
+        "kvm",
+        "devices",
+        "vcpus",
+        "load",
+        "start",
+        "pause",
+        "resume",
+        "terminate",
+        "first_run",
+        "first_exit",
+    ];
+    all.sort_unstable();
+    assert_eq!(names, all);
+    let json = serde_json::to_value(&timings).unwrap();
+    assert_eq!(json[0]["phase"], "config");
+    assert!(json[0]["duration_ns"].is_u64());
+}
+
+#[test]
+fn vms_of_any_state_live_in_one_collection() {
+    let vm = |program| MicroVm::create(config(&program)).unwrap();
+    let paused = vm(Program::Heartbeat).start().unwrap().pause().unwrap();
+    let vms: Vec<AnyMicroVm> = vec![
+        vm(Program::Halt).into(),
+        vm(Program::Halt).start().unwrap().into(),
+        paused.into(),
+        vm(Program::Halt).start().unwrap().terminate().into(),
+    ];
+    let names: Vec<&str> = vms.iter().map(AnyMicroVm::state_name).collect();
+    assert_eq!(names, ["Created", "Running", "Paused", "Terminated"]);
+}
