@@ -13,6 +13,7 @@ mod console;
 mod devices;
 mod error;
 mod exit;
+mod host;
 mod initramfs;
 mod kernel;
 mod kvm;
@@ -27,6 +28,7 @@ pub use config::{CpuTemplate, CpuidRegister, VmConfig};
 pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::ExitStatus;
+pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
 pub use microvm::{

@@ -42,6 +42,9 @@ dm_start:
     lea rax, [rip + dm_gdt]
     mov [rip + dm_gdtr + 2], rax
     lgdt [rip + dm_gdtr]
+    # A KVM that emulates ring 0 asks the I/O permission map in the TSS, not the privilege level.
+    mov eax, 0x28
+    ltr ax
     push 0x1b
     lea rax, [rip + dm_stack]
     push rax
@@ -162,7 +165,8 @@ dm_text: .ascii "text"
 
     .balign 8
 dm_gdt:  .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cff3000000ffff, 0x00affb000000ffff
-dm_gdtr: .word 39
+dm_tss_descriptor: .quad 0, 0
+dm_gdtr: .word 55
          .quad 0
     .balign 8
 dm_program: .quad 0
@@ -171,6 +175,7 @@ dm_ram:     .quad 0
 dm_script:  .space 2048, 0xff
 dm_end:
     .set dm_stack, dm_end + 0x8000
+    .set dm_tss, dm_end + 0xa000
     .popsection
 "#
 );
@@ -188,6 +193,8 @@ unsafe extern "C" {
     static dm_poke: u8;
     static dm_fault: u8;
     static dm_string: u8;
+    static dm_tss_descriptor: u8;
+    static dm_tss: u8;
 }
 
 /// What the guest does after its `B`.
@@ -213,7 +220,8 @@ pub enum Program {
 
 /// Where the code is loaded and entered.
 pub const ADDRESS: u64 = 0x100_0000;
-const STACK_BYTES: u64 = 0x1_0000;
+/// Zeros behind the code: the stack and the TSS.
+const ZERO_BYTES: u64 = 0x2_0000;
 
 /// The guest as code, to be put at [`ADDRESS`].
 pub fn code(program: &Program) -> Vec<u8> {
@@ -246,6 +254,10 @@ pub fn code(program: &Program) -> Vec<u8> {
         Program::Fault => Some(&raw const dm_fault),
         Program::String => Some(&raw const dm_string),
     };
+    // An available 64-bit TSS of 64 KiB, all zeros: its permission map begins at 0, and 0 allows.
+    let tss = ADDRESS + offset(&raw const dm_tss) as u64;
+    let descriptor = 0xffff | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
+    patch(&raw const dm_tss_descriptor, &descriptor.to_le_bytes());
     if let Some(entry) = entry {
         patch(&raw const dm_program, &(offset(entry) as u64).to_le_bytes());
     }
@@ -271,7 +283,7 @@ pub fn elf(program: &Program) -> Vec<u8> {
     }
     image.extend(1u32.to_le_bytes()); // p_type: load
     image.extend(7u32.to_le_bytes()); // p_flags
-    for word in [HEADERS, ADDRESS, ADDRESS, len, len + STACK_BYTES, 4096] {
+    for word in [HEADERS, ADDRESS, ADDRESS, len, len + ZERO_BYTES, 4096] {
         image.extend(word.to_le_bytes());
     }
     image.extend(code);

@@ -1,7 +1,10 @@
 //! Lifecycle, ends, leaks and limits, with bare-metal guests: any /dev/kvm will do.
 
+mod bad_input;
 mod guest;
 mod lifecycle;
+mod limits;
+mod resources;
 
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};

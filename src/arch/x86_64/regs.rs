@@ -110,11 +110,9 @@ fn segment(index: u16, kind: u8, long: bool) -> kvm_segment {
     }
 }
 
-/// The task state segment, which VMX demands. It is as large as it can be: a hypervisor that
-/// does not honour the I/O privilege level looks into the I/O permission map that it ends with,
-/// and finds the zeros, "allowed", that memory begins with.
+/// An empty task state segment, which VMX demands.
 fn task(index: u16) -> kvm_segment {
-    kvm_segment { db: 0, s: 0, ..segment(index, TSS, false) }
+    kvm_segment { limit: 0x67, db: 0, s: 0, g: 0, ..segment(index, TSS, false) }
 }
 
 /// The GDT of the 64-bit entry: null, code, data, task.
@@ -153,7 +151,7 @@ mod tests {
 
     #[test]
     fn descriptors_are_those_of_the_boot_protocol() {
-        assert_eq!(gdt(), [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff]);
+        assert_eq!(gdt(), [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067]);
     }
 
     #[test]

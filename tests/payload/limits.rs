@@ -1,0 +1,162 @@
+//! Many VMs, one after the other and side by side; and what is left of them.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use dormouse::{ExitStatus, MicroVm};
+
+use crate::guest::Program;
+use crate::{PATIENCE, config, create, resources};
+
+#[test]
+fn a_thousand_created_and_dropped_vms_leave_nothing_behind() {
+    if !resources::alone("a_thousand_created_and_dropped_vms_leave_nothing_behind") {
+        return;
+    }
+    let round = || drop(MicroVm::create(config(&Program::Halt)).unwrap());
+    for _ in 0..10 {
+        round();
+    }
+    let before = resources::settled();
+    for _ in 0..1000 {
+        round();
+    }
+    resources::assert_back_to(&before);
+}
+
+#[test]
+fn two_hundred_started_and_terminated_vms_leave_nothing_behind() {
+    if !resources::alone("two_hundred_started_and_terminated_vms_leave_nothing_behind") {
+        return;
+    }
+    let round = |vcpus| {
+        let vm = MicroVm::create(config(&Program::Heartbeat).vcpus(vcpus)).unwrap();
+        let ended = vm.start().unwrap().terminate();
+        assert_eq!(ended.exit_status(), &ExitStatus::Terminated);
+    };
+    for vcpus in 1..10 {
+        round(vcpus);
+    }
+    let before = resources::settled();
+    for vm in 0..200 {
+        round(1 + vm % 4);
+    }
+    resources::assert_back_to(&before);
+}
+
+#[test]
+fn vms_dropped_in_any_state_leave_nothing_behind() {
+    if !resources::alone("vms_dropped_in_any_state_leave_nothing_behind") {
+        return;
+    }
+    let round = || {
+        let vm = || MicroVm::create(config(&Program::Heartbeat).vcpus(2)).unwrap();
+        drop(vm());
+        drop(vm().start().unwrap());
+        drop(vm().start().unwrap().pause().unwrap());
+        drop(vm().start().unwrap().pause().unwrap().resume().unwrap());
+        let _ = vm().start().unwrap().pause().unwrap().terminate();
+    };
+    round();
+    let before = resources::settled();
+    for _ in 0..20 {
+        round();
+    }
+    resources::assert_back_to(&before);
+}
+
+#[test]
+fn two_hundred_vms_run_side_by_side() {
+    // Each tenth of them is busy, the others halt.
+    let vms: Vec<_> = (0..200)
+        .map(|vm| {
+            let program = if vm % 10 == 0 { Program::Heartbeat } else { Program::Halt };
+            let (vm, output) = create(&program);
+            (vm.start().unwrap(), output)
+        })
+        .collect();
+    for (_, output) in &vms {
+        assert_eq!(output.next(), b'B');
+    }
+    for (_, output) in vms.iter().step_by(10) {
+        output.so_far();
+        assert_eq!(output.next(), b'.');
+    }
+    for (vm, _) in vms {
+        assert_eq!(vm.exit_status(), None);
+        assert_eq!(vm.terminate().exit_status(), &ExitStatus::Terminated);
+    }
+}
+
+#[test]
+fn one_vm_that_dies_leaves_the_others_alone() {
+    let (living, output) = create(&Program::Heartbeat);
+    let living = living.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    for program in [Program::Fault, Program::Script(vec![(0x600, 0x34)])] {
+        let (vm, _) = create(&program);
+        let _ = vm.start().unwrap().wait_timeout(PATIENCE).unwrap();
+    }
+    output.so_far();
+    assert_eq!(output.next(), b'.');
+    assert_eq!(living.exit_status(), None);
+}
+
+#[test]
+fn a_console_writer_that_panics_ends_its_guest_and_nothing_else() {
+    struct Panics;
+    impl Write for Panics {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            panic!("the embedding program's fault")
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let vm = MicroVm::create(config(&Program::Heartbeat).vcpus(2).console(Panics)).unwrap();
+    let ended = vm.start().unwrap().wait_timeout(PATIENCE).unwrap();
+    let ExitStatus::Crashed { reason } = ended.exit_status() else {
+        panic!("{}", ended.exit_status());
+    };
+    assert!(reason.contains("panicked"), "{reason}");
+}
+
+#[test]
+fn a_drop_does_not_wait_for_a_console_writer_that_blocks() {
+    struct Blocks;
+    impl Write for Blocks {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            std::thread::sleep(Duration::from_secs(5));
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let vm = MicroVm::create(config(&Program::Heartbeat).console(Blocks)).unwrap();
+    let vm = vm.start().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let begin = Instant::now();
+    drop(vm);
+    // Not a measurement: five seconds apart from the five that the writer takes.
+    assert!(begin.elapsed() < Duration::from_secs(3));
+}
+
+#[test]
+fn the_process_keeps_its_signal_handlers_and_its_mask() {
+    let before = signals();
+    let (vm, output) = create(&Program::Heartbeat);
+    let vm = vm.start().unwrap();
+    output.next();
+    let ended = vm.pause().unwrap().resume().unwrap().terminate();
+    assert_eq!(ended.exit_status(), &ExitStatus::Terminated);
+    assert_eq!(signals(), before);
+}
+
+/// Blocked, ignored and caught signals of this thread and process.
+fn signals() -> Vec<String> {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let fields = ["SigBlk", "SigIgn", "SigCgt"];
+    let lines = status.lines().filter(|line| fields.iter().any(|field| line.starts_with(field)));
+    lines.map(str::to_owned).collect()
+}

@@ -1,0 +1,80 @@
+//! What a process holds: descriptors, threads, mappings. And a process of one's own to count
+//! them in, because tests run side by side.
+
+use std::fs;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::PATIENCE;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resources {
+    pub descriptors: usize,
+    pub threads: usize,
+    pub mappings: usize,
+}
+
+/// What this process holds now.
+pub fn now() -> Resources {
+    let entries = |path: &str| fs::read_dir(path).unwrap().count();
+    Resources {
+        descriptors: entries("/proc/self/fd"),
+        threads: entries("/proc/self/task"),
+        mappings: fs::read_to_string("/proc/self/maps").unwrap().lines().count(),
+    }
+}
+
+/// What it holds once nothing changes any more.
+pub fn settled() -> Resources {
+    let mut last = now();
+    loop {
+        sleep(Duration::from_millis(200));
+        let next = now();
+        if next == last {
+            return next;
+        }
+        last = next;
+    }
+}
+
+/// glibc keeps up to 40 MiB of the stacks of threads that are gone: 20 of 2 MiB, each with a
+/// guard page. Whatever grows with each VM is more than that after a hundred of them.
+const CACHED_STACKS: usize = 2 * 20;
+
+/// Waits until this process holds what it held before.
+pub fn assert_back_to(before: &Resources) {
+    let begin = Instant::now();
+    loop {
+        let now = now();
+        let back = now.descriptors == before.descriptors
+            && now.threads == before.threads
+            && now.mappings <= before.mappings + CACHED_STACKS;
+        if back {
+            return;
+        }
+        assert!(begin.elapsed() < PATIENCE, "before: {before:?}, now: {now:?}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether this process runs the named test alone. The first time it does not: then the test is
+/// run again in a process of its own, and its end is checked here.
+pub fn alone(test: &str) -> bool {
+    const ALONE: &str = "DORMOUSE_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--test-threads=1", "--nocapture", test])
+        .env(ALONE, "1")
+        // An arena for each thread would be a mapping for each thread.
+        .env("MALLOC_ARENA_MAX", "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}{errors}");
+    assert!(text.contains("1 passed"), "{text}");
+    false
+}
