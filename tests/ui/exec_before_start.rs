@@ -1,0 +1,7 @@
+use dormouse::{Created, MicroVm};
+
+fn main() {}
+
+fn exec(vm: MicroVm<Created>) {
+    vm.exec("true", []);
+}
