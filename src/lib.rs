@@ -1,4 +1,57 @@
 //! MicroVMs inside your process.
+//!
+//! dormouse boots Linux guests over KVM with a small VMM of its own, in the process that calls
+//! it: no daemon, no socket, no child process. A VM is a value whose state is its type.
+//!
+//! ```text
+//!                       start                pause
+//!  create ─▶ Created ──────────▶ Running ◀──────────▶ Paused
+//!                                   │       resume       │
+//!                             wait, │                    │ terminate
+//!                         terminate ▼                    ▼
+//!                                     Terminated
+//! ```
+//!
+//! ```no_run
+//! use dormouse::{Initramfs, Kernel, MicroVm, VmConfig};
+//!
+//! let initramfs = Initramfs::builder()
+//!     .host_file("bin/busybox", "/bin/busybox")
+//!     .file("init", 0o755, "#!/bin/busybox sh\necho hello\n/bin/busybox poweroff -f\n")
+//!     .build()?;
+//! let config = VmConfig::new(Kernel::installed()?)
+//!     .initramfs(initramfs)
+//!     .memory_mib(256)
+//!     .console(std::io::stdout());
+//!
+//! let running = MicroVm::create(config)?.start()?;
+//! let paused = running.pause()?;
+//! let ended = paused.resume()?.wait();
+//! assert!(ended.exit_status().is_clean());
+//! # Ok::<(), dormouse::Error>(())
+//! ```
+//!
+//! | to | see |
+//! | --- | --- |
+//! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
+//! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
+//! | size and shape the machine | [`VmConfig`], [`CpuTemplate`] |
+//! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
+//! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
+//! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
+//! | know what it cost | [`Timings`], [`Phase`], and `tracing` spans of the same names |
+//!
+//! # In someone else's process
+//!
+//! The library installs no signal handler, touches no terminal, writes to no standard stream,
+//! never exits or aborts, and keeps nothing behind: descriptors, mappings and threads of a VM are
+//! gone within milliseconds of its drop. Calls block, for the times that they document; none
+//! needs an async runtime. Threads are named `dormouse-…`. The highest real-time signal is sent
+//! to vCPU threads, which have it blocked: it is never delivered.
+//!
+//! # Features
+//!
+//! - `deb` (default): [`Kernel::deb`], kernels out of Debian packages.
 
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -36,3 +89,8 @@ pub use microvm::{
 };
 pub use phase::Phase;
 pub use timings::{Timing, Timings};
+
+/// The README's code compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
