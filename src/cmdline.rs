@@ -54,7 +54,8 @@ impl Cmdline {
         Self(String::new())
     }
 
-    /// Adds `argument`, which may hold several, separated by spaces.
+    /// Adds `argument`, which may hold several, separated by spaces. White space around it is cut
+    /// off.
     ///
     /// # Errors
     ///
@@ -90,7 +91,8 @@ impl Cmdline {
         }
         add(&mut cmdline).map_err(failed)?;
         let bytes = cmdline.as_cstring().map_err(failed)?;
-        Ok(Self(String::from_utf8_lossy(bytes.as_bytes()).into_owned()))
+        // An argument without text leaves the space that was to stand before it.
+        Ok(Self(String::from_utf8_lossy(bytes.as_bytes()).trim_end().to_owned()))
     }
 }
 
@@ -149,6 +151,14 @@ mod tests {
         }
         assert!(Cmdline::default().set("a b", "c").is_err());
         assert!(Cmdline::default().set("a", "b c").is_err());
+    }
+
+    #[test]
+    fn an_argument_without_text_adds_nothing() {
+        for nothing in ["", " ", "\n"] {
+            assert_eq!(Cmdline::default().push(nothing).unwrap(), Cmdline::default());
+        }
+        assert_eq!(Cmdline::empty().push("quiet\n").unwrap().as_str(), "quiet");
     }
 
     #[test]

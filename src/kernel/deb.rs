@@ -1,12 +1,22 @@
 //! The kernel inside a Debian package: an `ar` archive that holds a compressed `tar`.
 //!
-//! Source: deb(5). Only the data member is looked at, and only until the kernel is found.
+//! Source: deb(5), ar(5). Only the data member is looked at, and only until the kernel is found.
+//! The `ar` headers are read here, because the crate for it allocates what they say, and trusts
+//! the offsets of long names, which packages do not have.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use super::{KernelError, MAX_IMAGE_BYTES, read_bounded};
+use super::{KernelError, MAX_IMAGE_BYTES, compression, read_bounded};
+
+/// What an `ar` archive begins with.
+const MAGIC: &[u8; 8] = b"!<arch>\n";
+/// The header of a member, in text: its name first, and its size in decimal.
+const HEADER_BYTES: usize = 60;
+const NAME_END: usize = 16;
+const SIZE_START: usize = 48;
+const SIZE_END: usize = 58;
 
 /// Reads `boot/vmlinuz-*` out of a package.
 pub(super) fn kernel_image(path: &Path) -> Result<Vec<u8>, KernelError> {
@@ -31,29 +41,46 @@ impl From<io::Error> for Fault {
     }
 }
 
-fn find(package: impl Read) -> Result<Vec<u8>, Fault> {
-    let mut archive = ar::Archive::new(package);
-    while let Some(member) = archive.next_entry() {
-        let member = member?;
-        let name = String::from_utf8_lossy(member.header().identifier()).into_owned();
-        let Some(compression) = name.strip_prefix("data.tar") else {
+fn find(mut package: impl Read) -> Result<Vec<u8>, Fault> {
+    let mut magic = [0; MAGIC.len()];
+    package.read_exact(&mut magic)?;
+    if &magic != MAGIC {
+        return Err(Fault::Reason("it is no ar archive".to_owned()));
+    }
+    let mut header = [0; HEADER_BYTES];
+    loop {
+        match package.read_exact(&mut header) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(Fault::Reason("it has no data.tar".to_owned()));
+            }
+            read => read?,
+        }
+        let name = String::from_utf8_lossy(&header[..NAME_END]);
+        let size = String::from_utf8_lossy(&header[SIZE_START..SIZE_END]);
+        let size: u64 = size.trim_end().parse().map_err(|_| {
+            Fault::Reason(format!("the size of its member {} is no number", name.trim_end()))
+        })?;
+        let Some(suffix) = name.trim_end_matches([' ', '/']).strip_prefix("data.tar") else {
+            // Members begin at even offsets.
+            io::copy(&mut package.by_ref().take(size + size % 2), &mut io::sink())?;
             continue;
         };
-        return match compression {
+        let member = package.take(size);
+        return match suffix {
             "" => find_in_tar(member),
-            ".xz" => find_in_tar(liblzma::read::XzDecoder::new(member)),
+            ".xz" => find_in_tar(compression::xz(member)?),
             ".gz" => find_in_tar(flate2::read::GzDecoder::new(member)),
             ".zst" => find_in_tar(zstd::stream::read::Decoder::new(member)?),
             other => Err(Fault::Reason(format!("its data is compressed as {other}"))),
         };
     }
-    Err(Fault::Reason("it has no data.tar".to_owned()))
 }
 
 fn find_in_tar(data: impl Read) -> Result<Vec<u8>, Fault> {
     // A package of a few MiB can unpack to anything; no more than this is looked at.
     let mut tar = tar::Archive::new(data.take(4 * MAX_IMAGE_BYTES));
-    for entry in tar.entries()? {
+    // Raw entries: a long name or a PAX record, of any size, would be read into memory.
+    for entry in tar.entries()?.raw(true) {
         let entry = entry?;
         let path: PathBuf =
             entry.path()?.components().skip_while(|c| c.as_os_str() == ".").collect();

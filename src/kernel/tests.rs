@@ -112,6 +112,27 @@ fn a_flipped_byte_anywhere_never_panics() {
 }
 
 #[test]
+fn a_payload_that_unpacks_to_something_else_is_refused() {
+    let packed = zstd::encode_all(&b"no ELF image at all"[..], 1).unwrap();
+    let error = parse(bzimage(&packed)).unwrap_err().to_string();
+    assert!(error.starts_with("neither an ELF image nor a bzImage"), "{error}");
+}
+
+#[test]
+fn an_xz_payload_that_wants_gigabytes_of_dictionary_is_refused() {
+    let mut options = liblzma::stream::LzmaOptions::new_preset(0).unwrap();
+    options.dict_size(1 << 30);
+    let mut filters = liblzma::stream::Filters::new();
+    filters.lzma2(&options);
+    let stream =
+        liblzma::stream::Stream::new_stream_encoder(&filters, liblzma::stream::Check::Crc32);
+    let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream.unwrap());
+    encoder.write_all(&elf()).unwrap();
+    let error = parse(bzimage(&encoder.finish().unwrap())).unwrap_err().to_string();
+    assert!(error.contains("cannot unpack the bzImage's xz payload"), "{error}");
+}
+
+#[test]
 fn bzimages_that_cannot_be_unpacked_say_why() {
     let text = |image: Vec<u8>| parse(image).unwrap_err().to_string();
     let good = bzimage(&elf());
@@ -140,15 +161,36 @@ mod deb {
             tar.append_data(&mut header.clone(), name, &content[..]).unwrap();
         }
         let data = pack(tar.into_inner().unwrap());
-        let mut archive = ar::Builder::new(Vec::new());
+        let mut archive = b"!<arch>\n".to_vec();
         for (name, bytes) in [("debian-binary", &b"2.0\n"[..]), (member, &data)] {
-            let header = ar::Header::new(name.into(), bytes.len() as u64);
-            archive.append(&header, bytes).unwrap();
+            archive.extend(ar_header(name, bytes.len()));
+            archive.extend(bytes);
+            archive.resize(archive.len().next_multiple_of(2), b'\n');
         }
-        let name = format!("dormouse-{}-{member}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        std::fs::write(&path, archive.into_inner().unwrap()).unwrap();
+        scratch(member, &archive)
+    }
+
+    fn ar_header(name: &str, size: usize) -> Vec<u8> {
+        format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`\n", 0, 0, 0, 100_644).into_bytes()
+    }
+
+    fn scratch(name: &str, content: &[u8]) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("dormouse-{}-{name}", std::process::id()));
+        std::fs::write(&path, content).unwrap();
         path
+    }
+
+    #[test]
+    fn archive_members_of_absurd_names_and_sizes_are_refused() {
+        let table = [&b"!<arch>\n"[..], &ar_header("//", 9_999_999_999)].concat();
+        let outside = [&b"!<arch>\n"[..], &ar_header("//", 0), &ar_header("/4096", 0)].concat();
+        let number = [&b"!<arch>\n"[..], &[b'x'; 60]].concat();
+        for (name, archive) in [("table", table), ("outside", outside), ("number", number)] {
+            let path = scratch(name, &archive);
+            let error = Kernel::deb(&path).check().unwrap_err();
+            assert!(error.to_string().contains("not a Debian package"), "{name}: {error}");
+            std::fs::remove_file(path).unwrap();
+        }
     }
 
     fn xz(bytes: Vec<u8>) -> Vec<u8> {

@@ -11,7 +11,7 @@ use linux_loader::elf::{
 };
 use vm_memory::ByteValued;
 
-use super::KernelError;
+use super::{KernelError, start_of};
 
 /// The ELF magic number, 0x7f 'E' 'L' 'F'.
 const MAGIC: [u8; 4] = [ELFMAG0, ELFMAG1, ELFMAG2, ELFMAG3];
@@ -34,6 +34,9 @@ impl Vmlinux {
     /// Checks the headers: architecture, and that each segment is within the image and above the
     /// first MiB of guest memory.
     pub(super) fn parse(image: Vec<u8>) -> Result<Self, KernelError> {
+        if !is_elf(&image) {
+            return Err(KernelError::UnknownFormat { start: start_of(&image) });
+        }
         let header: Elf64_Ehdr = read(&image, 0, "the ELF header")?;
         let (class, machine) = (header.e_ident[EI_CLASS], header.e_machine);
         if class != ELFCLASS64 || machine != EM_X86_64 {
