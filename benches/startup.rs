@@ -1,13 +1,14 @@
 //! From nothing to the first instruction of a guest, beside the raw KVM calls for the same, and
 //! what a drop costs. Bare-metal guest, so that it runs at full speed on any /dev/kvm.
 //!
-//! `cargo bench --bench startup` prints a table, with `-- --json` one JSON object a line.
+//! `cargo bench --bench startup` prints a table, with `-- --json` one JSON object a line; with
+//! `-- --svg FILE` it draws the distributions.
 
 #[path = "../tests/payload/guest.rs"]
 mod guest;
+mod report;
 
 use std::io::{self, Write};
-use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,20 +17,22 @@ use dormouse::{Kernel, MicroVm, VmConfig};
 use guest::Program;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
+use report::{Metric, report};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 const WARM_UP: usize = 10;
 const ROUNDS: usize = 200;
 
 fn main() {
-    let json = std::env::args().any(|argument| argument == "--json");
-    let mut report = Report { json, rows: Vec::new() };
-    for (name, memory_mib) in [("128 MiB", 128), ("4 GiB", 4096)] {
-        let samples = startup(memory_mib);
-        report.row(&format!("create → first instruction, {name}"), &samples.ours, &samples.floor);
-        report.row_alone(&format!("drop of a running VM, {name}"), &samples.drops);
+    let mut metrics = Vec::new();
+    for (size, memory_mib) in [("128 MiB", 128), ("4 GiB", 4096)] {
+        let Samples { ours, floor, drops } = startup(memory_mib);
+        let name = format!("create → first instruction, {size}");
+        metrics.push(Metric { name, ours, floor });
+        let name = format!("drop of a running VM, {size}");
+        metrics.push(Metric { name, ours: drops, floor: Vec::new() });
     }
-    report.finish();
+    report(&metrics);
 }
 
 #[derive(Default)]
@@ -141,66 +144,7 @@ fn raw_kvm(code: &[u8], cpuid: &CpuId, memory_bytes: u64) -> Duration {
         exit => panic!("the guest's first exit is {exit:?}"),
     }
     let elapsed = begin.elapsed();
-    let vm = Arc::new(vm);
     drop((vcpu, vm, kvm));
     drop(memory);
     elapsed
-}
-
-struct Report {
-    json: bool,
-    rows: Vec<[String; 6]>,
-}
-
-impl Report {
-    fn row(&mut self, metric: &str, ours: &[Duration], floor: &[Duration]) {
-        let (p50, p99, floor_p50) =
-            (percentile(ours, 50), percentile(ours, 99), percentile(floor, 50));
-        let ratio = p50 / floor_p50;
-        if self.json {
-            println!(
-                r#"{{"metric":"{metric}","unit":"us","n":{},"p50":{p50:.1},"p99":{p99:.1},"floor_p50":{floor_p50:.1},"ratio":{ratio:.3}}}"#,
-                ours.len()
-            );
-        }
-        self.rows.push([
-            metric.to_owned(),
-            ours.len().to_string(),
-            format!("{p50:.0}"),
-            format!("{p99:.0}"),
-            format!("{floor_p50:.0}"),
-            format!("{ratio:.2}"),
-        ]);
-    }
-
-    fn row_alone(&mut self, metric: &str, ours: &[Duration]) {
-        let (p50, p99) = (percentile(ours, 50), percentile(ours, 99));
-        if self.json {
-            println!(
-                r#"{{"metric":"{metric}","unit":"us","n":{},"p50":{p50:.1},"p99":{p99:.1},"floor_p50":null,"ratio":null}}"#,
-                ours.len()
-            );
-        }
-        let [p50, p99] = [p50, p99].map(|us| format!("{us:.0}"));
-        self.rows.push([metric.into(), ours.len().to_string(), p50, p99, "".into(), "".into()]);
-    }
-
-    fn finish(self) {
-        if self.json {
-            return;
-        }
-        println!(
-            "µs{:>41} {:>6} {:>8} {:>8} {:>10} {:>6}",
-            "", "n", "p50", "p99", "floor p50", "ratio"
-        );
-        for [metric, n, p50, p99, floor, ratio] in self.rows {
-            println!("{metric:<43} {n:>6} {p50:>8} {p99:>8} {floor:>10} {ratio:>6}");
-        }
-    }
-}
-
-fn percentile(samples: &[Duration], percent: usize) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_unstable();
-    sorted[(sorted.len() - 1) * percent / 100].as_secs_f64() * 1e6
 }
