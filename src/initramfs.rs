@@ -3,8 +3,8 @@
 //! Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst (cpio "newc").
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,6 +19,9 @@ const S_IFCHR: u32 = 0o020_000;
 const S_IFREG: u32 = 0o100_000;
 const S_IFLNK: u32 = 0o120_000;
 
+/// The largest archive, and file in one, that is read: the kernel wants it below 2 GiB.
+const MAX_BYTES: u64 = 2 << 30;
+
 /// Why an initramfs cannot be read or built.
 #[derive(Debug, ThisError)]
 pub(crate) enum InitramfsError {
@@ -26,8 +29,8 @@ pub(crate) enum InitramfsError {
     Read { path: PathBuf, source: io::Error },
     #[error("{path:?} is no path for an initramfs: {reason}")]
     Path { path: String, reason: &'static str },
-    #[error("{path} is larger than the 4 GiB that the format can hold")]
-    FileTooLarge { path: String },
+    #[error("{} is larger than {MAX_BYTES} bytes (2 GiB)", path.display())]
+    TooLarge { path: PathBuf },
     #[error("cannot write the archive")]
     Write(#[source] io::Error),
 }
@@ -83,9 +86,7 @@ impl Initramfs {
     pub(crate) fn load(&self) -> Result<Arc<[u8]>, InitramfsError> {
         match &self.source {
             Source::Bytes(bytes) => Ok(Arc::clone(bytes)),
-            Source::File(path) => fs::read(path)
-                .map(Arc::from)
-                .map_err(|source| InitramfsError::Read { path: path.clone(), source }),
+            Source::File(path) => read_bounded(path).map(Arc::from),
         }
     }
 }
@@ -217,7 +218,7 @@ fn write_entry(
         }
     };
     let len = u32::try_from(content.len())
-        .map_err(|_| InitramfsError::FileTooLarge { path: path.to_owned() })?;
+        .map_err(|_| InitramfsError::TooLarge { path: PathBuf::from(path) })?;
     let mut writer = header.write(archive, len);
     io::Write::write_all(&mut writer, &content).map_err(InitramfsError::Write)?;
     writer.finish().map_err(InitramfsError::Write)?;
@@ -227,10 +228,24 @@ fn write_entry(
 fn read_host_file(path: &Path) -> Result<(u32, Vec<u8>), InitramfsError> {
     use std::os::unix::fs::PermissionsExt;
 
-    let failed = |source| InitramfsError::Read { path: path.into(), source };
-    let content = fs::read(path).map_err(failed)?;
-    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    let content = read_bounded(path)?;
+    let mode = fs::metadata(path)
+        .map_err(|source| InitramfsError::Read { path: path.into(), source })?
+        .permissions()
+        .mode();
     Ok((if mode & 0o111 == 0 { 0o644 } else { 0o755 }, content))
+}
+
+/// A file's content, at most [`MAX_BYTES`] of it.
+fn read_bounded(path: &Path) -> Result<Vec<u8>, InitramfsError> {
+    let failed = |source| InitramfsError::Read { path: path.into(), source };
+    let mut content = Vec::new();
+    let file = File::open(path).map_err(failed)?;
+    file.take(MAX_BYTES + 1).read_to_end(&mut content).map_err(failed)?;
+    if content.len() as u64 > MAX_BYTES {
+        return Err(InitramfsError::TooLarge { path: path.into() });
+    }
+    Ok(content)
 }
 
 #[cfg(test)]

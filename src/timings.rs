@@ -186,4 +186,34 @@ mod tests {
         }
         assert_eq!(recorder.timings().iter().count(), MAX_TIMINGS);
     }
+
+    #[test]
+    fn a_phase_runs_in_a_span_of_its_name() {
+        use std::sync::Mutex;
+        use tracing::span::{Attributes, Id, Record};
+
+        #[derive(Default)]
+        struct Names(Mutex<Vec<&'static str>>);
+
+        impl tracing::Subscriber for Names {
+            fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+                true
+            }
+            fn new_span(&self, span: &Attributes<'_>) -> Id {
+                self.0.lock().unwrap().push(span.metadata().name());
+                Id::from_u64(1)
+            }
+            fn record(&self, _: &Id, _: &Record<'_>) {}
+            fn record_follows_from(&self, _: &Id, _: &Id) {}
+            fn event(&self, _: &tracing::Event<'_>) {}
+            fn enter(&self, _: &Id) {}
+            fn exit(&self, _: &Id) {}
+        }
+
+        let names = Arc::new(Names::default());
+        tracing::subscriber::with_default(Arc::clone(&names), || {
+            Recorder::new().timed(Phase::Load, || ());
+        });
+        assert_eq!(*names.0.lock().unwrap(), [Phase::Load.name()]);
+    }
 }

@@ -10,6 +10,8 @@ use std::ops::Deref;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use crate::kvm::block_signals;
+
 /// Closing sleeps, so several at a time are faster than one: up to this many threads.
 const MAX_THREADS: usize = 8;
 
@@ -71,7 +73,11 @@ fn reap(corpse: Corpse) {
     }
     reaper.threads += 1;
     drop(reaper);
-    let spawned = thread::Builder::new().name("dormouse-reaper".into()).spawn(work);
+    let spawned = thread::Builder::new().name("dormouse-reaper".into()).spawn(|| {
+        // The embedding program's signals are for its own threads.
+        block_signals();
+        work();
+    });
     if spawned.is_err() {
         // No thread is to be had: the caller does the work, of this corpse and its like.
         work();
