@@ -20,6 +20,8 @@ const PAGE_BYTES: u64 = 4096;
 const MIN_MEMORY_BYTES: u64 = 2 << 20;
 const MAX_MEMORY_BYTES: u64 = 1 << 40;
 const MAX_VCPUS: u8 = 32;
+/// The IOAPIC's inputs that legacy devices leave.
+const MAX_VIRTIO_DEVICES: usize = 19;
 const MAX_CONSOLE_TAIL_BYTES: usize = 64 << 20;
 
 /// Which value is refused, and what would be taken.
@@ -32,6 +34,10 @@ pub(crate) enum ConfigError {
     Memory { bytes: u64 },
     #[error("{count} vCPUs: it takes 1 to {MAX_VCPUS}")]
     Vcpus { count: u8 },
+    #[error("{count} virtio devices: it takes up to {MAX_VIRTIO_DEVICES}")]
+    VirtioDevices { count: usize },
+    #[error("the id {id:?} of a disk: it takes up to 20 bytes of printable ASCII")]
+    BlockId { id: String },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -138,6 +144,21 @@ impl VmConfig {
         self
     }
 
+    /// Adds a disk. The guest finds disks in the order in which they were added: vda, vdb, …
+    #[must_use]
+    pub fn block(mut self, block: BlockConfig) -> Self {
+        self.machine.blocks.push(block);
+        self
+    }
+
+    /// Gives the guest a virtio entropy device that is fed by the host's random source. Off
+    /// unless set: a guest's CPU has a random instruction of its own.
+    #[must_use]
+    pub fn entropy(mut self, on: bool) -> Self {
+        self.machine.entropy = on;
+        self
+    }
+
     /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
@@ -165,6 +186,8 @@ pub(crate) struct MachineConfig {
     pub(crate) console_tail_bytes: usize,
     #[serde(skip)]
     pub(crate) console_writer: Option<ConsoleOutput>,
+    pub(crate) blocks: Vec<BlockConfig>,
+    pub(crate) entropy: bool,
     pub(crate) kvm_device: PathBuf,
 }
 
@@ -176,6 +199,8 @@ impl Default for MachineConfig {
             cpu: CpuTemplate::default(),
             console_tail_bytes: 16 << 10,
             console_writer: None,
+            blocks: Vec::new(),
+            entropy: false,
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
     }
@@ -193,6 +218,14 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus { count: self.vcpus });
         }
+        let count = self.blocks.len() + usize::from(self.entropy);
+        if count > MAX_VIRTIO_DEVICES {
+            return Err(ConfigError::VirtioDevices { count });
+        }
+        let good_id = |id: &str| id.len() <= 20 && id.bytes().all(|byte| byte.is_ascii_graphic());
+        if let Some(block) = self.blocks.iter().find(|block| !good_id(&block.id)) {
+            return Err(ConfigError::BlockId { id: block.id.clone() });
+        }
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
         }
@@ -207,6 +240,45 @@ pub(crate) struct ConsoleOutput(pub(crate) ConsoleWriter);
 impl std::fmt::Debug for ConsoleOutput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ConsoleOutput")
+    }
+}
+
+/// A disk of a guest: a file, or a block device of the host.
+///
+/// ```
+/// use dormouse::BlockConfig;
+///
+/// let root = BlockConfig::new("rootfs.squashfs").read_only();
+/// let data = BlockConfig::new("data.img").id("data");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockConfig {
+    pub(crate) path: PathBuf,
+    #[serde(default)]
+    pub(crate) read_only: bool,
+    #[serde(default)]
+    pub(crate) id: String,
+}
+
+impl BlockConfig {
+    /// A disk that the guest may write: as large as the file, in sectors of 512 bytes. What the
+    /// guest flushes is on the host's disk (fdatasync).
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), read_only: false, id: String::new() }
+    }
+
+    /// The guest may only read it. Such a file can be the disk of many VMs.
+    #[must_use]
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
+    }
+
+    /// What the guest reads as the disk's serial number: up to 20 printable ASCII characters.
+    #[must_use]
+    pub fn id(mut self, id: impl Into<String>) -> Self {
+        self.id = id.into();
+        self
     }
 }
 

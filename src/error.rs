@@ -28,6 +28,8 @@ pub enum ErrorKind {
     Kernel,
     /// The initramfs cannot be read, built or placed.
     Initramfs,
+    /// A disk cannot be opened.
+    Disk,
     /// The host could not give the memory, threads or descriptors that were asked for.
     Resources,
     /// The guest has ended, so it cannot do what was asked.

@@ -35,7 +35,7 @@
 //! | --- | --- |
 //! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
 //! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
-//! | size and shape the machine | [`VmConfig`], [`CpuTemplate`] |
+//! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`CpuTemplate`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
@@ -65,6 +65,7 @@ mod config;
 mod console;
 mod devices;
 mod error;
+mod event_loop;
 mod exit;
 mod host;
 mod initramfs;
@@ -75,9 +76,10 @@ mod memory;
 mod microvm;
 mod phase;
 mod timings;
+mod virtio;
 
 pub use cmdline::Cmdline;
-pub use config::{CpuTemplate, CpuidRegister, VmConfig};
+pub use config::{BlockConfig, CpuTemplate, CpuidRegister, VmConfig};
 pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::ExitStatus;

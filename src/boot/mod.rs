@@ -63,6 +63,7 @@ pub(crate) struct Boot<'a> {
     pub(crate) cmdline: &'a Cmdline,
     pub(crate) memory_bytes: u64,
     pub(crate) vcpus: u8,
+    pub(crate) virtio_devices: u32,
 }
 
 impl Boot<'_> {
@@ -70,7 +71,7 @@ impl Boot<'_> {
     pub(crate) fn load(&self, ram: &GuestRam) -> Result<Entry, BootError> {
         let entry = self.load_kernel(ram)?;
         entry.write_tables(ram)?;
-        ram.write(&acpi::tables(self.vcpus), layout::ACPI)?;
+        ram.write(&acpi::tables(self.vcpus, self.virtio_devices), layout::ACPI)?;
         ram.write(&firmware::reset_code(), layout::RESET_VECTOR)?;
 
         let mut cmdline = self.cmdline.as_str().as_bytes().to_vec();

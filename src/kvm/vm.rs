@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::IoEventAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Kvm, KvmError, Vcpu};
@@ -55,8 +56,21 @@ impl Vm {
         self.fd.register_irqfd(event, gsi).map_err(KvmError::call("KVM_IRQFD"))
     }
 
+    /// Lets the guest's 4-byte store of `value` at `address` write to `event`, without an exit
+    /// (api.rst §4.59).
+    pub(crate) fn register_doorbell(
+        &self,
+        event: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(KvmError::call("KVM_IOEVENTFD"))
+    }
+
     /// The guest's memory.
-    pub(crate) fn ram(&self) -> &GuestRam {
+    pub(crate) fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 }

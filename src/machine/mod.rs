@@ -3,28 +3,31 @@
 //! [`Machine::new`] is the only assembly, and never writes guest RAM: a boot loads a kernel into
 //! the memory afterwards. The vCPUs are not part of it: whoever may run them owns them.
 
+mod devices;
 mod reaper;
 mod vcpu_threads;
 
 pub(crate) use self::vcpu_threads::{NotRun, Running, VcpuThreads};
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use thiserror::Error as ThisError;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{cpuid, layout, msr};
-use crate::bus::{Bus, BusError, SharedDevice};
 use crate::config::MachineConfig;
 use crate::console::{Console, panic_message};
-use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput};
+use crate::devices::SerialInput;
 use crate::error::{Error, ErrorKind};
+use crate::event_loop::Watch;
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::phase::Phase;
 use crate::timings::Recorder;
+use crate::virtio::QueueError;
+use devices::Devices;
 use reaper::Reaped;
 
 /// Why a machine cannot be put together, beyond what its parts say.
@@ -36,10 +39,19 @@ pub(crate) enum MachineError {
     Thread { id: u8, source: io::Error },
     #[error("a vCPU's thread has ended")]
     ThreadGone,
+    #[error("cannot open the disk {}", path.display())]
+    Disk { path: PathBuf, source: io::Error },
+    #[error("cannot open the host's random source")]
+    Entropy(#[source] io::Error),
+    #[error("a device has a queue of an impossible size")]
+    Queue(#[source] QueueError),
 }
 
 impl From<MachineError> for Error {
     fn from(error: MachineError) -> Self {
+        if let MachineError::Disk { .. } = error {
+            return Error::new(ErrorKind::Disk, error);
+        }
         Error::new(ErrorKind::Resources, error)
             .fix("raise the limits of open files and processes (ulimit -n, ulimit -u)")
     }
@@ -52,13 +64,15 @@ pub(crate) struct Machine {
     exit: Arc<ExitLatch>,
     console: Console,
     serial_input: SerialInput,
+    virtio_devices: u32,
 }
 
-/// What takes long to take down, in the order in which it goes: threads end, the VM closes (its
-/// RAM is unmapped with it).
+/// What takes long to take down, in the order in which it goes: vCPU threads end, doorbells are
+/// answered no more, the VM closes (its RAM is unmapped with it).
 #[derive(Debug)]
 struct Parts {
     threads: VcpuThreads,
+    _watches: Vec<Watch>,
     vm: Arc<Vm>,
 }
 
@@ -84,7 +98,8 @@ impl Machine {
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = Console::new(config.console_tail_bytes, writer);
-        let (bus, serial_input) = recorder.run(Phase::Devices, || devices(&vm, &exit, &console))?;
+        let Devices { bus, serial_input, watches } =
+            recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, &console))?;
 
         let first_run = Arc::clone(recorder.first_run());
         let (vcpus, threads) = recorder.run(Phase::Vcpus, || {
@@ -102,13 +117,19 @@ impl Machine {
             Ok::<_, Error>((vcpus, threads))
         })?;
 
-        let parts = Reaped::new(Parts { threads, vm });
-        Ok((Self { parts, exit, console, serial_input }, vcpus))
+        let virtio_devices = watches.len() as u32;
+        let parts = Reaped::new(Parts { threads, _watches: watches, vm });
+        Ok((Self { parts, virtio_devices, exit, console, serial_input }, vcpus))
     }
 
     /// The guest's memory.
     pub(crate) fn ram(&self) -> &GuestRam {
         self.parts.vm.ram()
+    }
+
+    /// How many virtio devices there are; their addresses and interrupts follow from it.
+    pub(crate) fn virtio_devices(&self) -> u32 {
+        self.virtio_devices
     }
 
     /// The threads that run vCPUs.
@@ -152,29 +173,4 @@ impl Drop for Machine {
         // The reaper may come late; the guest stops now.
         self.parts.threads.halt();
     }
-}
-
-/// The devices, on their bus and with their interrupts connected.
-fn devices(vm: &Vm, exit: &Arc<ExitLatch>, console: &Console) -> Result<(Bus, SerialInput), Error> {
-    let mut bus = Bus::default();
-    let mut ports = |start: u16, count: u8, device: SharedDevice| -> Result<(), BusError> {
-        bus.pio.insert(start.into(), count.into(), device)
-    };
-
-    let interrupt =
-        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::EventFd)?;
-    vm.register_irqfd(&interrupt, layout::SERIAL_IRQ)?;
-    let serial = Serial::new(interrupt, console.clone());
-    let serial_input = serial.input();
-    ports(layout::SERIAL_PORT, layout::SERIAL_PORT_COUNT, shared(serial))?;
-
-    let i8042 = I8042::new(Arc::clone(exit));
-    ports(layout::I8042_PORT, layout::I8042_PORT_COUNT, shared(i8042))?;
-    ports(layout::PVPANIC_PORT, 1, shared(Pvpanic::new(Arc::clone(exit))))?;
-    ports(layout::POWER_PORT, layout::POWER_PORT_COUNT, shared(Power::new(Arc::clone(exit))))?;
-    Ok((bus, serial_input))
-}
-
-fn shared<T: crate::bus::BusDevice + 'static>(device: T) -> SharedDevice {
-    Arc::new(Mutex::new(device))
 }

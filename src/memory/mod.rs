@@ -4,6 +4,10 @@
 //! the guest or of a loader. Every access from here is bounds-checked by vm-memory and volatile,
 //! because the guest may write at the same time.
 
+mod io;
+
+pub(crate) use self::io::GuestBytes;
+
 use thiserror::Error as ThisError;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,

@@ -47,6 +47,7 @@ impl MicroVm<Created> {
             cmdline,
             memory_bytes: machine_config.memory_bytes,
             vcpus: machine_config.vcpus,
+            virtio_devices: machine.virtio_devices(),
         };
         recorder.run(Phase::Load, || {
             let entry = boot.load(machine.ram())?;

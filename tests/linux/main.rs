@@ -5,6 +5,7 @@ mod acpi;
 mod boot;
 mod console;
 mod cpu;
+mod devices;
 mod ends;
 
 use std::env;
@@ -27,7 +28,7 @@ pub enum Release {
 }
 
 impl Release {
-    fn prefix(self) -> &'static str {
+    pub fn prefix(self) -> &'static str {
         match self {
             Self::Linux6_1 => "6.1.",
             Self::Linux6_12 => "6.12.",

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dormouse::{BootProtocol, Error, ErrorKind, Initramfs, Kernel, MicroVm, VmConfig};
+use dormouse::{BlockConfig, BootProtocol, Error, ErrorKind, Initramfs, Kernel, MicroVm, VmConfig};
 
 use crate::guest::{self, Program};
 use crate::{PATIENCE, config, create, resources};
@@ -146,6 +146,20 @@ fn an_initramfs_that_does_not_fit_or_is_not_there_is_refused() {
     refuses(halt().initramfs(large), ErrorKind::Initramfs, "initramfs of 20971520 bytes");
     let missing = Initramfs::file("/nonexistent/initrd");
     refuses(halt().initramfs(missing), ErrorKind::Initramfs, "/nonexistent/initrd");
+}
+
+#[test]
+fn disks_that_are_not_there_or_too_many_are_refused() {
+    let missing = BlockConfig::new("/nonexistent/disk");
+    refuses(halt().block(missing), ErrorKind::Disk, "/nonexistent/disk");
+    let directory = BlockConfig::new("/tmp");
+    refuses(halt().block(directory.clone()), ErrorKind::Disk, "Is a directory");
+    let read_only = directory.read_only();
+    refuses(halt().block(read_only.clone()), ErrorKind::Disk, "neither a regular file nor");
+    let many = (0..20).fold(halt(), |config, _| config.block(read_only.clone()));
+    refuses(many, ErrorKind::Config, "20 virtio devices: it takes up to 19");
+    let named = read_only.id("a name that is longer than 20 bytes");
+    refuses(halt().block(named), ErrorKind::Config, "up to 20 bytes");
 }
 
 #[test]

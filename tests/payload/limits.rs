@@ -50,7 +50,8 @@ fn vms_dropped_in_any_state_leave_nothing_behind() {
         return;
     }
     let round = || {
-        let vm = || MicroVm::create(config(&Program::Heartbeat).vcpus(2)).unwrap();
+        let config = || config(&Program::Heartbeat).vcpus(2).entropy(true);
+        let vm = || MicroVm::create(config()).unwrap();
         drop(vm());
         drop(vm().start().unwrap());
         drop(vm().start().unwrap().pause().unwrap());

@@ -6,7 +6,7 @@
 //! of a virtual machine, and it spares us a PIC, a PIT and an RTC.
 
 use acpi_tables::Aml;
-use acpi_tables::aml::{self, EISAName, IO, Interrupt, ResourceTemplate};
+use acpi_tables::aml::{self, EISAName, IO, Interrupt, Memory32Fixed, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -34,11 +34,11 @@ pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_RTC: u16 = 1 << 5;
 
-/// The tables of a machine with `vcpus` processors, to be written at [`layout::ACPI`] as they
-/// are: they hold their own addresses.
-pub(crate) fn tables(vcpus: u8) -> Vec<u8> {
+/// The tables of a machine with `vcpus` processors and so many virtio devices, to be written at
+/// [`layout::ACPI`] as they are: they hold their own addresses.
+pub(crate) fn tables(vcpus: u8, virtio_devices: u32) -> Vec<u8> {
     let mut blob = Blob { bytes: vec![0; RSDP_SPACE], start: layout::ACPI.0 };
-    let dsdt = blob.append(&dsdt(vcpus));
+    let dsdt = blob.append(&dsdt(vcpus, virtio_devices));
     let fadt = blob.append(&fadt(dsdt));
     let madt = blob.append(&madt(vcpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -100,7 +100,7 @@ fn madt(vcpus: u8) -> impl Aml {
     madt
 }
 
-fn dsdt(vcpus: u8) -> Sdt {
+fn dsdt(vcpus: u8, virtio_devices: u32) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", TABLE_HEADER_BYTES, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
 
     let interrupt = Interrupt::new(true, true, false, false, layout::SERIAL_IRQ);
@@ -112,6 +112,16 @@ fn dsdt(vcpus: u8) -> Sdt {
     let pvpanic_port = ports(layout::PVPANIC_PORT, 1);
     let pvpanic = ResourceTemplate::new(vec![&pvpanic_port]);
     device(&mut dsdt, "PEVT", &[("_HID", &"QEMU0001"), ("_CRS", &pvpanic)]);
+
+    for id in 0..virtio_devices {
+        let (address, len) = layout::virtio_registers(id);
+        let registers = Memory32Fixed::new(true, address as u32, len as u32);
+        let interrupt = Interrupt::new(true, true, false, false, layout::virtio_irq(id));
+        let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+        let objects: [(&str, &dyn Aml); 3] =
+            [("_HID", &"LNRO0005"), ("_UID", &id), ("_CRS", &resources)];
+        device(&mut dsdt, &format!("V{id:03X}"), &objects);
+    }
 
     // ACPI 6.5 §8.4: the MADT's entry of the same _UID has the processor's APIC id.
     for id in 0..vcpus {
@@ -146,7 +156,7 @@ mod tests {
 
     #[test]
     fn every_table_is_found_from_the_rsdp_and_sums_to_zero() {
-        let blob = tables(32);
+        let blob = tables(32, 19);
         assert!(blob.len() < 0x2_0000, "they end before the first MiB does");
         let at = |address: u64| &blob[(address - layout::ACPI.0) as usize..];
         let u64_at = |bytes: &[u8]| u64::from_le_bytes(bytes[..8].try_into().unwrap());

@@ -9,7 +9,7 @@
 //!        0xe0000   ACPI tables, the RSDP first
 //!        0xffff0   reset vector
 //!       0x100000   RAM: the kernel; the initramfs at the end
-//!    0xc000_0000   devices, up to 4 GiB
+//!    0xc000_0000   devices, up to 4 GiB: virtio from 0xd000_0000
 //!  0x1_0000_0000   the RAM that did not fit below
 //! ```
 
@@ -54,6 +54,12 @@ pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Three pages that KVM needs on Intel hosts, in the last MiB below 4 GiB, where nothing else is.
 pub(crate) const KVM_TSS: usize = 0xfffb_d000;
 
+/// Virtio devices: a page each from here, and an interrupt each from the first one that no legacy
+/// device has; the IOAPIC has 24 inputs.
+const VIRTIO_START: u64 = 0xd000_0000;
+const VIRTIO_BYTES: u64 = 0x1000;
+const VIRTIO_FIRST_IRQ: u32 = 5;
+
 /// First serial port: 8 ports, interrupt 4.
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_PORT_COUNT: u8 = 8;
@@ -68,6 +74,16 @@ pub(crate) const POWER_PORT: u16 = 0x600;
 pub(crate) const POWER_PORT_COUNT: u8 = 3;
 /// The reset register, the last of the three.
 pub(crate) const RESET_PORT: u16 = POWER_PORT + 2;
+
+/// Where the registers of a virtio device are: address and length.
+pub(crate) fn virtio_registers(device: u32) -> (u64, u64) {
+    (VIRTIO_START + u64::from(device) * VIRTIO_BYTES, VIRTIO_BYTES)
+}
+
+/// The interrupt of a virtio device.
+pub(crate) fn virtio_irq(device: u32) -> u32 {
+    VIRTIO_FIRST_IRQ + device
+}
 
 /// Guest RAM of `bytes` as (address, length) ranges: one, or two around the devices' hole.
 pub(crate) fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {

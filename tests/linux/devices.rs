@@ -1,0 +1,143 @@
+//! Virtio devices under the drivers of stock kernels.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use dormouse::{BlockConfig, Cmdline, ExitStatus, VmConfig};
+
+use crate::{Release, guest_root, initramfs, run};
+
+/// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
+fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
+    let mut load = String::new();
+    let mut files = Vec::new();
+    for module in modules {
+        let path = module_file(release, module);
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let plain = name.trim_end_matches(".xz").to_owned();
+        if name != plain {
+            load += &format!("unxz /{name}; ");
+        }
+        load += &format!("insmod /{plain} || echo no {module}\n");
+        files.push((name, path));
+    }
+    let archive =
+        files.into_iter().fold(initramfs(&format!("{load}{script}")), |archive, (name, path)| {
+            archive.host_file(&name, path)
+        });
+    VmConfig::new(release.kernel())
+        .initramfs(archive.build().unwrap())
+        .cmdline(Cmdline::default().push("quiet").unwrap())
+}
+
+/// Finds a module of the release under its directory in the guest root.
+fn module_file(release: Release, module: &str) -> PathBuf {
+    fn find(dir: &Path, names: &[String]) -> Option<PathBuf> {
+        let entries: Vec<PathBuf> = fs::read_dir(dir).ok()?.map(|e| e.unwrap().path()).collect();
+        let is = |path: &&PathBuf| names.iter().any(|n| path.file_name().unwrap() == n.as_str());
+        let found = entries.iter().find(is).cloned();
+        found.or_else(|| entries.iter().filter(|p| p.is_dir()).find_map(|p| find(p, names)))
+    }
+    let root = guest_root().join("lib/modules");
+    let modules = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
+    let release = modules
+        .into_iter()
+        .find(|path| path.file_name().unwrap().to_str().unwrap().starts_with(release.prefix()))
+        .unwrap();
+    find(&release.join("kernel"), &[format!("{module}.ko"), format!("{module}.ko.xz")])
+        .unwrap_or_else(|| panic!("no module {module}"))
+}
+
+const DISK_6_1: &[&str] = &["virtio", "virtio_ring", "virtio_mmio", "virtio_blk"];
+const DISK_6_12: &[&str] = &["virtio_mmio", "virtio_blk"];
+
+/// A sparse file of this size in the temporary directory.
+struct Image(PathBuf);
+
+impl Image {
+    fn new(name: &str, mib: u64) -> Self {
+        let path = std::env::temp_dir().join(format!("dormouse-{}-{name}", std::process::id()));
+        File::create(&path).unwrap().set_len(mib << 20).unwrap();
+        Self(path)
+    }
+
+    fn sha256(&self) -> String {
+        let busybox = guest_root().join("bin/busybox");
+        let output = Command::new(busybox).arg("sha256sum").arg(&self.0).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.split_whitespace().next().unwrap().to_owned()
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn two_disks_and_entropy_under_linux_6_1() {
+    let source = Image::new("source", 8);
+    let bytes: Vec<u8> =
+        (0..8u32 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    fs::write(&source.0, bytes).unwrap();
+    let target = Image::new("target", 64);
+    let script = r#"
+echo "ro=$(cat /sys/block/vda/ro) id=$(cat /sys/block/vda/serial) rw=$(cat /sys/block/vdb/ro)"
+echo "first=$(sha256sum < /dev/vda)"
+dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null && echo written
+mke2fs -q /dev/vdb && mkdir /mnt && mount -t ext4 /dev/vdb /mnt || echo no mount
+cp /dev/vda /mnt/copy && cp -r /bin/busybox /mnt && sync
+umount /mnt && mount -t ext4 -o discard /dev/vdb /mnt
+echo 3 > /proc/sys/vm/drop_caches
+echo "second=$(sha256sum < /mnt/copy)"
+rm /mnt/copy && sync && fstrim /mnt && umount /mnt
+echo "rng=$(cat /sys/class/misc/hw_random/rng_current)"
+echo "random=$(dd if=/dev/hwrng bs=4096 count=256 2>/dev/null | wc -c)"
+dmesg | grep -iE 'virtio.*(error|fail)|I/O error' | grep -v vda
+poweroff -f"#;
+    let modules: Vec<&str> = DISK_6_1.iter().copied().chain(["virtio-rng"]).collect();
+    let config = config(Release::Linux6_1, &modules, script)
+        .block(BlockConfig::new(&source.0).read_only().id("source-disk"))
+        .block(BlockConfig::new(&target.0))
+        .entropy(true)
+        .vcpus(2)
+        .memory_mib(256);
+    let sha = source.sha256();
+    let (vm, text) = run(config);
+    assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}");
+    assert!(text.contains("ro=1 id=source-disk rw=0"), "{text}");
+    assert!(text.contains(&format!("first={sha}")), "{sha}: {text}");
+    assert!(text.contains(&format!("second={sha}")), "{sha}: {text}");
+    assert!(!text.contains("written\n") && !text.contains("no mount"), "{text}");
+    assert!(text.contains("rng=virtio_rng"), "{text}");
+    assert!(text.contains("random=1048576"), "{text}");
+    assert_eq!(source.sha256(), sha, "the read-only disk changed");
+    // The copy's 8 MiB were given back by the discard.
+    let used = fs::metadata(&target.0).unwrap().blocks() * 512;
+    assert!(used < 8 << 20, "{used} bytes of the disk are still used");
+}
+
+#[test]
+fn nineteen_devices_at_once_under_linux_6_12() {
+    let images: Vec<Image> = (0..19).map(|at| Image::new(&format!("disk{at}"), 1 + at)).collect();
+    let script = r#"
+for disk in /sys/block/vd*; do sizes="$sizes $(( $(cat $disk/size) / 2048 ))"; done
+echo "sizes=$sizes"
+for disk in /dev/vd*; do echo "$disk" | dd of=$disk bs=512 seek=7 conv=sync,fsync 2>/dev/null; done
+poweroff -f"#;
+    let config =
+        images.iter().fold(config(Release::Linux6_12, DISK_6_12, script), |config, image| {
+            config.block(BlockConfig::new(&image.0))
+        });
+    let (vm, text) = run(config.vcpus(2));
+    assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}");
+    let sizes: Vec<String> = (1..=19).map(|mib| mib.to_string()).collect();
+    assert!(text.contains(&format!("sizes= {}\n", sizes.join(" "))), "{text}");
+    for (image, letter) in images.iter().zip('a'..) {
+        let bytes = fs::read(&image.0).unwrap();
+        assert!(bytes[7 * 512..].starts_with(format!("/dev/vd{letter}\n").as_bytes()));
+    }
+}
