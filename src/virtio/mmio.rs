@@ -77,7 +77,8 @@ impl DeviceCore {
         match self.device.serve(index, queue) {
             Ok(served) => served,
             Err(error) => {
-                tracing::warn!(device = ?self.device.device_type(), index, %error, "stopped");
+                // No louder: a guest can make as many of these as it likes.
+                tracing::debug!(device = ?self.device.device_type(), index, %error, "stopped");
                 self.status |= DEVICE_NEEDS_RESET;
                 self.interrupt.config_change();
                 Served::All
