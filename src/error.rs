@@ -125,6 +125,13 @@ impl fmt::Display for Error {
     }
 }
 
+/// A guest's text for the eyes of a person: control characters could steer a terminal.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c })
+        .collect()
+}
+
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.phase {
@@ -134,7 +141,7 @@ impl fmt::Debug for Error {
         if let Some(tail) = &self.0.console_tail {
             f.write_str("\nthe guest's console ended with:")?;
             for line in tail.lines() {
-                write!(f, "\n    {line}")?;
+                write!(f, "\n    {}", printable(line))?;
             }
         }
         Ok(())

@@ -3,8 +3,8 @@
 //! Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst (cpio "newc").
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
 use crate::error::{Error, ErrorKind};
+use crate::input_file;
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFCHR: u32 = 0o020_000;
@@ -205,17 +206,22 @@ fn write_entry(
     entry: Entry,
 ) -> Result<(), InitramfsError> {
     let header = newc::Builder::new(path).ino(inode).nlink(1);
+    // Permission bits alone: the type is the entry's.
+    let header_mode = |mode: u32| mode & 0o7777;
     let (header, content) = match entry {
-        Entry::Directory { mode } => (header.mode(S_IFDIR | mode).nlink(2), Vec::new()),
-        Entry::File { mode, content } => (header.mode(S_IFREG | mode), content),
+        Entry::Directory { mode } => {
+            (header.mode(S_IFDIR | header_mode(mode)).nlink(2), Vec::new())
+        }
+        Entry::File { mode, content } => (header.mode(S_IFREG | header_mode(mode)), content),
         Entry::HostFile { path } => {
             let (mode, content) = read_host_file(&path)?;
             (header.mode(S_IFREG | mode), content)
         }
         Entry::Symlink { target } => (header.mode(S_IFLNK | 0o777), target.into_bytes()),
-        Entry::CharDevice { mode, major, minor } => {
-            (header.mode(S_IFCHR | mode).rdev_major(major).rdev_minor(minor), Vec::new())
-        }
+        Entry::CharDevice { mode, major, minor } => (
+            header.mode(S_IFCHR | header_mode(mode)).rdev_major(major).rdev_minor(minor),
+            Vec::new(),
+        ),
     };
     let len = u32::try_from(content.len())
         .map_err(|_| InitramfsError::TooLarge { path: PathBuf::from(path) })?;
@@ -239,13 +245,9 @@ fn read_host_file(path: &Path) -> Result<(u32, Vec<u8>), InitramfsError> {
 /// A file's content, at most [`MAX_BYTES`] of it.
 fn read_bounded(path: &Path) -> Result<Vec<u8>, InitramfsError> {
     let failed = |source| InitramfsError::Read { path: path.into(), source };
-    let mut content = Vec::new();
-    let file = File::open(path).map_err(failed)?;
-    file.take(MAX_BYTES + 1).read_to_end(&mut content).map_err(failed)?;
-    if content.len() as u64 > MAX_BYTES {
-        return Err(InitramfsError::TooLarge { path: path.into() });
-    }
-    Ok(content)
+    let file = input_file::open(path).map_err(failed)?;
+    let content = input_file::read_bounded(file, MAX_BYTES).map_err(failed)?;
+    content.ok_or_else(|| InitramfsError::TooLarge { path: path.into() })
 }
 
 #[cfg(test)]

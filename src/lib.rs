@@ -46,8 +46,9 @@
 //! The library installs no signal handler, touches no terminal, writes to no standard stream,
 //! never exits or aborts, and keeps nothing behind: descriptors, mappings and threads of a VM are
 //! gone within milliseconds of its drop. Calls block, for the times that they document; none
-//! needs an async runtime. Threads are named `dormouse-…`. The highest real-time signal is sent
-//! to vCPU threads, which have it blocked: it is never delivered.
+//! needs an async runtime. Threads are named `dormouse-…`. SIGSTKFLT is sent to vCPU
+//! threads, which have it blocked: it is never delivered. A process that uses that signal itself
+//! must not send it to the process as a whole.
 //!
 //! # Features
 //!
@@ -69,6 +70,7 @@ mod event_loop;
 mod exit;
 mod host;
 mod initramfs;
+mod input_file;
 mod kernel;
 mod kvm;
 mod machine;

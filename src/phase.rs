@@ -35,6 +35,8 @@ phases! {
     /// Reading, unpacking and checking the kernel; nothing where the [`Kernel`](crate::Kernel)
     /// was used before, because it keeps the result.
     Kernel = "kernel",
+    /// Reading the initramfs, where it is a file.
+    Initramfs = "initramfs",
     /// Reserving guest RAM: one `mmap` a region, no page touched.
     Memory = "memory",
     /// `/dev/kvm`, KVM_CREATE_VM, the memory slots, and then the interrupt controllers.
@@ -62,8 +64,6 @@ phases! {
     Terminate = "terminate",
     /// Feeding the console.
     Console = "console",
-    /// Looking at what the host can do.
-    Host = "host",
 }
 
 impl fmt::Display for Phase {

@@ -43,7 +43,8 @@ pub struct Timings {
 const MAX_TIMINGS: usize = 256;
 
 impl Timings {
-    /// Every phase, in the order in which it ended. The first 256 are kept.
+    /// Every phase, in the order in which it ended. The first 256 are kept, and those of the
+    /// first run. A wait that ran out is no phase.
     pub fn iter(&self) -> impl Iterator<Item = &Timing> {
         self.phases.iter()
     }
@@ -84,9 +85,8 @@ impl Recorder {
     /// The phases so far, and those of the first run that are over.
     pub(crate) fn timings(&self) -> Timings {
         let mut timings = self.timings.clone();
-        for timing in self.first_run.timings() {
-            timings.push(timing);
-        }
+        timings.phases.extend(self.first_run.timings());
+        timings.phases.sort_by_key(|timing| timing.start_ns + timing.duration_ns);
         timings
     }
 
@@ -95,12 +95,17 @@ impl Recorder {
         let _entered = phase.span().entered();
         let start = Instant::now();
         let result = work();
+        self.passed(phase, start);
+        result
+    }
+
+    /// Notes a phase that began at `start` and ends now.
+    pub(crate) fn passed(&mut self, phase: Phase, start: Instant) {
         self.timings.push(Timing {
             phase,
             start_ns: nanos(start.duration_since(self.origin)),
             duration_ns: nanos(start.elapsed()),
         });
-        result
     }
 
     /// Runs one phase that may fail; its error is marked with it.

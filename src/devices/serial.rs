@@ -13,7 +13,7 @@ use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
-use crate::console::Console;
+use crate::console::ConsoleSink;
 
 /// Input that waits for the guest to read it: 64 KiB.
 const MAX_INPUT_BYTES: usize = 64 << 10;
@@ -29,7 +29,7 @@ impl Trigger for InterruptLine {
     }
 }
 
-type Uart = vm_superio::Serial<InterruptLine, NoEvents, Console>;
+type Uart = vm_superio::Serial<InterruptLine, NoEvents, ConsoleSink>;
 
 struct Port {
     uart: Mutex<Uart>,
@@ -49,12 +49,18 @@ impl Port {
                 Err(TryLockError::WouldBlock) => return,
             };
             let mut input = self.lock_input();
+            if input.is_empty() {
+                // Somebody else moved it. Both locks are let go of before the next look, so that
+                // what is fed between is not left with us.
+                continue;
+            }
             let room = uart.fifo_capacity().min(input.len());
             let chunk: Vec<u8> = input.iter().copied().take(room).collect();
-            // In loopback mode the port takes nothing; a failed interrupt loses none of it.
             match uart.enqueue_raw_bytes(&chunk) {
-                Ok(0) | Err(_) => return,
-                Ok(taken) => drop(input.drain(..taken)),
+                // The port is full, or in loopback mode: the guest's next access comes here.
+                Ok(0) | Err(vm_superio::serial::Error::FullFifo) => return,
+                // An interrupt that fails has left the bytes in the port.
+                _ => drop(input.drain(..chunk.len())),
             }
         }
     }
@@ -75,7 +81,7 @@ pub(crate) struct Serial {
 
 impl Serial {
     /// A port that raises `interrupt` and writes to `console`.
-    pub(crate) fn new(interrupt: EventFd, console: Console) -> Self {
+    pub(crate) fn new(interrupt: EventFd, console: ConsoleSink) -> Self {
         let uart = Uart::new(InterruptLine(interrupt), console);
         Self { port: Arc::new(Port { uart: Mutex::new(uart), input: Mutex::default() }) }
     }
@@ -133,6 +139,7 @@ impl std::fmt::Debug for SerialInput {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::console::Console;
     use std::io::Write;
 
     const DATA: u64 = 0;
@@ -140,7 +147,11 @@ mod tests {
     const DATA_READY: u8 = 1;
 
     fn serial(console: Console) -> Serial {
-        Serial::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), console)
+        serial_to(ConsoleSink::new(console, None))
+    }
+
+    fn serial_to(sink: ConsoleSink) -> Serial {
+        Serial::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink)
     }
 
     fn read(serial: &mut Serial, offset: u64) -> u8 {
@@ -151,7 +162,7 @@ mod tests {
 
     #[test]
     fn output_goes_to_the_console() {
-        let console = Console::new(100, None);
+        let console = Console::new(100);
         let mut serial = serial(console.clone());
         for byte in b"hello" {
             serial.write(DATA, &[*byte]);
@@ -161,7 +172,7 @@ mod tests {
 
     #[test]
     fn input_longer_than_the_fifo_arrives_whole_and_in_order() {
-        let mut serial = serial(Console::new(0, None));
+        let mut serial = serial(Console::new(0));
         let text: Vec<u8> = (0..10_000u32).map(|n| n as u8).collect();
         assert!(serial.input().feed(&text));
         let mut got = Vec::new();
@@ -173,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_reads_nothing_is_refused_input_not_waited_for() {
-        let serial = serial(Console::new(0, None));
+        let serial = serial(Console::new(0));
         let input = serial.input();
         assert!(input.feed(&[b'x'; MAX_INPUT_BYTES]));
         assert!(!input.feed(&[b'y'; MAX_INPUT_BYTES]));
@@ -194,7 +205,7 @@ mod tests {
         }
         let slot = Arc::new(Mutex::new(None));
         let writer = Arc::new(Mutex::new(Answer(slot.clone())));
-        let mut serial = serial(Console::new(0, Some(writer)));
+        let mut serial = serial_to(ConsoleSink::new(Console::new(0), Some(writer)));
         *slot.lock().unwrap() = Some(serial.input());
         serial.write(DATA, b"?");
         assert_eq!(read(&mut serial, DATA), b'!');
@@ -202,7 +213,7 @@ mod tests {
 
     #[test]
     fn accesses_of_odd_sizes_do_nothing() {
-        let console = Console::new(100, None);
+        let console = Console::new(100);
         let mut serial = serial(console.clone());
         serial.write(DATA, b"ab");
         serial.write(DATA, b"");

@@ -4,11 +4,11 @@
 //! The `ar` headers are read here, because the crate for it allocates what they say, and trusts
 //! the offsets of long names, which packages do not have.
 
-use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::{KernelError, MAX_IMAGE_BYTES, compression, read_bounded};
+use crate::input_file;
 
 /// What an `ar` archive begins with.
 const MAGIC: &[u8; 8] = b"!<arch>\n";
@@ -21,7 +21,7 @@ const SIZE_END: usize = 58;
 /// Reads `boot/vmlinuz-*` out of a package.
 pub(super) fn kernel_image(path: &Path) -> Result<Vec<u8>, KernelError> {
     let file =
-        File::open(path).map_err(|source| KernelError::Read { path: path.into(), source })?;
+        input_file::open(path).map_err(|source| KernelError::Read { path: path.into(), source })?;
     find(BufReader::new(file)).map_err(|error| match error {
         Fault::Io(source) => KernelError::Package { path: path.into(), reason: source.to_string() },
         Fault::Reason(reason) => KernelError::Package { path: path.into(), reason },

@@ -16,7 +16,6 @@ pub use self::installed::InstalledKernel;
 pub(crate) use self::vmlinux::Vmlinux;
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
 use crate::error::{Error, ErrorKind};
+use crate::input_file;
 
 /// The largest kernel file, package member or unpacked image that is read: 1 GiB.
 const MAX_IMAGE_BYTES: u64 = 1 << 30;
@@ -296,16 +296,14 @@ fn start_of(bytes: &[u8]) -> Vec<u8> {
 
 fn read_file(path: &Path) -> Result<Vec<u8>, KernelError> {
     let failed = |source| KernelError::Read { path: path.into(), source };
-    let file = File::open(path).map_err(failed)?;
+    let file = input_file::open(path).map_err(failed)?;
     let bytes = read_bounded(file).map_err(failed)?;
     bytes.ok_or(KernelError::TooLarge)
 }
 
 /// Reads to the end; `None` where that is further than [`MAX_IMAGE_BYTES`].
 fn read_bounded(reader: impl Read) -> io::Result<Option<Vec<u8>>> {
-    let mut bytes = Vec::new();
-    reader.take(MAX_IMAGE_BYTES + 1).read_to_end(&mut bytes)?;
-    Ok((bytes.len() as u64 <= MAX_IMAGE_BYTES).then_some(bytes))
+    input_file::read_bounded(reader, MAX_IMAGE_BYTES)
 }
 
 #[cfg(test)]

@@ -133,6 +133,32 @@ fn an_xz_payload_that_wants_gigabytes_of_dictionary_is_refused() {
 }
 
 #[test]
+fn headers_that_would_cost_hours_are_refused() {
+    let patched = |at: usize, bytes: &[u8]| {
+        let mut image = elf();
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        parse(image).unwrap_err().to_string()
+    };
+    assert!(patched(56, &u16::MAX.to_le_bytes()).contains("more than 64 program headers"));
+    assert!(patched(24, &0x200_0000u64.to_le_bytes()).contains("entry point lies in no segment"));
+
+    // Two headers, each for the whole file.
+    let mut image = elf();
+    let header = image[64..120].to_vec();
+    image.splice(120..120, header);
+    image[56] = 2;
+    let len = image.len() as u64;
+    for at in [64, 120] {
+        image[at + 8..at + 16].copy_from_slice(&0u64.to_le_bytes());
+        image[at + 32..at + 40].copy_from_slice(&len.to_le_bytes());
+    }
+    assert!(parse(image.clone()).unwrap_err().to_string().contains("overlap in the file"));
+    image[64] = 4;
+    image[64 + 32..64 + 40].copy_from_slice(&(1u64 << 20).to_le_bytes());
+    assert!(parse(image).unwrap_err().to_string().contains("a note is larger"));
+}
+
+#[test]
 fn bzimages_that_cannot_be_unpacked_say_why() {
     let text = |image: Vec<u8>| parse(image).unwrap_err().to_string();
     let good = bzimage(&elf());

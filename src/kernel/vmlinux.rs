@@ -7,7 +7,7 @@ use std::mem::size_of;
 
 use linux_loader::elf::{
     EI_CLASS, ELFCLASS64, ELFMAG0, ELFMAG1, ELFMAG2, ELFMAG3, EM_X86_64, Elf64_Ehdr, Elf64_Phdr,
-    PT_LOAD,
+    PT_LOAD, PT_NOTE,
 };
 use vm_memory::ByteValued;
 
@@ -18,6 +18,10 @@ const MAGIC: [u8; 4] = [ELFMAG0, ELFMAG1, ELFMAG2, ELFMAG3];
 
 /// Kernels live above the first MiB, which holds what the boot protocols hand over.
 const LOWEST_ADDRESS: u64 = 0x10_0000;
+
+/// Kernels have five program headers and notes of some hundred bytes.
+const MAX_HEADERS: u16 = 64;
+const MAX_NOTE_BYTES: u64 = 64 << 10;
 
 pub(super) fn is_elf(image: &[u8]) -> bool {
     image.starts_with(&MAGIC)
@@ -45,10 +49,16 @@ impl Vmlinux {
         if usize::from(header.e_phentsize) != size_of::<Elf64_Phdr>() {
             return Err(KernelError::Elf("its program headers have an unknown size"));
         }
-        let mut end_address = 0;
+        if header.e_phnum > MAX_HEADERS {
+            return Err(KernelError::Elf("it has more than 64 program headers"));
+        }
+        let (mut end_address, mut loaded, mut entered) = (0, 0u64, false);
         for index in 0..u64::from(header.e_phnum) {
             let offset = header.e_phoff.saturating_add(index * size_of::<Elf64_Phdr>() as u64);
             let segment: Elf64_Phdr = read(&image, offset, "a program header")?;
+            if segment.p_type == PT_NOTE && segment.p_filesz > MAX_NOTE_BYTES {
+                return Err(KernelError::Elf("a note is larger than 64 KiB"));
+            }
             if segment.p_type != PT_LOAD {
                 continue;
             }
@@ -62,12 +72,18 @@ impl Vmlinux {
             let end = segment.p_paddr.checked_add(segment.p_memsz);
             let end = end.ok_or(KernelError::Elf("a segment ends past the last address"))?;
             end_address = end_address.max(end);
+            entered |= (segment.p_paddr..end).contains(&header.e_entry);
+            loaded = loaded.saturating_add(segment.p_filesz);
+        }
+        // Segments that overlap in the file could be copied for ever.
+        if loaded > image.len() as u64 {
+            return Err(KernelError::Elf("its segments overlap in the file"));
         }
         if end_address == 0 {
             return Err(KernelError::Elf("it has no loadable segment"));
         }
-        if header.e_entry < LOWEST_ADDRESS {
-            return Err(KernelError::Elf("its entry point lies in the first MiB"));
+        if !entered {
+            return Err(KernelError::Elf("its entry point lies in no segment"));
         }
         Ok(Self { image, end_address })
     }

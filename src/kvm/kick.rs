@@ -17,16 +17,14 @@ use super::KvmError;
 
 ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, kvm_bindings::KVMIO, 0x8b, kvm_bindings::kvm_signal_mask);
 
-/// The signal that kicks: the highest real-time signal. It is only ever sent to a thread of
-/// ours that has it blocked.
-fn kick_signal() -> libc::c_int {
-    libc::SIGRTMAX()
-}
+/// The signal that kicks: one that no kernel sends. It is only ever sent to a thread of ours that
+/// has it blocked. A real-time signal would be queued, and fail where the queue is full.
+const KICK: libc::c_int = libc::SIGSTKFLT;
 
 /// Signals that the thread's own faults raise. They stay open, so that the embedding process's
 /// handlers for them, such as a crash reporter, work here as elsewhere.
-const FAULTS: [libc::c_int; 5] =
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
+const FAULTS: [libc::c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
 
 /// Blocks every signal but faults in the calling thread.
 pub(crate) fn block_signals() {
@@ -41,7 +39,7 @@ pub(super) fn take_kick() {
     // SAFETY: sigemptyset initializes the set that it is given.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     // SAFETY: initialized just above.
-    unsafe { libc::sigaddset(set.as_mut_ptr(), kick_signal()) };
+    unsafe { libc::sigaddset(set.as_mut_ptr(), KICK) };
     let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the set is initialized, the information is not asked for, the time is a valid one.
     unsafe { libc::sigtimedwait(set.as_ptr(), ptr::null_mut(), &now) };
@@ -56,8 +54,11 @@ pub(super) fn open_kick_in_run(vcpu: &kvm_ioctls::VcpuFd) -> Result<(), KvmError
         blocked: u64,
     }
     // The kernel numbers signals from 1.
-    let kick = 1u64 << (kick_signal() - 1);
-    let mask = SignalMask { len: size_of::<u64>() as u32, blocked: !kick };
+    let bit = |signal: libc::c_int| 1u64 << (signal - 1);
+    // The C library's own signals, below the first real-time one, are open too, as they are in
+    // the thread: setuid in the process waits until each thread has taken one.
+    let internal = (32..libc::SIGRTMIN()).fold(0, |set, signal| set | bit(signal));
+    let mask = SignalMask { len: size_of::<u64>() as u32, blocked: !(bit(KICK) | internal) };
     // SAFETY: the descriptor is a vCPU, and KVM reads `len` bytes after the length.
     match unsafe { ioctl_with_ref(vcpu, KVM_SET_SIGNAL_MASK(), &mask) } {
         0 => Ok(()),
@@ -85,7 +86,7 @@ impl KickTarget {
     pub(crate) fn kick(self) {
         // SAFETY: the system call has no memory arguments; the thread blocks the signal, so it
         // is never delivered.
-        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.tid, kick_signal()) };
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.tid, KICK) };
     }
 }
 

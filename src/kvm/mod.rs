@@ -59,7 +59,13 @@ impl From<KvmError> for Error {
                 io::ErrorKind::PermissionDenied => {
                     (ErrorKind::KvmPermission, Some(permission_fix(path, *owner)))
                 }
-                _ => (ErrorKind::KvmMissing, None),
+                _ => match source.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
+                        (ErrorKind::Resources, Some(DESCRIPTORS_FIX.to_owned()))
+                    }
+                    Some(libc::EISDIR) => (ErrorKind::KvmUnsupported, None),
+                    _ => (ErrorKind::KvmMissing, Some(missing_device_fix(path))),
+                },
             },
             KvmError::NotKvm { .. } | KvmError::Version { .. } => {
                 (ErrorKind::KvmUnsupported, Some("name the host's /dev/kvm".to_owned()))
@@ -70,11 +76,9 @@ impl From<KvmError> for Error {
             ),
             KvmError::TooManyVcpus { .. } => (ErrorKind::Config, None),
             KvmError::Call { source, .. } => match source.raw_os_error() {
-                Some(libc::EMFILE) => (
-                    ErrorKind::Resources,
-                    Some("raise the limit of open files (ulimit -n)".to_owned()),
-                ),
-                Some(libc::ENOMEM | libc::ENFILE) => (ErrorKind::Resources, None),
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
+                    (ErrorKind::Resources, Some(DESCRIPTORS_FIX.to_owned()))
+                }
                 _ => (ErrorKind::Kvm, None),
             },
             KvmError::Msr { .. } | KvmError::CpuidEntries => (ErrorKind::Kvm, None),
@@ -86,6 +90,8 @@ impl From<KvmError> for Error {
         }
     }
 }
+
+const DESCRIPTORS_FIX: &str = "raise the limits of open files and memory (ulimit -n, ulimit -v)";
 
 fn missing_device_fix(path: &Path) -> String {
     format!(

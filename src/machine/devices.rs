@@ -2,7 +2,7 @@
 //! and doorbells connected.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -10,20 +10,22 @@ use super::MachineError;
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice};
 use crate::config::MachineConfig;
-use crate::console::Console;
+use crate::console::ConsoleSink;
 use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput};
 use crate::error::Error;
 use crate::event_loop::{Answered, Doorbells, Watch};
 use crate::exit::ExitLatch;
 use crate::kvm::Vm;
-use crate::virtio::{Block, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice};
+use crate::virtio::{
+    Block, DeviceCore, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
+};
 
 /// The devices on their bus, and what the machine keeps of them.
 pub(super) struct Devices {
     pub(super) bus: Bus,
     pub(super) serial_input: SerialInput,
-    /// One for each virtio device.
-    pub(super) watches: Vec<Watch>,
+    /// The virtio devices, in the order in which the guest finds them.
+    pub(super) virtio: Vec<VirtioSlot>,
 }
 
 impl Devices {
@@ -31,15 +33,15 @@ impl Devices {
         config: &MachineConfig,
         vm: &Vm,
         exit: &Arc<ExitLatch>,
-        console: &Console,
+        console: ConsoleSink,
     ) -> Result<Self, Error> {
         let mut bus = Bus::default();
         let serial_input = legacy(&mut bus, vm, exit, console)?;
-        let mut watches = Vec::new();
+        let mut slots = Vec::new();
         for (id, device) in (0..).zip(virtio(config)?) {
-            watches.push(connect(&mut bus, vm, id, device)?);
+            slots.push(connect(&mut bus, vm, id, device)?);
         }
-        Ok(Self { bus, serial_input, watches })
+        Ok(Self { bus, serial_input, virtio: slots })
     }
 }
 
@@ -48,14 +50,14 @@ fn legacy(
     bus: &mut Bus,
     vm: &Vm,
     exit: &Arc<ExitLatch>,
-    console: &Console,
+    console: ConsoleSink,
 ) -> Result<SerialInput, Error> {
     let mut ports = |start: u16, count: u8, device: SharedDevice| -> Result<(), BusError> {
         bus.pio.insert(start.into(), count.into(), device)
     };
     let interrupt = event_fd()?;
     vm.register_irqfd(&interrupt, layout::SERIAL_IRQ)?;
-    let serial = Serial::new(interrupt, console.clone());
+    let serial = Serial::new(interrupt, console);
     let serial_input = serial.input();
     ports(layout::SERIAL_PORT, layout::SERIAL_PORT_COUNT, shared(serial))?;
 
@@ -82,7 +84,12 @@ fn virtio(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, MachineE
 }
 
 /// Puts a virtio device on the bus, and its doorbells into the device thread's care.
-fn connect(bus: &mut Bus, vm: &Vm, id: u32, device: Box<dyn VirtioDevice>) -> Result<Watch, Error> {
+fn connect(
+    bus: &mut Bus,
+    vm: &Vm,
+    id: u32,
+    device: Box<dyn VirtioDevice>,
+) -> Result<VirtioSlot, Error> {
     let line = event_fd()?;
     vm.register_irqfd(&line, layout::virtio_irq(id))?;
     let transport = MmioTransport::new(device, vm.ram(), Arc::new(Interrupt::new(line)))
@@ -91,20 +98,53 @@ fn connect(bus: &mut Bus, vm: &Vm, id: u32, device: Box<dyn VirtioDevice>) -> Re
 
     let (address, len) = layout::virtio_registers(id);
     let mut events = Vec::new();
+    let mut doorbells = Vec::new();
     for queue in 0..transport.queue_count() {
         let event = event_fd()?;
         vm.register_doorbell(&event, address + QUEUE_NOTIFY, queue)?;
+        doorbells.push(event.try_clone().map_err(MachineError::EventFd)?);
         events.push(event);
     }
     bus.mmio.insert(address, len, shared(transport))?;
 
+    let served = Arc::clone(&core);
     let answer = Box::new(move |queue| {
-        match core.lock().unwrap_or_else(PoisonError::into_inner).serve(queue) {
+        match served.lock().unwrap_or_else(PoisonError::into_inner).serve(queue) {
             Served::All => Answered::Done,
             Served::Some => Answered::Again,
         }
     });
-    Ok(Watch::new(Doorbells { events, answer })?)
+    let watch = Watch::new(Doorbells { events, answer })?;
+    Ok(VirtioSlot { _watch: watch, core, doorbells })
+}
+
+/// A virtio device in its place: answered by the device thread until it is dropped.
+#[derive(Debug)]
+pub(super) struct VirtioSlot {
+    _watch: Watch,
+    core: Arc<Mutex<DeviceCore>>,
+    doorbells: Vec<EventFd>,
+}
+
+impl VirtioSlot {
+    /// Returns when the device is at no request, and will take none.
+    pub(super) fn pause(&self) {
+        self.lock().pause();
+    }
+
+    /// Lets the device go on, first with what came meanwhile.
+    pub(super) fn resume(&self) {
+        if self.lock().resume() {
+            for doorbell in &self.doorbells {
+                // A counter that is full rings as well.
+                let _ = doorbell.write(1);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, DeviceCore> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn event_fd() -> Result<EventFd, MachineError> {

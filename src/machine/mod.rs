@@ -4,31 +4,30 @@
 //! the memory afterwards. The vCPUs are not part of it: whoever may run them owns them.
 
 mod devices;
-mod reaper;
 mod vcpu_threads;
 
-pub(crate) use self::vcpu_threads::{NotRun, Running, VcpuThreads};
+use self::vcpu_threads::VcpuThreads;
+pub(crate) use self::vcpu_threads::{NotRun, Running};
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error as ThisError;
 
 use crate::arch::{cpuid, layout, msr};
 use crate::config::MachineConfig;
-use crate::console::{Console, panic_message};
+use crate::console::{Console, ConsoleSink};
 use crate::devices::SerialInput;
 use crate::error::{Error, ErrorKind};
-use crate::event_loop::Watch;
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::phase::Phase;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
-use devices::Devices;
-use reaper::Reaped;
+use devices::{Devices, VirtioSlot};
 
 /// Why a machine cannot be put together, beyond what its parts say.
 #[derive(Debug, ThisError)]
@@ -60,20 +59,13 @@ impl From<MachineError> for Error {
 /// A machine without its vCPUs.
 #[derive(Debug)]
 pub(crate) struct Machine {
-    parts: Reaped<Parts>,
     exit: Arc<ExitLatch>,
     console: Console,
     serial_input: SerialInput,
-    virtio_devices: u32,
-}
-
-/// What takes long to take down, in the order in which it goes: vCPU threads end, doorbells are
-/// answered no more, the VM closes (its RAM is unmapped with it).
-#[derive(Debug)]
-struct Parts {
-    threads: VcpuThreads,
-    _watches: Vec<Watch>,
+    // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
+    virtio: Vec<VirtioSlot>,
     vm: Arc<Vm>,
+    threads: VcpuThreads,
 }
 
 impl Machine {
@@ -97,9 +89,10 @@ impl Machine {
 
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
-        let console = Console::new(config.console_tail_bytes, writer);
-        let Devices { bus, serial_input, watches } =
-            recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, &console))?;
+        let console = Console::new(config.console_tail_bytes);
+        let sink = ConsoleSink::new(console.clone(), writer);
+        let Devices { bus, serial_input, virtio } =
+            recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
 
         let first_run = Arc::clone(recorder.first_run());
         let (vcpus, threads) = recorder.run(Phase::Vcpus, || {
@@ -112,29 +105,58 @@ impl Machine {
                     Ok(vcpu)
                 })
                 .collect::<Result<Vec<_>, KvmError>>()?;
-            let threads =
-                VcpuThreads::spawn(config.vcpus, Arc::new(bus), Arc::clone(&exit), first_run)?;
+            let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
+            let threads = VcpuThreads::spawn(config.vcpus, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
-
-        let virtio_devices = watches.len() as u32;
-        let parts = Reaped::new(Parts { threads, _watches: watches, vm });
-        Ok((Self { parts, virtio_devices, exit, console, serial_input }, vcpus))
+        Ok((Self { exit, console, serial_input, virtio, vm, threads }, vcpus))
     }
 
     /// The guest's memory.
     pub(crate) fn ram(&self) -> &GuestRam {
-        self.parts.vm.ram()
+        self.vm.ram()
     }
 
     /// How many virtio devices there are; their addresses and interrupts follow from it.
     pub(crate) fn virtio_devices(&self) -> u32 {
-        self.virtio_devices
+        self.virtio.len() as u32
     }
 
-    /// The threads that run vCPUs.
-    pub(crate) fn threads(&self) -> &VcpuThreads {
-        &self.parts.threads
+    /// Lets the guest run: its devices, then its vCPUs. Where a thread is gone, all vCPUs come
+    /// back.
+    pub(crate) fn run(&self, vcpus: Vec<Vcpu>) -> Result<Running, NotRun> {
+        for device in &self.virtio {
+            device.resume();
+        }
+        self.threads.run(vcpus)
+    }
+
+    /// Stops the guest: its vCPUs, then its devices, each after the request that it is at.
+    pub(crate) fn stop(&self, running: Running) -> Vec<Vcpu> {
+        let vcpus = self.threads.stop(running);
+        for device in &self.virtio {
+            device.pause();
+        }
+        vcpus
+    }
+
+    /// Waits until the guest ends by itself.
+    pub(crate) fn wait(&self, running: Running) -> Vec<Vcpu> {
+        self.threads.wait(running)
+    }
+
+    /// As [`wait`](Self::wait), but gives up after a time. A guest that has ended by then gets a
+    /// moment more for its vCPUs to come back.
+    pub(crate) fn wait_timeout(
+        &self,
+        running: Running,
+        timeout: Duration,
+    ) -> Result<Vec<Vcpu>, Running> {
+        const GRACE: Duration = Duration::from_millis(200);
+        match self.threads.wait_timeout(running, timeout) {
+            Err(running) if self.exit.get().is_some() => self.threads.wait_timeout(running, GRACE),
+            waited => waited,
+        }
     }
 
     /// What the guest wrote.
@@ -151,12 +173,12 @@ impl Machine {
     pub(crate) fn exit_status(&self) -> Option<ExitStatus> {
         let status = self.exit.get()?.clone();
         Some(match status {
-            ExitStatus::Rebooted => match panic_message(&self.console.tail()) {
+            ExitStatus::Rebooted => match self.console.panic_message() {
                 Some(message) => ExitStatus::Panicked { message: Some(message) },
                 None => ExitStatus::Rebooted,
             },
             ExitStatus::Panicked { message: None } => {
-                ExitStatus::Panicked { message: panic_message(&self.console.tail()) }
+                ExitStatus::Panicked { message: self.console.panic_message() }
             }
             other => other,
         })
@@ -170,7 +192,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // The reaper may come late; the guest stops now.
-        self.parts.threads.halt();
+        // The threads' own end may take a while; the guest stops now.
+        self.threads.halt();
     }
 }

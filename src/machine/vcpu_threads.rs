@@ -11,27 +11,25 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SendError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use super::MachineError;
 use crate::bus::Bus;
 use crate::exit::{ExitLatch, ExitStatus};
-use crate::kvm::{KickTarget, Vcpu, VmExit, block_signals};
+use crate::kvm::{KickTarget, Vcpu, Vm, VmExit, block_signals};
 use crate::timings::FirstRun;
 
 /// One thread a vCPU.
+///
+/// Dropping it ends the threads, without waiting for them: the last one closes the VM and
+/// unmaps its memory, which sleeps in the kernel for 1 to 15 ms.
 #[derive(Debug)]
 pub(crate) struct VcpuThreads {
-    threads: Vec<VcpuThread>,
+    // In this order: a thread ends when its inbox closes, and it has to be one of the threads
+    // that lets go of `shared`, and of the VM in it, last.
     shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct VcpuThread {
-    // Sending gives the vCPU to the thread; dropping ends the thread.
-    inbox: Sender<Vcpu>,
-    join: JoinHandle<()>,
+    inboxes: Vec<Sender<Vcpu>>,
 }
 
 /// The vCPUs are with their threads. Only [`VcpuThreads::run`] makes one, so that a machine is
@@ -47,7 +45,9 @@ pub(crate) struct NotRun {
 }
 
 struct Shared {
-    bus: Arc<Bus>,
+    bus: Bus,
+    /// Kept until the last thread ends.
+    _vm: Arc<Vm>,
     exit: Arc<ExitLatch>,
     /// Asks every thread to give its vCPU back.
     stop: AtomicBool,
@@ -70,27 +70,29 @@ impl VcpuThreads {
     /// Starts `count` threads, which park.
     pub(crate) fn spawn(
         count: u8,
-        bus: Arc<Bus>,
+        bus: Bus,
+        vm: Arc<Vm>,
         exit: Arc<ExitLatch>,
         first_run: Arc<FirstRun>,
     ) -> Result<Self, MachineError> {
         let shared = Arc::new(Shared {
             bus,
+            _vm: vm,
             exit,
             stop: AtomicBool::new(false),
             parked: Mutex::default(),
             came_back: Condvar::new(),
             first_run,
         });
-        let mut all = Self { threads: Vec::new(), shared };
+        let mut all = Self { shared, inboxes: Vec::new() };
         for id in 0..count {
             let (inbox, vcpus) = channel();
             let shared = Arc::clone(&all.shared);
-            let join = thread::Builder::new()
+            thread::Builder::new()
                 .name(format!("dormouse-vcpu{id}"))
                 .spawn(move || shared.serve(&vcpus))
                 .map_err(|source| MachineError::Thread { id, source })?;
-            all.threads.push(VcpuThread { inbox, join });
+            all.inboxes.push(inbox);
         }
         Ok(all)
     }
@@ -101,8 +103,8 @@ impl VcpuThreads {
         self.shared.stop.store(false, Ordering::SeqCst);
         self.shared.first_run.started();
         let mut unsent = Vec::new();
-        for (thread, vcpu) in self.threads.iter().zip(vcpus) {
-            if let Err(SendError(vcpu)) = thread.inbox.send(vcpu) {
+        for (inbox, vcpu) in self.inboxes.iter().zip(vcpus) {
+            if let Err(SendError(vcpu)) = inbox.send(vcpu) {
                 unsent.push(vcpu);
             }
         }
@@ -110,7 +112,7 @@ impl VcpuThreads {
             return Ok(Running(()));
         }
         self.shared.stop_all();
-        let mut vcpus = self.shared.wait_for(self.threads.len() - unsent.len());
+        let mut vcpus = self.shared.wait_for(self.inboxes.len() - unsent.len());
         vcpus.append(&mut unsent);
         vcpus.sort_by_key(Vcpu::id);
         Err(NotRun { vcpus, error: MachineError::ThreadGone })
@@ -125,7 +127,7 @@ impl VcpuThreads {
 
     /// Waits for the guest's end, and for its vCPUs.
     pub(crate) fn wait(&self, Running(()): Running) -> Vec<Vcpu> {
-        self.shared.wait_for(self.threads.len())
+        self.shared.wait_for(self.inboxes.len())
     }
 
     /// As [`wait`](Self::wait), but gives up after a time.
@@ -138,7 +140,7 @@ impl VcpuThreads {
         let waited = self
             .shared
             .came_back
-            .wait_timeout_while(parked, timeout, |parked| parked.vcpus.len() < self.threads.len());
+            .wait_timeout_while(parked, timeout, |parked| parked.vcpus.len() < self.inboxes.len());
         let (mut parked, result) = waited.unwrap_or_else(PoisonError::into_inner);
         if result.timed_out() { Err(running) } else { Ok(parked.take_all()) }
     }
@@ -146,19 +148,6 @@ impl VcpuThreads {
     /// Stops the guest without waiting for it, before the machine is taken down.
     pub(crate) fn halt(&self) {
         self.shared.stop_all();
-    }
-}
-
-impl Drop for VcpuThreads {
-    fn drop(&mut self) {
-        // No vCPU thread kicks another one after it gave its vCPU back, so a kick can only reach
-        // a thread that has not been joined.
-        self.shared.stop_all();
-        for thread in self.threads.drain(..) {
-            drop(thread.inbox);
-            // A thread that panicked has reported it as the guest's end.
-            let _ = thread.join.join();
-        }
     }
 }
 
@@ -182,7 +171,7 @@ impl Shared {
 
     /// Runs a vCPU until it is wanted back.
     fn run(&self, vcpu: &mut Vcpu) {
-        if vcpu.id() == 0 && self.first_run.entered() {
+        if vcpu.id() == 0 && !self.stop.load(Ordering::SeqCst) && self.first_run.entered() {
             let exit = vcpu.run(&self.bus);
             self.first_run.left();
             self.after(exit);
@@ -203,9 +192,13 @@ impl Shared {
         }
     }
 
+    /// Asks every thread for its vCPU. Under the lock, because a thread that has given its vCPU
+    /// back may end, and its number be another thread's: no kick is under way any more when this
+    /// returns, whoever set the flag.
     fn stop_all(&self) {
+        let parked = self.lock();
         if !self.stop.swap(true, Ordering::SeqCst) {
-            for target in &self.lock().kick {
+            for target in &parked.kick {
                 target.kick();
             }
         }

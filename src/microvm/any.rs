@@ -12,14 +12,15 @@ use crate::timings::Timings;
 /// use dormouse::AnyMicroVm;
 ///
 /// fn pause_all(vms: &mut HashMap<String, AnyMicroVm>) {
-///     for (_, vm) in std::mem::take(vms) {
-///         if let AnyMicroVm::Running(vm) = vm {
-///             let now = match vm.pause() {
-///                 Ok(paused) => AnyMicroVm::from(paused),
-///                 Err(ended) => AnyMicroVm::from(ended.vm),
-///             };
-///             drop(now);
-///         }
+///     for (name, vm) in std::mem::take(vms) {
+///         let now = match vm {
+///             AnyMicroVm::Running(vm) => match vm.pause() {
+///                 Ok(paused) => paused.into(),
+///                 Err(ended) => ended.vm.into(),
+///             },
+///             other => other,
+///         };
+///         vms.insert(name, now);
 ///     }
 /// }
 /// ```

@@ -34,10 +34,9 @@ impl MicroVm<Created> {
         let mut recorder = Recorder::new();
         let (kernel, initramfs, cmdline, machine_config) = config.parts();
         recorder.run(Phase::Config, || machine_config.check())?;
-        let (vmlinux, archive) = recorder.run(Phase::Kernel, || {
-            let archive = initramfs.map(|initramfs| initramfs.load()).transpose()?;
-            Ok::<_, Error>((kernel.load()?, archive))
-        })?;
+        let vmlinux = recorder.run(Phase::Kernel, || kernel.load())?;
+        let archive = recorder
+            .run(Phase::Initramfs, || initramfs.map(|initramfs| initramfs.load()).transpose())?;
 
         let (machine, vcpus) = Machine::new(machine_config, &mut recorder)?;
         let boot = Boot {
@@ -52,7 +51,7 @@ impl MicroVm<Created> {
         recorder.run(Phase::Load, || {
             let entry = boot.load(machine.ram())?;
             // The others wait for the boot vCPU to wake them.
-            for boot_vcpu in vcpus.iter().take(1) {
+            if let Some(boot_vcpu) = vcpus.first() {
                 boot_vcpu.enter_at(entry)?;
             }
             Ok::<_, Error>(())

@@ -37,7 +37,7 @@ use crate::timings::{Recorder, Timings};
 ///
 /// It lives in this process: a thread for each vCPU, a mapping for the guest's memory, some file
 /// descriptors. Dropping it ends the guest, in whatever state, and returns at once; descriptors,
-/// threads and memory are given back within milliseconds by a thread that comes and goes for it.
+/// threads and memory are given back within milliseconds, by its own threads as they end.
 ///
 /// A `MicroVm` belongs to the process that created it: KVM refuses it to a child after `fork`.
 #[must_use = "dropping a `MicroVm` ends its guest"]
@@ -60,7 +60,7 @@ impl<S: State> MicroVm<S> {
 
     /// An error of this VM's: with its stage and the guest's last words.
     fn error(&self, phase: Phase, error: impl Into<Error>) -> Error {
-        error.into().at(phase).console(self.console.tail())
+        error.into().at(phase).console(self.console.last_lines())
     }
 }
 
@@ -107,6 +107,8 @@ enum LifecycleError {
     Ended { attempt: &'static str, status: ExitStatus },
     #[error("the guest has not ended within {seconds} s")]
     Timeout { seconds: f64 },
+    #[error("{status}, but a vCPU's thread is still busy: a console writer blocks")]
+    NotBack { status: ExitStatus },
     #[error("the guest does not read its console: {bytes} bytes do not fit its input queue")]
     ConsoleFull { bytes: usize },
 }
@@ -114,7 +116,9 @@ enum LifecycleError {
 impl From<LifecycleError> for Error {
     fn from(error: LifecycleError) -> Self {
         let kind = match &error {
-            LifecycleError::Ended { status, .. } => ErrorKind::GuestEnded(status.clone()),
+            LifecycleError::Ended { status, .. } | LifecycleError::NotBack { status } => {
+                ErrorKind::GuestEnded(status.clone())
+            }
             LifecycleError::Timeout { .. } => ErrorKind::Timeout,
             LifecycleError::ConsoleFull { .. } => ErrorKind::ConsoleFull,
         };

@@ -1,6 +1,6 @@
 //! A running VM: pausing it, waiting for its end, ending it, typing into its console.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::state::Stopped;
 use super::{LifecycleError, MicroVm, Paused, Running, Terminated, TransitionError};
@@ -20,7 +20,7 @@ impl MicroVm<Running> {
     /// the guest has ended by itself.
     pub fn pause(self) -> Result<MicroVm<Paused>, TransitionError<Terminated>> {
         let Self { state: Running { run, machine }, console, mut recorder } = self;
-        let vcpus = recorder.timed(Phase::Pause, || machine.threads().stop(run));
+        let vcpus = recorder.timed(Phase::Pause, || machine.stop(run));
         match machine.exit_status() {
             None => {
                 let stopped = Stopped { vcpus, machine };
@@ -39,7 +39,7 @@ impl MicroVm<Running> {
     /// Waits until the guest ends by itself, for as long as that takes.
     pub fn wait(self) -> MicroVm<Terminated> {
         let Self { state: Running { run, machine }, console, mut recorder } = self;
-        let vcpus = recorder.timed(Phase::Wait, || machine.threads().wait(run));
+        let vcpus = recorder.timed(Phase::Wait, || machine.wait(run));
         MicroVm { state: terminated(vcpus, *machine), console, recorder }
     }
 
@@ -48,35 +48,46 @@ impl MicroVm<Running> {
     /// # Errors
     ///
     /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the VM, where it is still
-    /// running.
+    /// running. [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded), with the VM, where the
+    /// guest has ended but a console writer still blocks a vCPU's thread.
     pub fn wait_timeout(
         self,
         timeout: Duration,
     ) -> Result<MicroVm<Terminated>, TransitionError<Running>> {
         let Self { state: Running { run, machine }, console, mut recorder } = self;
-        match recorder.timed(Phase::Wait, || machine.threads().wait_timeout(run, timeout)) {
-            Ok(vcpus) => Ok(MicroVm { state: terminated(vcpus, *machine), console, recorder }),
+        let start = Instant::now();
+        match machine.wait_timeout(run, timeout) {
+            Ok(vcpus) => {
+                // A wait that ran out is no phase: a loop of them would fill the list.
+                recorder.passed(Phase::Wait, start);
+                Ok(MicroVm { state: terminated(vcpus, *machine), console, recorder })
+            }
             Err(run) => {
+                let why = match machine.exit_status() {
+                    None => LifecycleError::Timeout { seconds: timeout.as_secs_f64() },
+                    Some(status) => LifecycleError::NotBack { status },
+                };
                 let vm = MicroVm { state: Running { run, machine }, console, recorder };
-                let seconds = timeout.as_secs_f64();
-                let error = vm.error(Phase::Wait, LifecycleError::Timeout { seconds });
+                let error = vm.error(Phase::Wait, why);
                 Err(TransitionError { vm, error })
             }
         }
     }
 
-    /// Ends the guest as if its power was cut, in some 100 µs. A guest that ended by itself
+    /// Ends the guest as if its power was cut, in some 100 µs, or as long as a console writer
+    /// blocks. A guest that ended by itself
     /// before keeps its own exit status.
     pub fn terminate(self) -> MicroVm<Terminated> {
         let Self { state: Running { run, machine }, console, mut recorder } = self;
         let vcpus = recorder.timed(Phase::Terminate, || {
             machine.end();
-            machine.threads().stop(run)
+            machine.stop(run)
         });
         MicroVm { state: terminated(vcpus, *machine), console, recorder }
     }
 
-    /// How the guest ended, where it has: [`wait`](Self::wait) would then return at once.
+    /// How the guest ended, where it has: [`wait`](Self::wait) would then return at once, or when
+    /// a console writer that blocks lets it.
     pub fn exit_status(&self) -> Option<ExitStatus> {
         self.state.machine.exit_status()
     }
@@ -102,7 +113,7 @@ impl MicroVm<Running> {
     }
 }
 
-/// The end of a machine: its vCPUs go, then the rest goes to the reaper.
+/// The end of a machine: its vCPUs go, then its devices, and its threads end by themselves.
 fn terminated(vcpus: Vec<Vcpu>, machine: Machine) -> Terminated {
     drop(vcpus);
     // Threads only give all vCPUs back unasked when the guest has ended.

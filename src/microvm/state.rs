@@ -44,8 +44,7 @@ pub struct Terminated {
 /// A machine whose vCPUs no thread has.
 #[derive(Debug)]
 pub(super) struct Stopped {
-    // The vCPUs go first, so that the machine, which goes to the reaper, is the last to hold the
-    // VM and closes it there.
+    // The vCPUs go first, so that the machine's threads are the last to hold the VM.
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) machine: Box<Machine>,
 }
@@ -54,7 +53,7 @@ impl Stopped {
     /// Gives the vCPUs to their threads, or everything back.
     pub(super) fn run(self) -> Result<Running, (Self, Error)> {
         let Self { vcpus, machine } = self;
-        match machine.threads().run(vcpus) {
+        match machine.run(vcpus) {
             Ok(run) => Ok(Running { run, machine }),
             Err(NotRun { vcpus, error }) => Err((Self { vcpus, machine }, error.into())),
         }

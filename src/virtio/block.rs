@@ -45,6 +45,9 @@ const MAX_BUFFERS: u32 = QUEUE_SIZE as u32 - 2;
 /// One DISCARD or WRITE_ZEROES covers so many sectors (1 GiB) in so many ranges.
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
 const MAX_RANGES: u32 = 32;
+/// One request moves at most so much (64 MiB): the descriptors of a hostile one may overlap, and
+/// other VMs' devices wait for it.
+const MAX_REQUEST_BYTES: u64 = 64 << 20;
 
 /// The device.
 #[derive(Debug)]
@@ -94,6 +97,9 @@ impl Block {
         from_driver: &GuestBytes<'_>,
         to_driver: &GuestBytes<'_>,
     ) -> Result<(), Fault> {
+        if from_driver.len().max(to_driver.len()) > MAX_REQUEST_BYTES {
+            return Err(Fault::Io);
+        }
         match header.kind {
             T_IN => {
                 let offset = self.offset(header.sector, to_driver.len())?;

@@ -57,6 +57,7 @@ pub(crate) struct DeviceCore {
     device: Box<dyn VirtioDevice>,
     queues: Vec<VirtQueue>,
     interrupt: Arc<Interrupt>,
+    paused: bool,
     status: u32,
     driver_features: u64,
     device_features_sel: u32,
@@ -71,7 +72,7 @@ impl DeviceCore {
         let Some(queue) = self.queues.get_mut(index) else {
             return Served::All;
         };
-        if !active || !queue.queue.ready() {
+        if self.paused || !active || !queue.queue.ready() {
             return Served::All;
         }
         match self.device.serve(index, queue) {
@@ -84,6 +85,16 @@ impl DeviceCore {
                 Served::All
             }
         }
+    }
+
+    /// Serves nothing until [`resume`](Self::resume).
+    pub(crate) fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    /// Serves again. Whether it had stopped: doorbells that rang meanwhile are to be rung again.
+    pub(crate) fn resume(&mut self) -> bool {
+        std::mem::take(&mut self.paused)
     }
 
     fn offered(&self) -> u64 {
@@ -199,6 +210,14 @@ fn half(features: u64, select: u32) -> u32 {
     }
 }
 
+impl std::fmt::Debug for DeviceCore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeviceCore")
+            .field("type", &self.device.device_type())
+            .finish_non_exhaustive()
+    }
+}
+
 /// The registers on the bus.
 pub(crate) struct MmioTransport {
     core: Arc<Mutex<DeviceCore>>,
@@ -220,6 +239,7 @@ impl MmioTransport {
             device,
             queues,
             interrupt: Arc::clone(&interrupt),
+            paused: false,
             status: 0,
             driver_features: 0,
             device_features_sel: 0,

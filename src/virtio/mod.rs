@@ -12,7 +12,7 @@ mod rng;
 
 pub(crate) use self::block::Block;
 pub(crate) use self::interrupt::Interrupt;
-pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
+pub(crate) use self::mmio::{DeviceCore, MmioTransport, QUEUE_NOTIFY};
 pub(crate) use self::queue::{QueueError, Served, VirtQueue};
 pub(crate) use self::rng::Rng;
 

@@ -54,7 +54,7 @@ fn a_kvm_device_that_is_missing_or_something_else_is_named_with_the_fix() {
     refuses(halt().kvm_device("/nonexistent/kvm"), ErrorKind::KvmMissing, "modprobe");
     refuses(halt().kvm_device("/dev/null"), ErrorKind::KvmUnsupported, "/dev/null is not a KVM");
     refuses(halt().kvm_device("/dev/k\0vm"), ErrorKind::KvmMissing, "cannot open");
-    refuses(halt().kvm_device("/tmp"), ErrorKind::KvmMissing, "cannot open /tmp");
+    refuses(halt().kvm_device("/tmp"), ErrorKind::KvmUnsupported, "cannot open /tmp");
 }
 
 #[test]

@@ -123,6 +123,7 @@ fn timings_name_every_phase_once_in_order() {
     let mut all = [
         "config",
         "kernel",
+        "initramfs",
         "memory",
         "kvm",
         "devices",

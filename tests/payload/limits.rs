@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use dormouse::{ExitStatus, MicroVm};
+use dormouse::{ErrorKind, ExitStatus, MicroVm};
 
 use crate::guest::Program;
 use crate::{PATIENCE, config, create, resources};
@@ -152,6 +152,95 @@ fn the_process_keeps_its_signal_handlers_and_its_mask() {
     let ended = vm.pause().unwrap().resume().unwrap().terminate();
     assert_eq!(ended.exit_status(), &ExitStatus::Terminated);
     assert_eq!(signals(), before);
+}
+
+#[test]
+fn a_guest_is_stopped_at_once_however_early_and_quiet_it_is() {
+    // It never comes out of the guest by itself: the kick alone ends it.
+    for round in 0..200 {
+        let vm = MicroVm::create(config(&Program::Halt).vcpus(1 + round % 3)).unwrap();
+        let vm = vm.start().unwrap();
+        let vm = if round % 2 == 0 { vm } else { vm.pause().unwrap().resume().unwrap() };
+        assert_eq!(vm.terminate().exit_status(), &ExitStatus::Terminated);
+    }
+}
+
+#[test]
+fn a_process_changes_its_user_while_a_guest_sleeps() {
+    if !resources::alone("a_process_changes_its_user_while_a_guest_sleeps") {
+        return;
+    }
+    let (vm, output) = create(&Program::Halt);
+    let vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    std::thread::sleep(Duration::from_millis(50));
+    let (done, changed) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // SAFETY: neither call has memory arguments; the group stays what it is.
+        let result = unsafe { libc::setgid(libc::getgid()) };
+        done.send(result).unwrap();
+    });
+    // The C library waits until each thread of the process has taken a signal of its own.
+    assert_eq!(changed.recv_timeout(PATIENCE), Ok(0));
+    assert_eq!(vm.terminate().exit_status(), &ExitStatus::Terminated);
+}
+
+#[test]
+fn a_guest_is_stopped_where_the_user_may_queue_no_signal() {
+    if !resources::alone("a_guest_is_stopped_where_the_user_may_queue_no_signal") {
+        return;
+    }
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the limit is a valid one, of this process alone.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_SIGPENDING, &none) }, 0);
+    let (vm, output) = create(&Program::Halt);
+    let vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    assert_eq!(vm.terminate().exit_status(), &ExitStatus::Terminated);
+}
+
+#[test]
+fn vms_whose_console_writers_block_hold_up_no_others() {
+    if !resources::alone("vms_whose_console_writers_block_hold_up_no_others") {
+        return;
+    }
+    struct Blocks;
+    impl Write for Blocks {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            std::thread::sleep(Duration::from_secs(1_000_000));
+            Ok(0)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    for _ in 0..10 {
+        let vm = MicroVm::create(config(&Program::Heartbeat).console(Blocks)).unwrap();
+        drop(vm.start().unwrap());
+    }
+    let before = resources::settled();
+    for _ in 0..100 {
+        drop(MicroVm::create(config(&Program::Halt)).unwrap());
+    }
+    resources::assert_back_to(&before);
+}
+
+#[test]
+fn a_guest_that_has_ended_is_never_reported_as_a_timeout() {
+    for _ in 0..50 {
+        let (vm, _output) = create(&Program::Script(vec![(0x600, 0x34)]));
+        let mut vm = vm.start().unwrap();
+        loop {
+            match vm.wait_timeout(Duration::from_micros(300)) {
+                Ok(_) => break,
+                Err(failed) => {
+                    let timeout = failed.error.kind() == &ErrorKind::Timeout;
+                    assert!(timeout, "{:?}", failed.error);
+                    vm = failed.vm;
+                }
+            }
+        }
+    }
 }
 
 /// Blocked, ignored and caught signals of this thread and process.

@@ -28,7 +28,6 @@ pub(crate) fn for_vcpu(
     count: u8,
     template: &CpuTemplate,
 ) -> Vec<kvm_cpuid_entry2> {
-    let topology = Topology { id: u32::from(id), count: u32::from(count) };
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
@@ -36,6 +35,9 @@ pub(crate) fn for_vcpu(
         .copied()
         .collect();
     let max_leaf = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
+    let amd = entries.iter().any(|entry| entry.function == 0 && is_amd(entry));
+    let topology = Topology { id: u32::from(id), count: u32::from(count), amd };
+    hide_unusable_amx(&mut entries);
     for leaf in [0xb, 0x1f] {
         if leaf <= max_leaf {
             entries.extend(topology.extended_topology(leaf));
@@ -69,6 +71,29 @@ fn apply(template: &CpuTemplate, entries: &mut [kvm_cpuid_entry2]) {
 struct Topology {
     id: u32,
     count: u32,
+    /// Leaves that AMD and Intel use differently.
+    amd: bool,
+}
+
+/// Whether leaf 0 names AMD, or Hygon, which follows it.
+fn is_amd(leaf: &kvm_cpuid_entry2) -> bool {
+    let vendor = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
+    vendor == b"AuthenticAMD" || vendor == b"HygonGenuine"
+}
+
+/// KVM lists AMX (leaf 7, EDX bits 22, 24 and 25) also where it does not let guests have the
+/// registers (leaf 0xd, EAX bits 17 and 18), for which a process has to ask.
+fn hide_unusable_amx(entries: &mut [kvm_cpuid_entry2]) {
+    const AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    const TILES: u32 = 3 << 17;
+    let is =
+        |function| move |entry: &&kvm_cpuid_entry2| entry.function == function && entry.index == 0;
+    let tiles = entries.iter().find(is(0xd)).is_some_and(|entry| entry.eax & TILES == TILES);
+    if !tiles {
+        for entry in entries.iter_mut().filter(|entry| entry.function == 7 && entry.index == 0) {
+            entry.edx &= !AMX;
+        }
+    }
 }
 
 impl Topology {
@@ -78,7 +103,7 @@ impl Topology {
     }
 
     fn patch(&self, entry: &mut kvm_cpuid_entry2) {
-        let Self { id, count } = *self;
+        let Self { id, count, .. } = *self;
         match entry.function {
             0x1 => {
                 // APIC id, logical processors; CLFLUSH size and brand stay.
@@ -97,7 +122,7 @@ impl Topology {
                 }
             }
             // Core count, and the bits of an APIC id that number the cores.
-            0x8000_0008 => entry.ecx = (self.core_bits() << 12) | (count - 1),
+            0x8000_0008 if self.amd => entry.ecx = (self.core_bits() << 12) | (count - 1),
             // Extended APIC id; core id with one thread a core; node 0 of one.
             0x8000_001e => {
                 entry.eax = id;
@@ -142,7 +167,7 @@ mod tests {
             ..Default::default()
         };
         CpuId::from_entries(&[
-            entry(0, 0x10, 0, 0, 0),
+            entry(0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65),
             entry(1, 0, 0x0710_0800, 1 << 21, HTT),
             entry(4, 0xfc1f_c143, 0, 0, 0),
             entry(7, 0, 1 << 16, 0, 0),
