@@ -1,9 +1,11 @@
-//! The device thread: one for all VMs of the process, woken by the doorbells of their devices.
+//! The device thread: one for all VMs of the process, woken by the doorbells and the sources of their
+//! devices.
 //!
 //! It comes with the first device and goes with the last one, and sleeps in epoll_wait while no
-//! doorbell rings. Source: event-manager's documentation; epoll(7).
+//! doorbell rings and no source of a device is ready. Source: event-manager's documentation; epoll(7).
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -34,14 +36,29 @@ impl From<EventLoopError> for Error {
     }
 }
 
-/// Doorbells, and what to do when one of them rings.
-pub(crate) struct Doorbells {
-    pub(crate) events: Vec<EventFd>,
-    /// Called with the place of the doorbell that rang. It returns soon.
-    pub(crate) answer: Box<dyn FnMut(usize) -> Answered + Send>,
+/// How sources are watched.
+const SOURCE: EventSet = EventSet::from_bits_truncate(
+    EventSet::IN.bits() | EventSet::OUT.bits() | EventSet::EDGE_TRIGGERED.bits(),
+);
+
+/// What wakes a device, and what to do then.
+pub(crate) struct Subscription {
+    /// Eventfds that the driver rings.
+    pub(crate) doorbells: Vec<EventFd>,
+    /// Descriptors of the host, watched edge-triggered for input and output.
+    pub(crate) sources: Vec<OwnedFd>,
+    /// Called with what happened. It returns soon.
+    pub(crate) answer: Box<dyn FnMut(Wake) -> Answered + Send>,
 }
 
-/// Whether a doorbell's work is done.
+/// Why a device is woken: one of its doorbells, or one of its sources, by its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wake {
+    Doorbell(usize),
+    Source(usize),
+}
+
+/// Whether the work is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Answered {
     Done,
@@ -49,7 +66,7 @@ pub(crate) enum Answered {
     Again,
 }
 
-type Endpoint = RemoteEndpoint<Doorbells>;
+type Endpoint = RemoteEndpoint<Subscription>;
 
 /// The running thread, and how many watches it has.
 struct DeviceThread {
@@ -60,50 +77,71 @@ struct DeviceThread {
 
 static DEVICE_THREAD: Mutex<Option<DeviceThread>> = Mutex::new(None);
 
-/// A place in the device thread; dropping it returns when its doorbells are answered no more.
-#[derive(Debug)]
+/// A place in the device thread; dropping it returns when it is woken no more.
 pub(crate) struct Watch {
     id: SubscriberId,
+    endpoint: Endpoint,
 }
 
 impl Watch {
-    /// Answers `doorbells` from now on.
-    pub(crate) fn new(doorbells: Doorbells) -> Result<Self, EventLoopError> {
-        let mut running = DEVICE_THREAD.lock().unwrap_or_else(PoisonError::into_inner);
-        let device_thread = match &mut *running {
-            Some(device_thread) => device_thread,
-            None => running.insert(DeviceThread::start()?),
-        };
-        let added = device_thread.endpoint.call_blocking(move |manager| {
-            Ok::<_, event_manager::Error>(manager.add_subscriber(doorbells))
+    /// Answers from now on. Returns after the device thread's current turn.
+    pub(crate) fn new(subscription: Subscription) -> Result<Self, EventLoopError> {
+        let endpoint = enter()?;
+        let added = endpoint.call_blocking(move |manager| {
+            Ok::<_, event_manager::Error>(manager.add_subscriber(subscription))
         });
-        let id = added.map_err(EventLoopError::Watch)?;
-        device_thread.watches += 1;
-        Ok(Self { id })
+        match added {
+            Ok(id) => Ok(Self { id, endpoint }),
+            Err(error) => {
+                leave();
+                Err(EventLoopError::Watch(error))
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watch").field("id", &self.id).finish_non_exhaustive()
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let mut running = DEVICE_THREAD.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(device_thread) = &mut *running else { return };
         let id = self.id;
-        let removed =
-            device_thread.endpoint.call_blocking(move |manager| manager.remove_subscriber(id));
-        // The answer and what it holds end here, not on the device thread.
-        drop(removed);
-        device_thread.watches -= 1;
-        if device_thread.watches == 0 {
-            device_thread.stop.store(true, Ordering::SeqCst);
-            let _ = device_thread.endpoint.kick();
-            *running = None;
-        }
+        // What it holds ends here, not on the device thread.
+        drop(self.endpoint.call_blocking(move |manager| manager.remove_subscriber(id)));
+        leave();
+    }
+}
+
+/// Counts one watch more, and starts the thread for the first one. The lock is held for the
+/// count alone: a device at its work holds up nobody who wants in.
+fn enter() -> Result<Endpoint, EventLoopError> {
+    let mut running = DEVICE_THREAD.lock().unwrap_or_else(PoisonError::into_inner);
+    let device_thread = match &mut *running {
+        Some(device_thread) => device_thread,
+        None => running.insert(DeviceThread::start()?),
+    };
+    device_thread.watches += 1;
+    Ok(device_thread.endpoint.clone())
+}
+
+/// Counts one watch less, and ends the thread after the last one.
+fn leave() {
+    let mut running = DEVICE_THREAD.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(device_thread) = &mut *running else { return };
+    device_thread.watches -= 1;
+    if device_thread.watches == 0 {
+        device_thread.stop.store(true, Ordering::SeqCst);
+        let _ = device_thread.endpoint.kick();
+        *running = None;
     }
 }
 
 impl DeviceThread {
     fn start() -> Result<Self, EventLoopError> {
-        let mut manager = EventManager::<Doorbells>::new().map_err(EventLoopError::Watch)?;
+        let mut manager = EventManager::<Subscription>::new().map_err(EventLoopError::Watch)?;
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -118,23 +156,33 @@ impl DeviceThread {
     }
 }
 
-impl MutEventSubscriber for Doorbells {
+impl MutEventSubscriber for Subscription {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for (index, event) in (0..).zip(&self.events) {
-            // A doorbell that cannot be watched is one that never rings.
-            if let Err(error) = ops.add(Events::with_data(event, index, EventSet::IN)) {
-                tracing::error!(%error, "a doorbell cannot be watched");
+        let doorbells = self.doorbells.iter().map(AsRawFd::as_raw_fd);
+        let sources = self.sources.iter().map(AsRawFd::as_raw_fd);
+        let all = doorbells.map(|fd| (fd, EventSet::IN)).chain(sources.map(|fd| (fd, SOURCE)));
+        for (place, (fd, events)) in (0..).zip(all) {
+            // One that cannot be watched is one that never wakes.
+            if let Err(error) = ops.add(Events::with_data_raw(fd, place, events)) {
+                tracing::error!(%error, "a device's descriptor cannot be watched");
             }
         }
     }
 
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
-        let index = events.data() as usize;
-        let Some(event) = self.events.get(index) else { return };
-        // However often it rang, it is answered once.
-        let _ = event.read();
-        if (self.answer)(index) == Answered::Again {
-            let _ = event.write(1);
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let place = events.data() as usize;
+        if let Some(doorbell) = self.doorbells.get(place) {
+            // However often it rang, it is answered once.
+            let _ = doorbell.read();
+            if (self.answer)(Wake::Doorbell(place)) == Answered::Again {
+                let _ = doorbell.write(1);
+            }
+        } else if let Some(source) = self.sources.get(place - self.doorbells.len()) {
+            let again = Events::with_data_raw(source.as_raw_fd(), events.data(), SOURCE);
+            if (self.answer)(Wake::Source(place - self.doorbells.len())) == Answered::Again {
+                // To watch it anew makes an event of what is ready already.
+                let _ = ops.modify(again);
+            }
         }
     }
 }

@@ -75,6 +75,7 @@ mod kernel;
 mod kvm;
 mod machine;
 mod memory;
+mod metrics;
 mod microvm;
 mod phase;
 mod timings;
@@ -88,6 +89,7 @@ pub use exit::ExitStatus;
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
+pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics};
 pub use microvm::{
     AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
 };

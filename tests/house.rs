@@ -20,7 +20,7 @@ const LAYERS: &[&[&str]] = &[
     &["kernel", "initramfs", "cmdline", "console"],
     &["timings"],
     &["error"],
-    &["phase", "exit", "input_file"],
+    &["phase", "exit", "metrics", "input_file"],
 ];
 
 /// Who may import whom within a layer: (importer, imported). Each is a step towards one module.

@@ -2,22 +2,24 @@
 //! and doorbells connected.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::MachineError;
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice};
-use crate::config::MachineConfig;
+use crate::config::{BlockConfig, MachineConfig};
 use crate::console::ConsoleSink;
 use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput};
 use crate::error::Error;
-use crate::event_loop::{Answered, Doorbells, Watch};
+use crate::event_loop::{Answered, Subscription, Wake, Watch};
 use crate::exit::ExitLatch;
 use crate::kvm::Vm;
+use crate::metrics::DeviceMetrics;
 use crate::virtio::{
-    Block, DeviceCore, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
+    Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
 };
 
 /// The devices on their bus, and what the machine keeps of them.
@@ -37,10 +39,14 @@ impl Devices {
     ) -> Result<Self, Error> {
         let mut bus = Bus::default();
         let serial_input = legacy(&mut bus, vm, exit, console)?;
-        let mut slots = Vec::new();
-        for (id, device) in (0..).zip(virtio(config)?) {
-            slots.push(connect(&mut bus, vm, id, device)?);
+        let mut virtio = Assembly { bus: &mut bus, vm, slots: Vec::new() };
+        for block in &config.blocks {
+            virtio.add(disk(block)?)?;
         }
+        if config.entropy {
+            virtio.add(Rng::new().map_err(MachineError::Entropy)?)?;
+        }
+        let slots = virtio.slots;
         Ok(Self { bus, serial_input, virtio: slots })
     }
 }
@@ -68,82 +74,93 @@ fn legacy(
     Ok(serial_input)
 }
 
-/// The virtio devices of a configuration, in the order in which the guest finds them.
-fn virtio(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, MachineError> {
-    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-    for block in &config.blocks {
-        let failed = |source| MachineError::Disk { path: block.path.clone(), source };
-        let file = File::options().read(true).write(!block.read_only).open(&block.path);
-        let disk = file.and_then(|file| Block::new(file, block.read_only, &block.id));
-        devices.push(Box::new(disk.map_err(failed)?));
-    }
-    if config.entropy {
-        devices.push(Box::new(Rng::new().map_err(MachineError::Entropy)?));
-    }
-    Ok(devices)
+fn disk(config: &BlockConfig) -> Result<Block, MachineError> {
+    let failed = |source| MachineError::Disk { path: config.path.clone(), source };
+    let file = File::options().read(true).write(!config.read_only).open(&config.path);
+    file.and_then(|file| Block::new(file, config.read_only, &config.id)).map_err(failed)
 }
 
-/// Puts a virtio device on the bus, and its doorbells into the device thread's care.
-fn connect(
-    bus: &mut Bus,
-    vm: &Vm,
-    id: u32,
-    device: Box<dyn VirtioDevice>,
-) -> Result<VirtioSlot, Error> {
-    let line = event_fd()?;
-    vm.register_irqfd(&line, layout::virtio_irq(id))?;
-    let transport = MmioTransport::new(device, vm.ram(), Arc::new(Interrupt::new(line)))
-        .map_err(MachineError::Queue)?;
-    let core = Arc::clone(transport.core());
+/// The virtio devices so far, in the order in which the guest finds them.
+struct Assembly<'a> {
+    bus: &'a mut Bus,
+    vm: &'a Vm,
+    slots: Vec<VirtioSlot>,
+}
 
-    let (address, len) = layout::virtio_registers(id);
-    let mut events = Vec::new();
-    let mut doorbells = Vec::new();
-    for queue in 0..transport.queue_count() {
-        let event = event_fd()?;
-        vm.register_doorbell(&event, address + QUEUE_NOTIFY, queue)?;
-        doorbells.push(event.try_clone().map_err(MachineError::EventFd)?);
-        events.push(event);
-    }
-    bus.mmio.insert(address, len, shared(transport))?;
+impl Assembly<'_> {
+    /// Puts a virtio device on the bus, and what wakes it into the device thread's care.
+    fn add<D: VirtioDevice + 'static>(&mut self, device: D) -> Result<DeviceHandle<D>, Error> {
+        let id = self.slots.len() as u32;
+        let line = event_fd()?;
+        self.vm.register_irqfd(&line, layout::virtio_irq(id))?;
+        let sources = device.sources().map_err(MachineError::EventFd)?;
+        let handle = DeviceHandle::new(device, self.vm.ram(), Arc::new(Interrupt::new(line)))
+            .map_err(MachineError::Queue)?;
 
-    let served = Arc::clone(&core);
-    let answer = Box::new(move |queue| {
-        match served.lock().unwrap_or_else(PoisonError::into_inner).serve(queue) {
-            Served::All => Answered::Done,
-            Served::Some => Answered::Again,
+        let (address, len) = layout::virtio_registers(id);
+        let mut watched = Vec::new();
+        let mut doorbells = Vec::new();
+        for queue in 0..handle.queue_count() {
+            let doorbell = event_fd()?;
+            self.vm.register_doorbell(&doorbell, address + QUEUE_NOTIFY, queue)?;
+            watched.push(doorbell.try_clone().map_err(MachineError::EventFd)?);
+            doorbells.push(doorbell);
         }
-    });
-    let watch = Watch::new(Doorbells { events, answer })?;
-    Ok(VirtioSlot { _watch: watch, core, doorbells })
+        let device = handle.erase();
+        self.bus.mmio.insert(address, len, shared(MmioTransport::new(device.clone())))?;
+        let answer = answer(device.clone());
+        let watch = Watch::new(Subscription { doorbells: watched, sources, answer })?;
+        self.slots.push(VirtioSlot { _watch: watch, device, doorbells });
+        Ok(handle)
+    }
+}
+
+/// What the device thread does for a device. One that panics, which is a fault of ours, stops,
+/// and takes nothing with it.
+fn answer(device: DeviceHandle) -> Box<dyn FnMut(Wake) -> Answered + Send> {
+    Box::new(move |wake| {
+        let served = catch_unwind(AssertUnwindSafe(|| match wake {
+            Wake::Doorbell(queue) => device.serve(queue),
+            Wake::Source(source) => device.ready(source),
+        }));
+        match served {
+            Ok(Served::All) => Answered::Done,
+            Ok(Served::Some) => Answered::Again,
+            Err(_) => {
+                device.stop();
+                Answered::Done
+            }
+        }
+    })
 }
 
 /// A virtio device in its place: answered by the device thread until it is dropped.
 #[derive(Debug)]
 pub(super) struct VirtioSlot {
     _watch: Watch,
-    core: Arc<Mutex<DeviceCore>>,
+    device: DeviceHandle,
     doorbells: Vec<EventFd>,
 }
 
 impl VirtioSlot {
     /// Returns when the device is at no request, and will take none.
     pub(super) fn pause(&self) {
-        self.lock().pause();
+        self.device.pause();
+    }
+
+    /// What the device has done.
+    pub(super) fn metrics(&self) -> DeviceMetrics {
+        self.device.metrics()
     }
 
     /// Lets the device go on, first with what came meanwhile.
     pub(super) fn resume(&self) {
-        if self.lock().resume() {
+        if self.device.resume() {
             for doorbell in &self.doorbells {
                 // A counter that is full rings as well.
                 let _ = doorbell.write(1);
             }
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, DeviceCore> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -24,6 +24,7 @@ use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
+use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
@@ -120,6 +121,11 @@ impl Machine {
     /// How many virtio devices there are; their addresses and interrupts follow from it.
     pub(crate) fn virtio_devices(&self) -> u32 {
         self.virtio.len() as u32
+    }
+
+    /// What each virtio device has done.
+    pub(crate) fn metrics(&self) -> Vec<DeviceMetrics> {
+        self.virtio.iter().map(VirtioSlot::metrics).collect()
     }
 
     /// Lets the guest run: its devices, then its vCPUs. Where a thread is gone, all vCPUs come

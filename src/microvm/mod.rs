@@ -15,6 +15,7 @@
 
 mod any;
 mod created;
+mod devices;
 mod paused;
 mod running;
 mod state;

@@ -9,9 +9,9 @@ use std::os::unix::fs::FileTypeExt;
 
 use vmm_sys_util::write_zeroes::{PunchHole, WriteZeroesAt};
 
-use super::queue::Chain;
-use super::{DeviceType, QueueError, Served, VirtQueue, VirtioDevice};
+use super::{Answer, Chain, DeviceType, QueueError, Queues, Served, VirtioDevice};
 use crate::memory::GuestBytes;
+use crate::metrics::{BlockMetrics, DeviceMetrics};
 
 /// Feature bits.
 const F_SEG_MAX: u64 = 1 << 2;
@@ -56,6 +56,7 @@ pub(crate) struct Block {
     sectors: u64,
     read_only: bool,
     id: [u8; ID_BYTES],
+    metrics: BlockMetrics,
 }
 
 /// Why a request failed; its status says so.
@@ -87,7 +88,7 @@ impl Block {
         for (byte, from) in bytes.iter_mut().zip(id.bytes()) {
             *byte = from;
         }
-        Ok(Self { file, sectors, read_only, id: bytes })
+        Ok(Self { file, sectors, read_only, id: bytes, metrics: BlockMetrics::default() })
     }
 
     /// Does what a request says.
@@ -228,8 +229,8 @@ impl VirtioDevice for Block {
         common | if self.read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
-        &[QUEUE_SIZE]
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE]
     }
 
     /// `struct virtio_blk_config` (§5.2.4).
@@ -253,7 +254,11 @@ impl VirtioDevice for Block {
         config
     }
 
-    fn serve(&mut self, _index: usize, queue: &mut VirtQueue) -> Result<Served, QueueError> {
-        queue.serve(|chain| self.answer(chain))
+    fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        queues.serve(index, |chain| Answer::Used(self.answer(chain)))
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        DeviceMetrics::Block(self.metrics)
     }
 }

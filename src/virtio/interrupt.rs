@@ -41,6 +41,11 @@ impl Interrupt {
         self.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
+    /// The status of a snapshot; whether the line was up is the interrupt controller's state.
+    pub(super) fn restore_status(&self, status: u32) {
+        self.status.store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+    }
+
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
         // A counter that is full has been raised often enough.

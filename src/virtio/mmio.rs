@@ -3,16 +3,11 @@
 //! Source: virtio 1.2 §4.2. One device behind one page of addresses. Its doorbells are eventfds
 //! that KVM rings; a driver's doorbell that comes here all the same is served here.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use virtio_queue::QueueT;
 
-use super::{
-    F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, QueueError, Served, VirtQueue,
-    VirtioDevice,
-};
+use super::handle::DeviceCore;
+use super::{DeviceHandle, F_EVENT_IDX, F_VERSION_1, Served, VirtioDevice};
 use crate::bus::BusDevice;
-use crate::memory::GuestRam;
 
 /// Register offsets (§4.2.2).
 const MAGIC_VALUE: u64 = 0x000;
@@ -49,123 +44,71 @@ const VENDOR: u32 = 0x4d52_4f44;
 
 /// Device status bits (§2.1).
 const FEATURES_OK: u32 = 8;
-const DRIVER_OK: u32 = 4;
-const DEVICE_NEEDS_RESET: u32 = 64;
+pub(super) const DRIVER_OK: u32 = 4;
+pub(super) const DEVICE_NEEDS_RESET: u32 = 64;
 
-/// A device and what its driver has chosen: shared by the transport and the device thread.
-pub(crate) struct DeviceCore {
-    device: Box<dyn VirtioDevice>,
-    queues: Vec<VirtQueue>,
-    interrupt: Arc<Interrupt>,
-    paused: bool,
-    status: u32,
-    driver_features: u64,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    queue_sel: u32,
-}
-
-impl DeviceCore {
-    /// Serves a queue. A driver that broke it is told to reset the device.
-    pub(crate) fn serve(&mut self, index: usize) -> Served {
-        let active = self.status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK;
-        let Some(queue) = self.queues.get_mut(index) else {
-            return Served::All;
-        };
-        if self.paused || !active || !queue.queue.ready() {
-            return Served::All;
-        }
-        match self.device.serve(index, queue) {
-            Ok(served) => served,
-            Err(error) => {
-                // No louder: a guest can make as many of these as it likes.
-                tracing::debug!(device = ?self.device.device_type(), index, %error, "stopped");
-                self.status |= DEVICE_NEEDS_RESET;
-                self.interrupt.config_change();
-                Served::All
-            }
-        }
-    }
-
-    /// Serves nothing until [`resume`](Self::resume).
-    pub(crate) fn pause(&mut self) {
-        self.paused = true;
-    }
-
-    /// Serves again. Whether it had stopped: doorbells that rang meanwhile are to be rung again.
-    pub(crate) fn resume(&mut self) -> bool {
-        std::mem::take(&mut self.paused)
-    }
-
-    fn offered(&self) -> u64 {
-        self.device.features() | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
-    }
-
+impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
     fn read(&self, register: u64) -> u32 {
-        let queue = self.queues.get(self.queue_sel as usize);
+        let queue = self.queues.get(self.registers.queue_sel as usize);
         match register {
             MAGIC_VALUE => MAGIC,
             VERSION => VERSION_2,
             DEVICE_ID => self.device.device_type() as u32,
             VENDOR_ID => VENDOR,
-            DEVICE_FEATURES => half(self.offered(), self.device_features_sel),
+            DEVICE_FEATURES => half(self.offered(), self.registers.device_features_sel),
             QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.queue.max_size().into()),
             QUEUE_READY => queue.map_or(0, |queue| queue.queue.ready().into()),
-            STATUS => self.status,
-            // The configuration of no device changes under its driver, so far.
-            CONFIG_GENERATION => 0,
+            STATUS => self.registers.status,
+            CONFIG_GENERATION => self.registers.config_generation,
             _ => 0,
         }
     }
 
     fn write(&mut self, register: u64, value: u32) {
+        let registers = &mut self.registers;
         match register {
-            DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            DRIVER_FEATURES if self.status & FEATURES_OK == 0 => {
-                let (shift, mask) = match self.driver_features_sel {
+            DEVICE_FEATURES_SEL => registers.device_features_sel = value,
+            DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
+            DRIVER_FEATURES if registers.status & FEATURES_OK == 0 => {
+                let (shift, mask) = match registers.driver_features_sel {
                     0 => (0, 0xffff_ffff),
                     1 => (32, 0xffff_ffff << 32),
                     _ => return,
                 };
-                self.driver_features = (self.driver_features & !mask) | (u64::from(value) << shift);
+                let others = registers.driver_features & !mask;
+                registers.driver_features = others | (u64::from(value) << shift);
             }
-            QUEUE_SEL => self.queue_sel = value,
+            QUEUE_SEL => registers.queue_sel = value,
             STATUS => self.write_status(value),
             _ => self.write_queue(register, value),
         }
     }
 
     fn write_status(&mut self, value: u32) {
-        if value == 0 {
-            return self.reset();
-        }
-        let mut status = value | (self.status & DEVICE_NEEDS_RESET);
-        let acceptable =
-            self.driver_features & !self.offered() == 0 && self.driver_features & F_VERSION_1 != 0;
-        if !acceptable {
+        let mut status = value | (self.registers.status & DEVICE_NEEDS_RESET);
+        let features = self.registers.driver_features;
+        if features & !self.offered() != 0 || features & F_VERSION_1 == 0 {
             status &= !(FEATURES_OK | DRIVER_OK);
         }
-        let begins = status & DRIVER_OK != 0 && self.status & DRIVER_OK == 0;
-        self.status = status;
+        let begins = status & DRIVER_OK != 0 && self.registers.status & DRIVER_OK == 0;
+        self.registers.status = status;
         if begins {
-            let event_idx = self.driver_features & F_EVENT_IDX != 0;
             for queue in &mut self.queues {
-                queue.queue.set_event_idx(event_idx);
+                queue.queue.set_event_idx(features & F_EVENT_IDX != 0);
             }
-            self.device.activate(self.driver_features);
+            self.device.activate(features);
         }
     }
 
     /// Registers of the selected queue. One that is ready keeps its place: a driver that moves
     /// it has to take it back first.
     fn write_queue(&mut self, register: u64, value: u32) {
-        let Some(queue) = self.queues.get_mut(self.queue_sel as usize) else {
+        let Some(queue) = self.queues.get_mut(self.registers.queue_sel as usize) else {
             return;
         };
         if register == QUEUE_READY {
             queue.queue.set_ready(value & 1 != 0);
-            if queue.queue.ready() && !queue.is_valid() {
+            if queue.queue.ready() && !queue.is_valid(&self.ram) {
                 queue.queue.set_ready(false);
             }
             return;
@@ -186,19 +129,6 @@ impl DeviceCore {
             _ => {}
         }
     }
-
-    fn reset(&mut self) {
-        self.device.reset();
-        for queue in &mut self.queues {
-            queue.queue.reset();
-        }
-        self.status = 0;
-        self.driver_features = 0;
-        self.device_features_sel = 0;
-        self.driver_features_sel = 0;
-        self.queue_sel = 0;
-        self.interrupt.acknowledge(u32::MAX);
-    }
 }
 
 /// One half of the feature bits.
@@ -210,64 +140,19 @@ fn half(features: u64, select: u32) -> u32 {
     }
 }
 
-impl std::fmt::Debug for DeviceCore {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DeviceCore")
-            .field("type", &self.device.device_type())
-            .finish_non_exhaustive()
-    }
-}
-
 /// The registers on the bus.
-pub(crate) struct MmioTransport {
-    core: Arc<Mutex<DeviceCore>>,
-    interrupt: Arc<Interrupt>,
-}
+pub(crate) struct MmioTransport(DeviceHandle);
 
 impl MmioTransport {
-    pub(crate) fn new(
-        device: Box<dyn VirtioDevice>,
-        ram: &Arc<GuestRam>,
-        interrupt: Arc<Interrupt>,
-    ) -> Result<Self, QueueError> {
-        let queues = device
-            .queue_sizes()
-            .iter()
-            .map(|size| VirtQueue::new(*size, Arc::clone(ram), Arc::clone(&interrupt)))
-            .collect::<Result<Vec<_>, _>>()?;
-        let core = DeviceCore {
-            device,
-            queues,
-            interrupt: Arc::clone(&interrupt),
-            paused: false,
-            status: 0,
-            driver_features: 0,
-            device_features_sel: 0,
-            driver_features_sel: 0,
-            queue_sel: 0,
-        };
-        Ok(Self { core: Arc::new(Mutex::new(core)), interrupt })
-    }
-
-    /// The number of queues, each with a doorbell.
-    pub(crate) fn queue_count(&self) -> u32 {
-        self.lock().queues.len() as u32
-    }
-
-    /// What the device thread serves.
-    pub(crate) fn core(&self) -> &Arc<Mutex<DeviceCore>> {
-        &self.core
-    }
-
-    fn lock(&self) -> MutexGuard<'_, DeviceCore> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn new(device: DeviceHandle) -> Self {
+        Self(device)
     }
 }
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(at) = offset.checked_sub(CONFIG) {
-            let config = self.lock().device.config();
+            let config = self.0.lock().device.config();
             let rest = config.get(at as usize..).unwrap_or_default();
             for (index, byte) in data.iter_mut().enumerate() {
                 *byte = rest.get(index).copied().unwrap_or(0);
@@ -277,23 +162,23 @@ impl BusDevice for MmioTransport {
         let Ok(data) = <&mut [u8; 4]>::try_from(data) else { return };
         let value = match offset {
             // The driver's interrupt handler waits for nobody.
-            INTERRUPT_STATUS => self.interrupt.status(),
-            register => self.lock().read(register),
+            INTERRUPT_STATUS => self.0.interrupt().status(),
+            register => self.0.lock().read(register),
         };
         *data = value.to_le_bytes();
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(at) = offset.checked_sub(CONFIG) {
+            return self.0.lock().device.write_config(at, data);
+        }
         let Ok(data) = <[u8; 4]>::try_from(data) else { return };
         let value = u32::from_le_bytes(data);
         match offset {
-            INTERRUPT_ACK => self.interrupt.acknowledge(value),
-            QUEUE_NOTIFY => {
-                let mut core = self.lock();
-                while core.serve(value as usize) == Served::Some {}
-            }
-            CONFIG.. => {}
-            register => self.lock().write(register, value),
+            INTERRUPT_ACK => self.0.interrupt().acknowledge(value),
+            QUEUE_NOTIFY => while self.0.serve(value as usize) == Served::Some {},
+            STATUS if value == 0 => self.0.reset(),
+            register => self.0.lock().write(register, value),
         }
     }
 }

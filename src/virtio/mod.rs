@@ -1,20 +1,29 @@
 //! Virtio devices: what a device is, apart from the transport that a driver reaches it by.
 //!
 //! Source: Virtual I/O Device (VIRTIO) 1.2. A device is written against [`VirtioDevice`] and
-//! [`VirtQueue`]; [`MmioTransport`] is the only transport. Devices hold eventfds and files, never
-//! KVM handles: `machine` connects their doorbells and interrupts.
+//! [`Queues`]; [`DeviceHandle`] shares it between its transport, the device thread and the host;
+//! [`MmioTransport`] is the only transport. Devices hold eventfds and files, never KVM handles:
+//! `machine` connects their doorbells, sources and interrupts.
 
 mod block;
+mod handle;
 mod interrupt;
 mod mmio;
 mod queue;
 mod rng;
+mod state;
+
+use std::os::fd::OwnedFd;
+
+use crate::metrics::DeviceMetrics;
 
 pub(crate) use self::block::Block;
+pub(crate) use self::handle::DeviceHandle;
 pub(crate) use self::interrupt::Interrupt;
-pub(crate) use self::mmio::{DeviceCore, MmioTransport, QUEUE_NOTIFY};
-pub(crate) use self::queue::{QueueError, Served, VirtQueue};
+pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
+pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
 pub(crate) use self::rng::Rng;
+pub(crate) use self::state::{DeviceState, RestoreError};
 
 /// Device types (§5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +42,9 @@ pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 
 /// What a device does for its driver.
 ///
-/// All calls come with the device's lock held, from a vCPU's thread (configuration) or from the
-/// device thread (requests). None may block for long: other VMs' devices wait.
+/// All calls come with the device's lock held, from a vCPU's thread (configuration), from the
+/// device thread (requests) or from a thread of the embedding program (through
+/// [`DeviceHandle::call`]). None may block for long: other VMs' devices wait.
 pub(crate) trait VirtioDevice: Send {
     /// What the device is.
     fn device_type(&self) -> DeviceType;
@@ -45,11 +55,23 @@ pub(crate) trait VirtioDevice: Send {
     }
 
     /// The size of each queue: a power of two, 32,768 at most.
-    fn queue_sizes(&self) -> &'static [u16];
+    fn queue_sizes(&self) -> Vec<u16>;
 
     /// The bytes of the configuration space; what is read past its end is zero.
     fn config(&self) -> Vec<u8> {
         Vec::new()
+    }
+
+    /// The driver writes to the configuration space, within or past its end.
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// Descriptors of the host that wake the device, asked for once. They are watched
+    /// edge-triggered for input and output: a device that leaves one half served goes on by
+    /// itself when the driver's next doorbell brings what it lacked.
+    fn sources(&self) -> std::io::Result<Vec<OwnedFd>> {
+        Ok(Vec::new())
     }
 
     /// The driver has chosen its features and queues, and begins.
@@ -57,7 +79,7 @@ pub(crate) trait VirtioDevice: Send {
         let _ = features;
     }
 
-    /// The driver starts again from nothing.
+    /// The driver starts again from nothing. Nothing is in flight.
     fn reset(&mut self) {}
 
     /// Serves a queue whose doorbell rang.
@@ -65,7 +87,52 @@ pub(crate) trait VirtioDevice: Send {
     /// # Errors
     ///
     /// The driver broke the queue: the transport stops the device and asks for a reset.
-    fn serve(&mut self, index: usize, queue: &mut VirtQueue) -> Result<Served, QueueError>;
+    fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError>;
+
+    /// Serves a source that became ready, by its place in [`sources`](Self::sources).
+    ///
+    /// # Errors
+    ///
+    /// As [`serve`](Self::serve).
+    fn ready(&mut self, source: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        let _ = (source, queues);
+        Ok(Served::All)
+    }
+
+    /// How many requests were taken from the queues and are being done elsewhere. A device is
+    /// paused or reset only when there are none.
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    /// Answers the requests that were done elsewhere, also while the device is being paused.
+    ///
+    /// # Errors
+    ///
+    /// As [`serve`](Self::serve).
+    fn finish(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+        let _ = queues;
+        Ok(())
+    }
+
+    /// What the device has done.
+    fn metrics(&self) -> DeviceMetrics;
+
+    /// What the device itself has to remember, beyond its queues and registers.
+    fn state(&self) -> DeviceState {
+        DeviceState::Stateless
+    }
+
+    /// Goes on from a state that [`state`](Self::state) gave.
+    ///
+    /// # Errors
+    ///
+    /// The state is of another kind of device, or impossible.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Stateless => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use super::Interrupt;
+use super::state::QueueState;
 use crate::memory::{GuestBytes, GuestRam};
 
 /// Requests that one doorbell gets served before other devices get their turn.
@@ -23,6 +24,10 @@ pub(crate) enum QueueError {
     Rings(#[from] virtio_queue::Error),
     #[error("a descriptor chain is outside of memory, loops, or is longer than its queue")]
     Chain,
+    #[error("more requests are in flight than the queue has descriptors")]
+    InFlight,
+    #[error("the device failed")]
+    Stopped,
 }
 
 /// How far a doorbell's requests have been served.
@@ -34,65 +39,184 @@ pub(crate) enum Served {
     Some,
 }
 
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// It is done; so many bytes were written to it.
+    Used(u32),
+    /// It is being done elsewhere; [`VirtQueue::add_used`] will follow.
+    InFlight,
+    /// Not now: it stays in the queue, and those behind it.
+    PutBack,
+}
+
 /// A request of a driver: bytes to read, then bytes to write, inside guest RAM.
 #[derive(Debug, Default)]
 pub(crate) struct Chain<'ram> {
+    /// The number by which it is given back.
+    pub(crate) head: u16,
     pub(crate) readable: GuestBytes<'ram>,
     pub(crate) writable: GuestBytes<'ram>,
+}
+
+/// The queues of a device that may be served now, and the RAM that they are in.
+pub(crate) struct Queues<'a> {
+    ram: &'a Arc<GuestRam>,
+    list: &'a mut [VirtQueue],
+}
+
+impl<'a> Queues<'a> {
+    pub(super) fn new(ram: &'a Arc<GuestRam>, list: &'a mut [VirtQueue]) -> Self {
+        Self { ram, list }
+    }
+
+    /// The RAM, which outlives a borrow of a queue.
+    pub(crate) fn ram(&self) -> &'a Arc<GuestRam> {
+        self.ram
+    }
+
+    /// A queue, if the driver has made it ready and the device is not paused.
+    pub(crate) fn get(&mut self, index: usize) -> Option<&mut VirtQueue> {
+        self.list.get_mut(index).filter(|queue| queue.queue.ready())
+    }
+
+    /// Answers the driver's requests in a queue one by one, 256 at most.
+    pub(crate) fn serve(
+        &mut self,
+        index: usize,
+        mut answer: impl FnMut(Chain<'a>) -> Answer,
+    ) -> Result<Served, QueueError> {
+        let ram = self.ram;
+        let Some(queue) = self.get(index) else { return Ok(Served::All) };
+        let mut requests = 0;
+        let served = 'all: loop {
+            queue.queue.disable_notification(ram.inner())?;
+            while requests < MAX_REQUESTS
+                && let Some(chain) = queue.next(ram)?
+            {
+                let head = chain.head;
+                match answer(chain) {
+                    Answer::Used(written) => queue.add_used(ram, head, written)?,
+                    Answer::InFlight => {}
+                    Answer::PutBack => {
+                        queue.put_back();
+                        break 'all Served::All;
+                    }
+                }
+                requests += 1;
+            }
+            if requests == MAX_REQUESTS {
+                break Served::Some;
+            }
+            if !queue.wait_for_more(ram)? {
+                break Served::All;
+            }
+        };
+        queue.signal(ram)?;
+        Ok(served)
+    }
 }
 
 /// A queue of an active device.
 #[derive(Debug)]
 pub(crate) struct VirtQueue {
     pub(super) queue: Queue,
-    ram: Arc<GuestRam>,
     interrupt: Arc<Interrupt>,
+    /// Whether something was used since the driver was last told.
+    unsignalled: bool,
 }
 
 impl VirtQueue {
-    pub(super) fn new(
-        max_size: u16,
-        ram: Arc<GuestRam>,
-        interrupt: Arc<Interrupt>,
-    ) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size)?, ram, interrupt })
+    pub(super) fn new(max_size: u16, interrupt: Arc<Interrupt>) -> Result<Self, QueueError> {
+        Ok(Self { queue: Queue::new(max_size)?, interrupt, unsignalled: false })
     }
 
     /// Whether the driver's choice of size and addresses can be used.
-    pub(super) fn is_valid(&self) -> bool {
-        self.queue.is_valid(self.ram.inner())
+    pub(super) fn is_valid(&self, ram: &GuestRam) -> bool {
+        self.queue.is_valid(ram.inner())
     }
 
-    /// Answers the driver's requests: `answer` says how many bytes it wrote to each.
-    pub(crate) fn serve(
+    /// How many descriptors the driver gave it.
+    pub(crate) fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the driver's next request, if there is one.
+    pub(crate) fn next<'ram>(
         &mut self,
-        mut answer: impl FnMut(Chain<'_>) -> u32,
-    ) -> Result<Served, QueueError> {
-        let ram = Arc::clone(&self.ram);
-        let memory = ram.inner();
-        let mut requests = 0;
-        let served = loop {
-            self.queue.disable_notification(memory)?;
-            while requests < MAX_REQUESTS
-                && let Some(chain) = self.queue.iter(memory)?.next()
-            {
-                let head = chain.head_index();
-                let written = answer(check(memory, chain, self.queue.size())?);
-                self.queue.add_used(memory, head, written)?;
-                requests += 1;
-            }
-            if requests == MAX_REQUESTS {
-                break Served::Some;
-            }
-            // True where a request came after the last look.
-            if !self.queue.enable_notification(memory)? {
-                break Served::All;
-            }
-        };
-        if requests > 0 && self.queue.needs_notification(memory)? {
+        ram: &'ram GuestRam,
+    ) -> Result<Option<Chain<'ram>>, QueueError> {
+        let size = self.queue.size();
+        match self.queue.iter(ram.inner())?.next() {
+            Some(chain) => check(ram.inner(), chain, size).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Undoes the last [`next`](Self::next).
+    pub(crate) fn put_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives a request back, with so many bytes written to it. The driver is not told yet.
+    pub(crate) fn add_used(
+        &mut self,
+        ram: &GuestRam,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        self.queue.add_used(ram.inner(), head, written)?;
+        self.unsignalled = true;
+        Ok(())
+    }
+
+    /// Tells the driver, if it wants to know, of what was used since it was last told.
+    pub(crate) fn signal(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
+        if std::mem::take(&mut self.unsignalled) && self.queue.needs_notification(ram.inner())? {
             self.interrupt.used_buffer();
         }
-        Ok(served)
+        Ok(())
+    }
+
+    /// Asks for the doorbell at the driver's next request. True where one came meanwhile.
+    pub(crate) fn wait_for_more(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
+        Ok(self.queue.enable_notification(ram.inner())?)
+    }
+
+    pub(super) fn state(&self) -> QueueState {
+        let state = self.queue.state();
+        QueueState {
+            size: state.size,
+            ready: state.ready,
+            event_idx: state.event_idx_enabled,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            descriptor_table: state.desc_table,
+            available_ring: state.avail_ring,
+            used_ring: state.used_ring,
+        }
+    }
+
+    /// Takes a state on. False where it is not one that a driver could have made.
+    pub(super) fn restore(&mut self, state: &QueueState, ram: &GuestRam) -> bool {
+        let queue = Queue::try_from(virtio_queue::QueueState {
+            max_size: self.queue.max_size(),
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            event_idx_enabled: state.event_idx,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.descriptor_table,
+            avail_ring: state.available_ring,
+            used_ring: state.used_ring,
+        });
+        let Ok(queue) = queue else { return false };
+        if queue.ready() && !queue.is_valid(ram.inner()) {
+            return false;
+        }
+        self.queue = queue;
+        self.unsignalled = false;
+        true
     }
 }
 
@@ -102,7 +226,7 @@ fn check<'ram>(
     chain: DescriptorChain<&'ram GuestMemoryMmap>,
     queue_size: u16,
 ) -> Result<Chain<'ram>, QueueError> {
-    let mut buffers = Chain::default();
+    let mut buffers = Chain { head: chain.head_index(), ..Chain::default() };
     let mut count = 0;
     let mut last: Option<Descriptor> = None;
     for descriptor in chain {

@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io::{self, Read};
 
-use super::{DeviceType, QueueError, Served, VirtQueue, VirtioDevice};
+use super::{Answer, DeviceType, QueueError, Queues, Served, VirtioDevice};
+use crate::metrics::{DeviceMetrics, EntropyMetrics};
 
 const MAX_BYTES: u64 = 64 << 10;
 
@@ -14,12 +15,14 @@ const MAX_BYTES: u64 = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Rng {
     source: File,
+    metrics: EntropyMetrics,
 }
 
 impl Rng {
     /// A device that gives what the host's `/dev/urandom` gives.
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { source: File::open("/dev/urandom")? })
+        let source = File::open("/dev/urandom")?;
+        Ok(Self { source, metrics: EntropyMetrics::default() })
     }
 }
 
@@ -28,18 +31,25 @@ impl VirtioDevice for Rng {
         DeviceType::Entropy
     }
 
-    fn queue_sizes(&self) -> &'static [u16] {
-        &[256]
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![256]
     }
 
-    fn serve(&mut self, _index: usize, queue: &mut VirtQueue) -> Result<Served, QueueError> {
+    fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let mut bytes = Vec::new();
-        queue.serve(|chain| {
+        queues.serve(index, |chain| {
             bytes.resize(chain.writable.len().min(MAX_BYTES) as usize, 0);
-            match self.source.read_exact(&mut bytes) {
-                Ok(()) => chain.writable.copy_from(&bytes) as u32,
+            let given = match self.source.read_exact(&mut bytes) {
+                Ok(()) => chain.writable.copy_from(&bytes),
                 Err(_) => 0,
-            }
+            };
+            self.metrics.requests += 1;
+            self.metrics.bytes += given as u64;
+            Answer::Used(given as u32)
         })
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        DeviceMetrics::Entropy(self.metrics)
     }
 }

@@ -11,8 +11,9 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::bus::BusDevice;
+use crate::event_loop::{Answered, Subscription, Wake, Watch};
 use crate::memory::GuestRam;
-use crate::virtio::{Interrupt, MmioTransport, VirtioDevice};
+use crate::virtio::{DeviceHandle, Interrupt, MmioTransport, Served, VirtioDevice};
 
 const RAM_BYTES: usize = 256 << 20;
 
@@ -77,24 +78,42 @@ unsafe impl Hal for TestHal {
     }
 }
 
-/// A device behind its registers.
-pub(super) struct TestTransport(RefCell<MmioTransport>);
+/// A device behind its registers: the driver's doorbells are served by the driver's thread, the
+/// device's sources by the device thread.
+pub(super) struct TestTransport {
+    registers: RefCell<MmioTransport>,
+    _watch: Watch,
+}
 
 impl TestTransport {
     pub(super) fn new(device: impl VirtioDevice + 'static) -> Self {
+        Self::with_handle(device).0
+    }
+
+    /// Also gives the host's side of the device.
+    pub(super) fn with_handle<D: VirtioDevice + 'static>(device: D) -> (Self, DeviceHandle<D>) {
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let interrupt = Arc::new(Interrupt::new(line));
-        Self(RefCell::new(MmioTransport::new(Box::new(device), &ram(), interrupt).unwrap()))
+        let sources = device.sources().unwrap();
+        let handle = DeviceHandle::new(device, &ram(), interrupt).unwrap();
+        let served = handle.erase();
+        let answer = Box::new(move |wake| match wake {
+            Wake::Source(source) if served.ready(source) == Served::Some => Answered::Again,
+            _ => Answered::Done,
+        });
+        let watch = Watch::new(Subscription { doorbells: Vec::new(), sources, answer }).unwrap();
+        let registers = RefCell::new(MmioTransport::new(handle.erase()));
+        (Self { registers, _watch: watch }, handle)
     }
 
     pub(super) fn read(&self, register: u64) -> u32 {
         let mut data = [0xff; 4];
-        self.0.borrow_mut().read(register, &mut data);
+        self.registers.borrow_mut().read(register, &mut data);
         u32::from_le_bytes(data)
     }
 
     pub(super) fn write(&self, register: u64, value: u32) {
-        self.0.borrow_mut().write(register, &value.to_le_bytes());
+        self.registers.borrow_mut().write(register, &value.to_le_bytes());
     }
 
     fn write_address(&self, register: u64, address: PhysAddr) {
@@ -186,7 +205,7 @@ impl Transport for TestTransport {
 
     fn read_config_space<T: FromBytes + IntoBytes>(&self, offset: usize) -> Result<T> {
         let mut value = T::new_zeroed();
-        self.0.borrow_mut().read(0x100 + offset as u64, value.as_mut_bytes());
+        self.registers.borrow_mut().read(0x100 + offset as u64, value.as_mut_bytes());
         Ok(value)
     }
 
@@ -195,7 +214,7 @@ impl Transport for TestTransport {
         offset: usize,
         value: T,
     ) -> Result<()> {
-        self.0.borrow_mut().write(0x100 + offset as u64, value.as_bytes());
+        self.registers.borrow_mut().write(0x100 + offset as u64, value.as_bytes());
         Ok(())
     }
 }

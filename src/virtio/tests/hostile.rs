@@ -96,7 +96,7 @@ impl RawDriver {
     }
 }
 
-fn disk() -> Block {
+pub(super) fn disk() -> Block {
     let file = tempfile();
     file.set_len(1 << 20).unwrap();
     Block::new(file, false, "").unwrap()

@@ -5,3 +5,4 @@ mod block;
 mod driver;
 mod hostile;
 mod rng;
+mod state;

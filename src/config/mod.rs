@@ -3,6 +3,12 @@
 //! [`VmConfig`] is the whole; [`MachineConfig`] is the part that the machine itself needs, which
 //! is everything but what it boots.
 
+mod block;
+mod cpu;
+
+pub use self::block::BlockConfig;
+pub use self::cpu::{CpuTemplate, CpuidRegister};
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -241,107 +247,6 @@ impl std::fmt::Debug for ConsoleOutput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ConsoleOutput")
     }
-}
-
-/// A disk of a guest: a file, or a block device of the host.
-///
-/// ```
-/// use dormouse::BlockConfig;
-///
-/// let root = BlockConfig::new("rootfs.squashfs").read_only();
-/// let data = BlockConfig::new("data.img").id("data");
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlockConfig {
-    pub(crate) path: PathBuf,
-    #[serde(default)]
-    pub(crate) read_only: bool,
-    #[serde(default)]
-    pub(crate) id: String,
-}
-
-impl BlockConfig {
-    /// A disk that the guest may write: as large as the file, in sectors of 512 bytes. What the
-    /// guest flushes is on the host's disk (fdatasync).
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), read_only: false, id: String::new() }
-    }
-
-    /// The guest may only read it. Such a file can be the disk of many VMs.
-    #[must_use]
-    pub fn read_only(mut self) -> Self {
-        self.read_only = true;
-        self
-    }
-
-    /// What the guest reads as the disk's serial number: up to 20 printable ASCII characters.
-    #[must_use]
-    pub fn id(mut self, id: impl Into<String>) -> Self {
-        self.id = id.into();
-        self
-    }
-}
-
-/// Changes to what the guest's CPUID shows: bits to clear and to set.
-///
-/// The starting point is what KVM offers on this host (KVM_GET_SUPPORTED_CPUID). A VM that is
-/// to run on several hosts hides what not all of them have.
-///
-/// ```
-/// use dormouse::{CpuTemplate, CpuidRegister};
-///
-/// // Leaf 7, EBX bit 16: AVX-512 Foundation.
-/// let template = CpuTemplate::default().clear(7, 0, CpuidRegister::Ebx, 1 << 16);
-/// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct CpuTemplate {
-    pub(crate) changes: Vec<CpuidChange>,
-}
-
-impl CpuTemplate {
-    /// Clears the bits of `mask` in one register of one leaf. A leaf that the host does not have
-    /// stays away.
-    #[must_use]
-    pub fn clear(self, leaf: u32, subleaf: u32, register: CpuidRegister, mask: u32) -> Self {
-        self.change(CpuidChange { leaf, subleaf, register, clear: mask, set: 0 })
-    }
-
-    /// Sets the bits of `mask` in one register of one leaf that the host has. KVM emulates
-    /// nothing for it: a bit that the CPU cannot keep misleads the guest.
-    #[must_use]
-    pub fn set(self, leaf: u32, subleaf: u32, register: CpuidRegister, mask: u32) -> Self {
-        self.change(CpuidChange { leaf, subleaf, register, clear: 0, set: mask })
-    }
-
-    fn change(mut self, change: CpuidChange) -> Self {
-        self.changes.push(change);
-        self
-    }
-}
-
-/// One change of a [`CpuTemplate`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct CpuidChange {
-    pub(crate) leaf: u32,
-    #[serde(default)]
-    pub(crate) subleaf: u32,
-    pub(crate) register: CpuidRegister,
-    #[serde(default)]
-    pub(crate) clear: u32,
-    #[serde(default)]
-    pub(crate) set: u32,
-}
-
-/// A register that CPUID returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[allow(missing_docs)]
-pub enum CpuidRegister {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
 }
 
 #[cfg(test)]
