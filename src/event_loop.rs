@@ -5,10 +5,10 @@
 //! doorbell rings and no source of a device is ready. Source: event-manager's documentation; epoll(7).
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, ThreadId};
 
 use event_manager::{
     EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
@@ -46,7 +46,7 @@ pub(crate) struct Subscription {
     /// Eventfds that the driver rings.
     pub(crate) doorbells: Vec<EventFd>,
     /// Descriptors of the host, watched edge-triggered for input and output.
-    pub(crate) sources: Vec<OwnedFd>,
+    pub(crate) sources: Vec<Box<dyn AsRawFd + Send>>,
     /// Called with what happened. It returns soon.
     pub(crate) answer: Box<dyn FnMut(Wake) -> Answered + Send>,
 }
@@ -71,6 +71,7 @@ type Endpoint = RemoteEndpoint<Subscription>;
 /// The running thread, and how many watches it has.
 struct DeviceThread {
     endpoint: Endpoint,
+    id: ThreadId,
     stop: Arc<AtomicBool>,
     watches: usize,
 }
@@ -81,17 +82,18 @@ static DEVICE_THREAD: Mutex<Option<DeviceThread>> = Mutex::new(None);
 pub(crate) struct Watch {
     id: SubscriberId,
     endpoint: Endpoint,
+    device_thread: ThreadId,
 }
 
 impl Watch {
     /// Answers from now on. Returns after the device thread's current turn.
     pub(crate) fn new(subscription: Subscription) -> Result<Self, EventLoopError> {
-        let endpoint = enter()?;
+        let (endpoint, device_thread) = enter()?;
         let added = endpoint.call_blocking(move |manager| {
             Ok::<_, event_manager::Error>(manager.add_subscriber(subscription))
         });
         match added {
-            Ok(id) => Ok(Self { id, endpoint }),
+            Ok(id) => Ok(Self { id, endpoint, device_thread }),
             Err(error) => {
                 leave();
                 Err(EventLoopError::Watch(error))
@@ -109,22 +111,27 @@ impl std::fmt::Debug for Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         let id = self.id;
-        // What it holds ends here, not on the device thread.
-        drop(self.endpoint.call_blocking(move |manager| manager.remove_subscriber(id)));
+        if thread::current().id() == self.device_thread {
+            // The device thread cannot wait for itself; it does this after its turn.
+            let _ = self.endpoint.fire(move |manager| drop(manager.remove_subscriber(id)));
+        } else {
+            // What it holds ends here, not on the device thread.
+            drop(self.endpoint.call_blocking(move |manager| manager.remove_subscriber(id)));
+        }
         leave();
     }
 }
 
 /// Counts one watch more, and starts the thread for the first one. The lock is held for the
 /// count alone: a device at its work holds up nobody who wants in.
-fn enter() -> Result<Endpoint, EventLoopError> {
+fn enter() -> Result<(Endpoint, ThreadId), EventLoopError> {
     let mut running = DEVICE_THREAD.lock().unwrap_or_else(PoisonError::into_inner);
     let device_thread = match &mut *running {
         Some(device_thread) => device_thread,
         None => running.insert(DeviceThread::start()?),
     };
     device_thread.watches += 1;
-    Ok(device_thread.endpoint.clone())
+    Ok((device_thread.endpoint.clone(), device_thread.id))
 }
 
 /// Counts one watch less, and ends the thread after the last one.
@@ -145,21 +152,21 @@ impl DeviceThread {
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("dormouse-device".into())
             .spawn(move || {
                 block_signals();
                 while !stopped.load(Ordering::SeqCst) && manager.run().is_ok() {}
             })
             .map_err(EventLoopError::Thread)?;
-        Ok(Self { endpoint, stop, watches: 0 })
+        Ok(Self { endpoint, id: thread.thread().id(), stop, watches: 0 })
     }
 }
 
 impl MutEventSubscriber for Subscription {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let doorbells = self.doorbells.iter().map(AsRawFd::as_raw_fd);
-        let sources = self.sources.iter().map(AsRawFd::as_raw_fd);
+        let sources = self.sources.iter().map(|source| source.as_raw_fd());
         let all = doorbells.map(|fd| (fd, EventSet::IN)).chain(sources.map(|fd| (fd, SOURCE)));
         for (place, (fd, events)) in (0..).zip(all) {
             // One that cannot be watched is one that never wakes.

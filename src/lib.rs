@@ -65,6 +65,7 @@ mod cmdline;
 mod config;
 mod console;
 mod devices;
+mod disk;
 mod error;
 mod event_loop;
 mod exit;

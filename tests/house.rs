@@ -15,6 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &["event_loop"],
     &["kvm", "devices", "virtio"],
     &["arch", "bus"],
+    &["disk"],
     &["memory"],
     &["config"],
     &["kernel", "initramfs", "cmdline", "console"],

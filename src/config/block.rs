@@ -6,32 +6,74 @@ use serde::{Deserialize, Serialize};
 
 /// A disk of a guest: a file, or a block device of the host.
 ///
+/// The file is locked (flock) while the VM has it: by one VM that writes to it, or by any number
+/// of VMs that do not.
+///
 /// ```
 /// use dormouse::BlockConfig;
 ///
-/// let root = BlockConfig::new("rootfs.squashfs").read_only();
+/// let tools = BlockConfig::new("tools.squashfs").read_only();
+/// let root = BlockConfig::new("rootfs.ext4").delta("vm-7.delta");
 /// let data = BlockConfig::new("data.img").id("data");
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockConfig {
     pub(crate) path: PathBuf,
     #[serde(default)]
-    pub(crate) read_only: bool,
+    pub(crate) writes: Writes,
     #[serde(default)]
     pub(crate) id: String,
+    #[serde(default)]
+    pub(crate) direct: bool,
+    #[serde(default = "one")]
+    pub(crate) queues: u16,
+}
+
+/// What becomes of a guest's writes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Writes {
+    #[default]
+    ToDisk,
+    ToDelta(PathBuf),
+    Discarded,
+    Refused,
+}
+
+fn one() -> u16 {
+    1
 }
 
 impl BlockConfig {
     /// A disk that the guest may write: as large as the file, in sectors of 512 bytes. What the
     /// guest flushes is on the host's disk (fdatasync).
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), read_only: false, id: String::new() }
+        let writes = Writes::default();
+        Self { path: path.into(), writes, id: String::new(), direct: false, queues: 1 }
     }
 
     /// The guest may only read it. Such a file can be the disk of many VMs.
     #[must_use]
     pub fn read_only(mut self) -> Self {
-        self.read_only = true;
+        self.writes = Writes::Refused;
+        self
+    }
+
+    /// What the guest writes goes to a file of this VM's own, and the disk itself, which many VMs
+    /// may share, stays as it is. The file is created where it is not there; it is sparse, and of
+    /// use only with the same disk. A write costs what it costs without a delta; the first flush
+    /// after a write to a new place costs two fdatasyncs.
+    #[must_use]
+    pub fn delta(mut self, path: impl Into<PathBuf>) -> Self {
+        self.writes = Writes::ToDelta(path.into());
+        self
+    }
+
+    /// As [`delta`](Self::delta), with a file without a name in the folder for temporary files
+    /// (`TMPDIR`): what the guest writes is gone with the VM.
+    #[must_use]
+    pub fn discard_writes(mut self) -> Self {
+        self.writes = Writes::Discarded;
         self
     }
 
@@ -39,6 +81,23 @@ impl BlockConfig {
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = id.into();
+        self
+    }
+
+    /// Goes past the host's page cache (O_DIRECT) where a request is in whole, aligned pages of
+    /// 4,096 bytes, as a guest's page cache makes them. Off unless set: it spares the host memory
+    /// and costs a trip to the disk a read. A delta is not concerned.
+    #[must_use]
+    pub fn direct(mut self, on: bool) -> Self {
+        self.direct = on;
+        self
+    }
+
+    /// How many queues the guest may use: 1 to 32; 1 unless set. More spare a guest with several
+    /// vCPUs a lock of its own; the host serves them all from one thread.
+    #[must_use]
+    pub fn queues(mut self, count: u16) -> Self {
+        self.queues = count;
         self
     }
 }

@@ -7,6 +7,7 @@ mod block;
 mod cpu;
 
 pub use self::block::BlockConfig;
+pub(crate) use self::block::Writes;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
 
 use std::io::Write;
@@ -28,6 +29,7 @@ const MAX_MEMORY_BYTES: u64 = 1 << 40;
 const MAX_VCPUS: u8 = 32;
 /// The IOAPIC's inputs that legacy devices leave.
 const MAX_VIRTIO_DEVICES: usize = 19;
+const MAX_QUEUES: u16 = 32;
 const MAX_CONSOLE_TAIL_BYTES: usize = 64 << 20;
 
 /// Which value is refused, and what would be taken.
@@ -44,6 +46,8 @@ pub(crate) enum ConfigError {
     VirtioDevices { count: usize },
     #[error("the id {id:?} of a disk: it takes up to 20 bytes of printable ASCII")]
     BlockId { id: String },
+    #[error("{count} queues of a disk: it takes 1 to {MAX_QUEUES}")]
+    BlockQueues { count: u16 },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -227,6 +231,10 @@ impl MachineConfig {
         let count = self.blocks.len() + usize::from(self.entropy);
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
+        }
+        let queues = self.blocks.iter().map(|block| block.queues);
+        if let Some(count) = queues.into_iter().find(|count| !(1..=MAX_QUEUES).contains(count)) {
+            return Err(ConfigError::BlockQueues { count });
         }
         let good_id = |id: &str| id.len() <= 20 && id.bytes().all(|byte| byte.is_ascii_graphic());
         if let Some(block) = self.blocks.iter().find(|block| !good_id(&block.id)) {

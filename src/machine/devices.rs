@@ -1,22 +1,23 @@
 //! The devices of a machine: made as the configuration says, put on the bus, their interrupts
 //! and doorbells connected.
 
-use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::MachineError;
+use super::{MachineError, disk_io};
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice};
 use crate::config::{BlockConfig, MachineConfig};
 use crate::console::ConsoleSink;
 use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput};
+use crate::disk::Disk;
 use crate::error::Error;
 use crate::event_loop::{Answered, Subscription, Wake, Watch};
 use crate::exit::ExitLatch;
 use crate::kvm::Vm;
+use crate::memory::FileIo;
 use crate::metrics::DeviceMetrics;
 use crate::virtio::{
     Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
@@ -74,10 +75,10 @@ fn legacy(
     Ok(serial_input)
 }
 
-fn disk(config: &BlockConfig) -> Result<Block, MachineError> {
-    let failed = |source| MachineError::Disk { path: config.path.clone(), source };
-    let file = File::options().read(true).write(!config.read_only).open(&config.path);
-    file.and_then(|file| Block::new(file, config.read_only, &config.id)).map_err(failed)
+fn disk(config: &BlockConfig) -> Result<Block, Error> {
+    let disk = Disk::open(config)?;
+    let io = FileIo::new(&disk_io::queue()?).map_err(MachineError::EventFd)?;
+    Ok(Block::new(disk, io, config.queues, &config.id))
 }
 
 /// The virtio devices so far, in the order in which the guest finds them.
@@ -110,7 +111,7 @@ impl Assembly<'_> {
         self.bus.mmio.insert(address, len, shared(MmioTransport::new(device.clone())))?;
         let answer = answer(device.clone());
         let watch = Watch::new(Subscription { doorbells: watched, sources, answer })?;
-        self.slots.push(VirtioSlot { _watch: watch, device, doorbells });
+        self.slots.push(VirtioSlot { watch: Some(watch), device, doorbells });
         Ok(handle)
     }
 }
@@ -134,12 +135,20 @@ fn answer(device: DeviceHandle) -> Box<dyn FnMut(Wake) -> Answered + Send> {
     })
 }
 
-/// A virtio device in its place: answered by the device thread until it is dropped.
+/// A virtio device in its place: answered by the device thread until it is dropped, which closes
+/// what it has of the host.
 #[derive(Debug)]
 pub(super) struct VirtioSlot {
-    _watch: Watch,
+    watch: Option<Watch>,
     device: DeviceHandle,
     doorbells: Vec<EventFd>,
+}
+
+impl Drop for VirtioSlot {
+    fn drop(&mut self) {
+        self.watch = None;
+        self.device.close();
+    }
 }
 
 impl VirtioSlot {

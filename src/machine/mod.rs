@@ -4,13 +4,13 @@
 //! the memory afterwards. The vCPUs are not part of it: whoever may run them owns them.
 
 mod devices;
+pub(crate) mod disk_io;
 mod vcpu_threads;
 
 use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,8 +39,8 @@ pub(crate) enum MachineError {
     Thread { id: u8, source: io::Error },
     #[error("a vCPU's thread has ended")]
     ThreadGone,
-    #[error("cannot open the disk {}", path.display())]
-    Disk { path: PathBuf, source: io::Error },
+    #[error("cannot start a thread for disks")]
+    DiskThread(#[source] io::Error),
     #[error("cannot open the host's random source")]
     Entropy(#[source] io::Error),
     #[error("a device has a queue of an impossible size")]
@@ -49,9 +49,6 @@ pub(crate) enum MachineError {
 
 impl From<MachineError> for Error {
     fn from(error: MachineError) -> Self {
-        if let MachineError::Disk { .. } = error {
-            return Error::new(ErrorKind::Disk, error);
-        }
         Error::new(ErrorKind::Resources, error)
             .fix("raise the limits of open files and processes (ulimit -n, ulimit -u)")
     }

@@ -6,11 +6,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use vm_memory::{Bytes, VolatileSlice};
 
+use super::GuestRam;
+
 /// The most buffers that one system call takes (IOV_MAX).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 
 /// A sequence of bytes of guest RAM, in pieces.
 #[derive(Clone, Debug, Default)]
@@ -69,35 +72,58 @@ impl<'ram> GuestBytes<'ram> {
         source.len() - rest.len()
     }
 
-    /// Fills the bytes from `file` at `offset`, without a copy.
+    /// Fills the first bytes from what the page cache has of `file` at `offset`; returns how
+    /// many. Fewer than all where the others have to be waited for, or are not there.
     ///
     /// # Errors
     ///
-    /// What pread says; `UnexpectedEof` where the file ends before the bytes are full.
-    pub(crate) fn read_from(&self, file: &File, offset: u64) -> io::Result<()> {
+    /// What preadv2 with RWF_NOWAIT says; `Unsupported` where the file cannot do that.
+    pub(crate) fn read_cached(&self, file: &File, offset: u64) -> io::Result<u64> {
         self.transfer(file, offset, Direction::FromFile)
     }
 
-    /// Writes the bytes to `file` at `offset`, without a copy.
-    pub(crate) fn write_to(&self, file: &File, offset: u64) -> io::Result<()> {
+    /// Writes the first bytes to the page cache of `file` at `offset`; returns how many. Fewer
+    /// than all where the others would have to wait.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_cached`](Self::read_cached).
+    pub(crate) fn write_cached(&self, file: &File, offset: u64) -> io::Result<u64> {
         self.transfer(file, offset, Direction::ToFile)
     }
 
-    fn transfer(&self, file: &File, mut offset: u64, direction: Direction) -> io::Result<()> {
-        let mut rest = self.clone();
-        while !rest.pieces.is_empty() {
-            let done = rest.transfer_some(file, offset, direction)?;
-            if done == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            offset += done;
-            rest = rest.split_at(done).map(|(_, rest)| rest).unwrap_or_default();
-        }
-        Ok(())
+    /// The bytes after the first `count`.
+    pub(crate) fn skip(self, count: u64) -> Self {
+        self.split_at(count).map(|(_, rest)| rest).unwrap_or_default()
     }
 
-    /// One system call; returns how many bytes it moved.
-    fn transfer_some(&self, file: &File, at: u64, direction: Direction) -> io::Result<u64> {
+    /// The same bytes, which hold on to the RAM that they are in. Bytes of another RAM are left
+    /// out.
+    pub(crate) fn keep(&self, ram: &Arc<GuestRam>) -> GuestBuffers {
+        let inside = |piece: &&VolatileSlice<'_>| {
+            let start = piece.ptr_guard().as_ptr() as u64;
+            ram.slots().any(|slot| {
+                start >= slot.host_address
+                    && start + piece.len() as u64 <= slot.host_address + slot.len
+            })
+        };
+        let iovecs = self.pieces.iter().filter(inside).map(|piece| libc::iovec {
+            iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+            iov_len: piece.len(),
+        });
+        GuestBuffers { iovecs: iovecs.collect(), first: 0, _ram: Arc::clone(ram) }
+    }
+
+    /// Whether every piece begins and ends at a multiple of `bytes`, in the host's memory.
+    pub(crate) fn is_aligned(&self, bytes: usize) -> bool {
+        self.pieces.iter().all(|piece| {
+            (piece.ptr_guard().as_ptr() as usize).is_multiple_of(bytes)
+                && piece.len().is_multiple_of(bytes)
+        })
+    }
+
+    /// One system call that does not wait; returns how many bytes it moved.
+    fn transfer(&self, file: &File, at: u64, direction: Direction) -> io::Result<u64> {
         let guards: Vec<_> =
             self.pieces.iter().take(MAX_IOVECS).map(|piece| piece.ptr_guard_mut()).collect();
         let iovecs: Vec<libc::iovec> = guards
@@ -107,22 +133,74 @@ impl<'ram> GuestBytes<'ram> {
         let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
         let count = iovecs.len() as libc::c_int;
         loop {
-            let call = match direction {
-                Direction::FromFile => libc::preadv,
-                Direction::ToFile => libc::pwritev,
-            };
+            let fd = file.as_raw_fd();
             // SAFETY: each iovec is a piece of guest RAM that `guards` keeps mapped; the guest may
             // change it meanwhile, which the kernel is used to of any program's buffers.
-            let moved = unsafe { call(file.as_raw_fd(), iovecs.as_ptr(), count, at) };
-            match u64::try_from(moved) {
-                Ok(moved) => return Ok(moved),
-                Err(_) => {
-                    let error = io::Error::last_os_error();
-                    if error.kind() != io::ErrorKind::Interrupted {
-                        return Err(error);
+            let moved = unsafe {
+                match direction {
+                    Direction::FromFile => {
+                        libc::preadv2(fd, iovecs.as_ptr(), count, at, libc::RWF_NOWAIT)
+                    }
+                    Direction::ToFile => {
+                        libc::pwritev2(fd, iovecs.as_ptr(), count, at, libc::RWF_NOWAIT)
                     }
                 }
+            };
+            let Err(_) = u64::try_from(moved) else { return Ok(moved as u64) };
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EAGAIN) => return Ok(0),
+                _ => return Err(error),
             }
+        }
+    }
+}
+
+/// Bytes of guest RAM, in pieces, and the RAM itself: for what the kernel does with them while
+/// nobody here waits.
+#[derive(Debug)]
+pub(crate) struct GuestBuffers {
+    iovecs: Vec<libc::iovec>,
+    /// Those before have been dealt with.
+    first: usize,
+    _ram: Arc<GuestRam>,
+}
+
+// SAFETY: the pointers are into guest RAM, which is shared by threads anyhow and stays mapped as
+// long as `_ram` is held.
+unsafe impl Send for GuestBuffers {}
+
+impl GuestBuffers {
+    /// What is left, as much as one system call takes.
+    pub(super) fn iovecs(&self) -> &[libc::iovec] {
+        let left = self.iovecs.get(self.first..).unwrap_or_default();
+        &left[..left.len().min(MAX_IOVECS)]
+    }
+
+    /// Leaves the next `count` bytes behind; returns how many are left.
+    pub(super) fn advance(&mut self, mut count: usize) -> u64 {
+        while let Some(iovec) = self.iovecs.get_mut(self.first) {
+            let step = count.min(iovec.iov_len);
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(step);
+            iovec.iov_len -= step;
+            count -= step;
+            if iovec.iov_len > 0 {
+                break;
+            }
+            self.first += 1;
+        }
+        self.iovecs.iter().skip(self.first).map(|iovec| iovec.iov_len as u64).sum()
+    }
+
+    /// Copies `source` in, as far as there is room.
+    pub(crate) fn copy_from(&self, source: &[u8]) {
+        let mut rest = source;
+        for iovec in &self.iovecs {
+            // SAFETY: the iovec is a piece of guest RAM that `_ram` keeps mapped.
+            let piece = unsafe { VolatileSlice::new(iovec.iov_base.cast(), iovec.iov_len) };
+            let Ok(copied) = piece.write(rest, 0) else { return };
+            rest = &rest[copied..];
         }
     }
 }

@@ -5,8 +5,14 @@
 //! because the guest may write at the same time.
 
 mod io;
+mod io_queue;
+mod transfer;
 
-pub(crate) use self::io::GuestBytes;
+use self::io::MAX_IOVECS;
+pub(crate) use self::io::{GuestBuffers, GuestBytes};
+pub(crate) use self::io_queue::{FileIo, IoQueue};
+use self::transfer::Progress;
+pub(crate) use self::transfer::{Clear, Transfer};
 
 use thiserror::Error as ThisError;
 use vm_memory::{
@@ -105,22 +111,4 @@ impl GuestRam {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn write_across_the_end_is_an_error_and_writes_elsewhere_stand() {
-        let ram = GuestRam::anonymous(&[(GuestAddress(0), 0x2000)]).unwrap();
-        ram.write(&[7; 16], GuestAddress(0x1ff0)).unwrap();
-        assert!(ram.write(&[7; 17], GuestAddress(0x1ff0)).is_err());
-        assert!(ram.write(&[7], GuestAddress(u64::MAX)).is_err());
-    }
-
-    #[test]
-    fn absurd_sizes_are_refused_with_a_fix() {
-        let error = GuestRam::anonymous(&[(GuestAddress(0), usize::MAX & !0xfff)]).unwrap_err();
-        let error = Error::from(error);
-        assert_eq!(error.kind(), &ErrorKind::Resources);
-        assert!(error.to_string().contains("less memory"), "{error}");
-    }
-}
+mod tests;

@@ -119,12 +119,19 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
     /// Returns when the device is at no request, and will take none before
     /// [`resume`](Self::resume).
     pub(crate) fn pause(&self) {
-        self.pause_and_drain();
+        drop(self.pause_and_drain());
     }
 
     /// Serves again. Whether it had stopped: doorbells that rang meanwhile are to be rung again.
     pub(crate) fn resume(&self) -> bool {
         std::mem::take(&mut self.lock().paused)
+    }
+
+    /// Serves nothing any more, and lets go of what is of the host.
+    pub(crate) fn close(&self) {
+        let mut core = self.lock();
+        core.paused = true;
+        core.device.close();
     }
 
     /// The driver starts again from nothing, once nothing is in flight.

@@ -13,7 +13,7 @@ mod queue;
 mod rng;
 mod state;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::AsRawFd;
 
 use crate::metrics::DeviceMetrics;
 
@@ -39,6 +39,9 @@ pub(crate) const F_VERSION_1: u64 = 1 << 32;
 pub(crate) const F_INDIRECT_DESC: u64 = 1 << 28;
 /// Doorbells and interrupts are asked for by index.
 pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
+
+/// A descriptor of the host that wakes a device; it is open as long as this is kept.
+pub(crate) type Source = Box<dyn AsRawFd + Send>;
 
 /// What a device does for its driver.
 ///
@@ -70,7 +73,7 @@ pub(crate) trait VirtioDevice: Send {
     /// Descriptors of the host that wake the device, asked for once. They are watched
     /// edge-triggered for input and output: a device that leaves one half served goes on by
     /// itself when the driver's next doorbell brings what it lacked.
-    fn sources(&self) -> std::io::Result<Vec<OwnedFd>> {
+    fn sources(&self) -> std::io::Result<Vec<Source>> {
         Ok(Vec::new())
     }
 
@@ -114,6 +117,10 @@ pub(crate) trait VirtioDevice: Send {
         let _ = queues;
         Ok(())
     }
+
+    /// The VM is over: lets go of what is of the host, such as files and their locks. Nothing
+    /// follows but the drop, which may come much later.
+    fn close(&mut self) {}
 
     /// What the device has done.
     fn metrics(&self) -> DeviceMetrics;

@@ -1,42 +1,75 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_drivers::device::blk::VirtIOBlk;
 
 use super::driver::{TestHal, TestTransport};
+use crate::config::BlockConfig;
+use crate::disk::Disk;
+use crate::machine::disk_io;
+use crate::memory::FileIo;
 use crate::virtio::Block;
 
+/// A disk of a configuration, whose requests wait as those of a machine do.
+pub(super) fn block(config: &BlockConfig) -> Block {
+    let queue = disk_io::queue().unwrap();
+    let disk = Disk::open(config).unwrap();
+    Block::new(disk, FileIo::new(&queue).unwrap(), config.queues, &config.id)
+}
+
+/// A file of random bytes, which goes with it.
+pub(super) struct Image(pub(super) PathBuf);
+
+impl Image {
+    pub(super) fn new(name: &str, bytes: usize) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let unique = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let name = format!("dormouse-{name}-{}-{}", unique.0, unique.1);
+        let path = std::env::temp_dir().join(name);
+        let content: Vec<u8> = (0..bytes).map(|at| (at / 512 * 31 + at) as u8).collect();
+        fs::write(&path, content).unwrap();
+        Self(path)
+    }
+
+    pub(super) fn content(&self) -> Vec<u8> {
+        fs::read(&self.0).unwrap()
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 /// A file of random bytes, and a driver of a disk on it.
-struct Disk {
-    path: PathBuf,
+struct TestDisk {
+    image: Image,
     driver: VirtIOBlk<TestHal, TestTransport>,
 }
 
-impl Disk {
-    fn new(name: &str, bytes: usize, read_only: bool) -> Self {
-        let path = std::env::temp_dir().join(format!("dormouse-{}-{name}", std::process::id()));
-        let content: Vec<u8> = (0..bytes).map(|at| (at / 512 * 31 + at) as u8).collect();
-        fs::write(&path, content).unwrap();
-        let file = File::options().read(true).write(!read_only).open(&path).unwrap();
-        let transport = TestTransport::new(Block::new(file, read_only, "dormouse").unwrap());
-        Self { path, driver: VirtIOBlk::new(transport).unwrap() }
+impl TestDisk {
+    fn new(name: &str, bytes: usize) -> Self {
+        Self::with(name, bytes, |config| config)
+    }
+
+    fn with(name: &str, bytes: usize, change: fn(BlockConfig) -> BlockConfig) -> Self {
+        let image = Image::new(name, bytes);
+        let config = change(BlockConfig::new(&image.0).id("dormouse"));
+        let driver = VirtIOBlk::new(TestTransport::new(block(&config))).unwrap();
+        Self { image, driver }
     }
 
     fn content(&self) -> Vec<u8> {
-        fs::read(&self.path).unwrap()
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        self.image.content()
     }
 }
 
 #[test]
 fn sectors_are_read_and_written_where_they_are() {
-    let mut disk = Disk::new("rw", 64 * 512 + 100, false);
+    let mut disk = TestDisk::new("rw", 64 * 512 + 100);
     assert_eq!(disk.driver.capacity(), 64, "the incomplete sector is left out");
     assert!(!disk.driver.readonly());
     let before = disk.content();
@@ -55,7 +88,7 @@ fn sectors_are_read_and_written_where_they_are() {
 
 #[test]
 fn sectors_past_the_end_are_errors_and_change_nothing() {
-    let mut disk = Disk::new("end", 16 * 512, false);
+    let mut disk = TestDisk::new("end", 16 * 512);
     let before = disk.content();
     for (sector, count) in [(16, 1), (15, 2), (0, 17), (usize::MAX / 512, 1), (usize::MAX, 1)] {
         let mut buffer = vec![0; count * 512];
@@ -67,7 +100,7 @@ fn sectors_past_the_end_are_errors_and_change_nothing() {
 
 #[test]
 fn write_to_read_only_disk_is_an_error() {
-    let mut disk = Disk::new("ro", 16 * 512, true);
+    let mut disk = TestDisk::with("ro", 16 * 512, BlockConfig::read_only);
     assert!(disk.driver.readonly());
     let before = disk.content();
     assert!(disk.driver.write_blocks(0, &[1; 512]).is_err());
@@ -77,7 +110,7 @@ fn write_to_read_only_disk_is_an_error() {
 
 #[test]
 fn the_id_is_the_configured_one() {
-    let mut disk = Disk::new("id", 512, false);
+    let mut disk = TestDisk::new("id", 512);
     let mut id = [0xff; 20];
     assert_eq!(disk.driver.device_id(&mut id).unwrap(), 8);
     assert_eq!(&id[..9], b"dormouse\0");
@@ -85,15 +118,35 @@ fn the_id_is_the_configured_one() {
 
 #[test]
 fn a_file_that_shrinks_under_the_guest_gives_errors_not_stale_bytes() {
-    let mut disk = Disk::new("short", 64 * 512, false);
-    File::options().write(true).open(&disk.path).unwrap().set_len(32 * 512).unwrap();
+    let mut disk = TestDisk::new("short", 64 * 512);
+    File::options().write(true).open(&disk.image.0).unwrap().set_len(32 * 512).unwrap();
     assert!(disk.driver.read_blocks(31, &mut [0; 1024]).is_err());
     disk.driver.read_blocks(31, &mut [0; 512]).unwrap();
 }
 
 #[test]
 fn many_requests_in_any_order_keep_the_disk_equal_to_a_model() {
-    let mut disk = Disk::new("model", 256 * 512, false);
+    let disk = requests_against_a_model(|config| config);
+    assert_eq!(disk.0.content(), disk.1);
+}
+
+#[test]
+fn many_requests_past_the_page_cache_keep_the_disk_equal_to_a_model() {
+    let disk = requests_against_a_model(|config| config.direct(true));
+    assert_eq!(disk.0.content(), disk.1);
+}
+
+#[test]
+fn many_requests_to_a_delta_equal_a_model_and_leave_the_disk_as_it_was() {
+    let (disk, model) = requests_against_a_model(BlockConfig::discard_writes);
+    assert_ne!(disk.content(), model);
+    let fresh = Image::new("fresh", 256 * 512);
+    assert_eq!(disk.content(), fresh.content());
+}
+
+/// Returns the disk, and what the guest has to see of it.
+fn requests_against_a_model(change: fn(BlockConfig) -> BlockConfig) -> (TestDisk, Vec<u8>) {
+    let mut disk = TestDisk::with("model", 256 * 512, change);
     let mut model = disk.content();
     let mut state = 1u64;
     let mut random = |below: u64| {
@@ -115,17 +168,20 @@ fn many_requests_in_any_order_keep_the_disk_equal_to_a_model() {
             assert_eq!(read, model[range]);
         }
     }
-    assert_eq!(disk.content(), model);
+    let mut all = vec![0; model.len()];
+    disk.driver.read_blocks(0, &mut all).unwrap();
+    assert_eq!(all, model);
+    (disk, model)
 }
 
 #[test]
 fn discards_are_holes_and_zeroes_are_zeroes() {
     use super::hostile::RawDriver;
 
-    let disk = Disk::new("holes", 1 << 20, false);
-    let file = File::options().read(true).write(true).open(&disk.path).unwrap();
+    let image = Image::new("holes", 1 << 20);
+    let file = File::open(&image.0).unwrap();
     let blocks = file.metadata().unwrap().blocks();
-    let mut raw = RawDriver::new(Block::new(file.try_clone().unwrap(), false, "").unwrap());
+    let mut raw = RawDriver::new(block(&BlockConfig::new(&image.0)));
     let range = |sector: u64, sectors: u32, flags: u32| {
         let mut bytes = sector.to_le_bytes().to_vec();
         bytes.extend(sectors.to_le_bytes());
@@ -149,4 +205,92 @@ fn discards_are_holes_and_zeroes_are_zeroes() {
     assert_eq!(raw.block_request(WRITE_ZEROES, 0, &range(0, 1, 2)), Some(2));
     assert_eq!(raw.block_request(DISCARD, 0, &[0; 15]), Some(1));
     assert_eq!(raw.block_request(99, 0, &[]), Some(2), "an unknown request is unsupported");
+}
+
+#[test]
+fn a_delta_is_found_again_and_the_disk_under_it_is_shared() {
+    let image = Image::new("base", 128 * 512);
+    let before = image.content();
+    let delta = Image(std::env::temp_dir().join(format!("dormouse-{}-d", std::process::id())));
+    let config = BlockConfig::new(&image.0).delta(&delta.0);
+    // Another VM reads the same disk meanwhile.
+    let other = VirtIOBlk::<TestHal, _>::new(TestTransport::new(block(
+        &BlockConfig::new(&image.0).discard_writes(),
+    )));
+    let mut other = other.unwrap();
+    for round in 0..3u8 {
+        let mut driver = VirtIOBlk::<TestHal, _>::new(TestTransport::new(block(&config))).unwrap();
+        let mut sector = [0; 512];
+        for written in 0..round {
+            driver.read_blocks(usize::from(written) * 7, &mut sector).unwrap();
+            assert_eq!(sector, [written + 1; 512]);
+        }
+        driver.write_blocks(usize::from(round) * 7, &[round + 1; 512]).unwrap();
+        if round == 1 {
+            driver.flush().unwrap();
+        }
+        let mut all = vec![0; 128 * 512];
+        driver.read_blocks(0, &mut all).unwrap();
+        assert_eq!(all[512 * 50..], before[512 * 50..]);
+    }
+    let mut all = vec![0; 128 * 512];
+    other.read_blocks(0, &mut all).unwrap();
+    assert_eq!(all, before);
+    assert_eq!(image.content(), before);
+}
+
+#[test]
+fn a_disk_has_one_writer_or_many_readers() {
+    let image = Image::new("lock", 512);
+    let writer = BlockConfig::new(&image.0);
+    let reader = writer.clone().read_only();
+    let refused = |config| crate::Error::from(Disk::open(config).unwrap_err()).to_string();
+    let first = Disk::open(&writer).unwrap();
+    assert!(refused(&writer).contains("in use"), "{}", refused(&writer));
+    assert!(refused(&reader).contains("delta"), "{}", refused(&reader));
+    drop(first);
+    let _first = Disk::open(&reader).unwrap();
+    let _second = Disk::open(&reader).unwrap();
+    let _third = Disk::open(&reader.clone().discard_writes()).unwrap();
+    assert!(refused(&writer).contains("in use"));
+}
+
+#[test]
+fn files_that_are_no_deltas_are_refused() {
+    let image = Image::new("under", 64 * 512);
+    let config = |delta: &Image| BlockConfig::new(&image.0).delta(&delta.0);
+    let refused = |delta: &Image| Disk::open(&config(delta)).unwrap_err().to_string();
+    let delta = Image::new("delta", 10);
+    assert!(refused(&delta).contains("too short"));
+    fs::write(&delta.0, [0; 8192]).unwrap();
+    assert!(refused(&delta).contains("mark of a delta"));
+    fs::remove_file(&delta.0).unwrap();
+    drop(Disk::open(&config(&delta)).unwrap());
+    drop(Disk::open(&config(&delta)).unwrap());
+    let good = delta.content();
+    for (at, expected) in [(8, "another version"), (12, "65 sectors")] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        fs::write(&delta.0, bad).unwrap();
+        assert!(refused(&delta).contains(expected), "{}", refused(&delta));
+    }
+    fs::write(&delta.0, &good[..good.len() - 1]).unwrap();
+    assert!(refused(&delta).contains("ends too early"));
+}
+
+#[test]
+fn threads_do_what_an_io_uring_would() {
+    let image = Image::new("workers", 64 * 512);
+    let queue = disk_io::with_workers().unwrap();
+    let config = BlockConfig::new(&image.0).direct(true);
+    let disk = Disk::open(&config).unwrap();
+    let device = Block::new(disk, FileIo::new(&queue).unwrap(), 1, "");
+    drop(queue);
+    let mut driver = VirtIOBlk::<TestHal, _>::new(TestTransport::new(device)).unwrap();
+    driver.write_blocks(8, &[9; 4096]).unwrap();
+    driver.flush().unwrap();
+    let mut read = [0; 4096];
+    driver.read_blocks(8, &mut read).unwrap();
+    assert_eq!(read, [9; 4096]);
+    assert_eq!(image.content()[4096..8192], read);
 }

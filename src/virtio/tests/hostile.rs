@@ -1,9 +1,13 @@
 //! A driver that writes descriptors by hand, and what a device makes of bad ones.
 
+use std::time::{Duration, Instant};
+
 use virtio_drivers::transport::{DeviceStatus, Transport};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::block::{Image, block};
 use super::driver::{TestTransport, ram};
+use crate::config::BlockConfig;
 use crate::virtio::{Block, Rng, VirtioDevice};
 
 const SIZE: u16 = 16;
@@ -91,32 +95,19 @@ impl RawDriver {
             Raw(BUFFERS + 0x100, data.len() as u32, NEXT, 2),
             Raw(BUFFERS + 0x80, 1, WRITE, 0),
         ]);
+        let begin = Instant::now();
+        while self.used() == before && begin.elapsed() < Duration::from_secs(20) {
+            std::thread::yield_now();
+        }
         (self.used() != before)
             .then(|| ram().inner().read_obj(GuestAddress(BUFFERS + 0x80)).unwrap())
     }
 }
 
 pub(super) fn disk() -> Block {
-    let file = tempfile();
-    file.set_len(1 << 20).unwrap();
-    Block::new(file, false, "").unwrap()
-}
-
-fn tempfile() -> std::fs::File {
-    use std::sync::atomic::{AtomicU32, Ordering};
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let path =
-        std::env::temp_dir().join(format!("dormouse-hostile-{}-{count}", std::process::id()));
-    let file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(&path)
-        .unwrap();
-    std::fs::remove_file(path).unwrap();
-    file
+    // The open file outlives its name.
+    let image = Image::new("hostile", 1 << 20);
+    block(&BlockConfig::new(&image.0))
 }
 
 #[test]

@@ -1,0 +1,238 @@
+//! A private delta over a disk that many VMs share: what one VM wrote.
+//!
+//! The file: a header of 4,096 bytes; a bitmap with a bit for each sector of the disk, set where
+//! the sector was written; and the sectors, at the same distances as on the disk. All of it is
+//! sparse: an empty delta of a disk of 1 TiB takes 8 KiB. A bit a sector, and not a cluster,
+//! means that no write ever reads: there is no copy-up, and no request waits for another.
+//!
+//! A flush brings sectors to the disk before the bits that speak of them, so that a power cut
+//! leaves each sector as it was or as it became. What was not flushed is in the page cache, as
+//! with any disk; the bitmap of a VM that ends is written out.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{DiskError, Flush, Part, SECTOR_BYTES, lock, open};
+use crate::memory::{Clear, GuestBytes, Transfer};
+
+const MAGIC: [u8; 8] = *b"DORMDLTA";
+const VERSION: u32 = 1;
+const HEADER_BYTES: u64 = 4096;
+/// The unit in which the bitmap is written: the bits of 16 MiB of disk.
+const PAGE_BYTES: usize = 4096;
+const PAGE_SECTORS: u64 = PAGE_BYTES as u64 * 8;
+
+/// An open delta.
+#[derive(Debug)]
+pub(super) struct Delta {
+    file: Arc<File>,
+    /// As long as the disk needs, in whole pages. Pages that are zero cost no memory.
+    bitmap: Vec<u8>,
+    /// Which pages of the bitmap the file does not have yet.
+    dirty: Vec<bool>,
+    sectors_offset: u64,
+}
+
+/// Bytes in a row that are all in the delta, or all in the disk below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    pub(super) len: u64,
+    pub(super) written: bool,
+}
+
+impl Delta {
+    /// Opens a delta of a disk with so many sectors, or creates it.
+    pub(super) fn open(path: &Path, base: &Path, sectors: u64) -> Result<Self, DiskError> {
+        let created = File::options().read(true).write(true).create_new(true).open(path);
+        match created {
+            Ok(file) => {
+                lock(&file, path, true)?;
+                Self::create(file, sectors).map_err(|source| {
+                    let _ = fs::remove_file(path);
+                    DiskError::CreateDelta { path: path.to_owned(), source }
+                })
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let file = open(path, true, 0)?;
+                lock(&file, path, true)?;
+                Self::read(file, path, base, sectors)
+            }
+            Err(source) => Err(DiskError::CreateDelta { path: path.to_owned(), source }),
+        }
+    }
+
+    /// A delta without a name, in the folder for temporary files: it goes when it is closed.
+    pub(super) fn temporary(sectors: u64) -> Result<Self, DiskError> {
+        let path = std::env::temp_dir();
+        let mut options = File::options();
+        options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
+        let file = options.open(&path).and_then(|file| Self::create(file, sectors));
+        file.map_err(|source| DiskError::CreateDelta { path, source })
+    }
+
+    fn create(file: File, sectors: u64) -> io::Result<Self> {
+        let delta = Self::empty(file, sectors);
+        let mut header = [0; 20];
+        header[..8].copy_from_slice(&MAGIC);
+        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        header[12..].copy_from_slice(&sectors.to_le_bytes());
+        delta.file.set_len(delta.sectors_offset + sectors * SECTOR_BYTES)?;
+        delta.file.write_all_at(&header, 0)?;
+        Ok(delta)
+    }
+
+    /// Reads the header and the bitmap of a file that anybody may have written.
+    fn read(file: File, path: &Path, base: &Path, expected: u64) -> Result<Self, DiskError> {
+        let reason = |reason| DiskError::NotADelta { path: path.to_owned(), reason };
+        let mut header = [0; 20];
+        file.read_exact_at(&mut header, 0).map_err(|_| reason("it is too short"))?;
+        let (magic, rest) = header.split_at(8);
+        if magic != MAGIC {
+            return Err(reason("it does not begin with the mark of a delta"));
+        }
+        let (version, sectors) = rest.split_at(4);
+        if version != VERSION.to_le_bytes() {
+            return Err(reason("it is of another version"));
+        }
+        if sectors != expected.to_le_bytes() {
+            let found = sectors.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+            let (path, base) = (path.to_owned(), base.to_owned());
+            return Err(DiskError::OtherBase { path, base, found, expected });
+        }
+        let mut delta = Self::empty(file, expected);
+        let len = delta.file.metadata().map(|metadata| metadata.len());
+        if len.unwrap_or(0) < delta.sectors_offset + expected * SECTOR_BYTES {
+            return Err(reason("it ends too early"));
+        }
+        delta.read_bitmap().map_err(|_| reason("its bitmap cannot be read"))?;
+        Ok(delta)
+    }
+
+    fn empty(file: File, sectors: u64) -> Self {
+        let pages = sectors.div_ceil(PAGE_SECTORS) as usize;
+        Self {
+            file: Arc::new(file),
+            bitmap: vec![0; pages * PAGE_BYTES],
+            dirty: vec![false; pages],
+            sectors_offset: HEADER_BYTES + (pages * PAGE_BYTES) as u64,
+        }
+    }
+
+    /// Reads the parts of the bitmap that are not holes.
+    fn read_bitmap(&mut self) -> io::Result<()> {
+        let file = Arc::clone(&self.file);
+        for (page, bytes) in self.bitmap.chunks_exact_mut(PAGE_BYTES).enumerate() {
+            let offset = HEADER_BYTES + (page * PAGE_BYTES) as u64;
+            let mut buffer = [0; PAGE_BYTES];
+            file.read_exact_at(&mut buffer, offset)?;
+            // A page that stays untouched costs no memory.
+            if buffer != [0; PAGE_BYTES] {
+                bytes.copy_from_slice(&buffer);
+            }
+        }
+        Ok(())
+    }
+
+    /// Where bytes of the disk are in the delta.
+    pub(super) fn part<'ram>(&self, offset: u64, bytes: GuestBytes<'ram>) -> Part<'_, 'ram> {
+        Part { file: &self.file, offset: self.sectors_offset + offset, bytes, cached: true }
+    }
+
+    pub(super) fn clear(&self, offset: u64, len: u64, clear: Clear) -> Transfer {
+        Transfer::clear(&self.file, self.sectors_offset + offset, len, clear)
+    }
+
+    /// Cuts a range of whole sectors where the delta begins or ends to have it.
+    pub(super) fn runs(&self, offset: u64, len: u64) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut sector = offset / SECTOR_BYTES;
+        let end = (offset + len) / SECTOR_BYTES;
+        while sector < end {
+            let written = self.is_written(sector);
+            let byte = self.bitmap.get((sector / 8) as usize);
+            // Eight sectors at once where they are alike.
+            let alike = matches!((written, byte), (true, Some(0xff)) | (false, Some(0)));
+            let sectors = if alike && sector.is_multiple_of(8) { (end - sector).min(8) } else { 1 };
+            let len = sectors * SECTOR_BYTES;
+            match runs.last_mut() {
+                Some(run) if run.written == written => run.len += len,
+                _ => runs.push(Run { len, written }),
+            }
+            sector += sectors;
+        }
+        runs
+    }
+
+    fn is_written(&self, sector: u64) -> bool {
+        let byte = self.bitmap.get((sector / 8) as usize);
+        byte.is_some_and(|byte| byte & (1 << (sector % 8)) != 0)
+    }
+
+    /// The delta has these sectors from now on.
+    pub(super) fn mark(&mut self, offset: u64, len: u64) {
+        for sector in offset / SECTOR_BYTES..(offset + len) / SECTOR_BYTES {
+            let Some(byte) = self.bitmap.get_mut((sector / 8) as usize) else { return };
+            let bit = 1 << (sector % 8);
+            if *byte & bit == 0 {
+                *byte |= bit;
+                if let Some(dirty) = self.dirty.get_mut((sector / PAGE_SECTORS) as usize) {
+                    *dirty = true;
+                }
+            }
+        }
+    }
+
+    /// First the sectors, then the bits as they are now, so that no bit speaks of a sector that a
+    /// power cut may take.
+    pub(super) fn flush(&mut self) -> Flush {
+        let sync = || vec![Transfer::data_sync(&self.file)];
+        let dirty = self.dirty_pages();
+        let mut stages = VecDeque::from([sync()]);
+        if !dirty.is_empty() {
+            stages.push_back(dirty.iter().map(|page| self.write_page(*page)).collect());
+            stages.push_back(sync());
+        }
+        self.dirty.fill(false);
+        Flush { stages, dirty }
+    }
+
+    pub(super) fn mark_dirty(&mut self, pages: &[usize]) {
+        for page in pages {
+            if let Some(dirty) = self.dirty.get_mut(*page) {
+                *dirty = true;
+            }
+        }
+    }
+
+    fn dirty_pages(&self) -> Vec<usize> {
+        let pages = self.dirty.iter().enumerate();
+        pages.filter(|(_, dirty)| **dirty).map(|(page, _)| page).collect()
+    }
+
+    fn page(&self, page: usize) -> (u64, &[u8]) {
+        let at = page * PAGE_BYTES;
+        let bytes = self.bitmap.get(at..at + PAGE_BYTES).unwrap_or_default();
+        (HEADER_BYTES + at as u64, bytes)
+    }
+
+    fn write_page(&self, page: usize) -> Transfer {
+        let (offset, bytes) = self.page(page);
+        Transfer::write_bytes(&self.file, offset, bytes.to_vec())
+    }
+}
+
+impl Drop for Delta {
+    /// The bits go where the sectors went: to the page cache.
+    fn drop(&mut self) {
+        for page in self.dirty_pages() {
+            let (offset, bytes) = self.page(page);
+            if let Err(error) = self.file.write_all_at(bytes, offset) {
+                tracing::error!(%error, "the delta of a disk is not complete");
+            }
+        }
+    }
+}

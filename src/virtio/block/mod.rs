@@ -1,0 +1,317 @@
+//! The block device: a file or a block device of the host as the guest's disk.
+//!
+//! Source: virtio 1.2 §5.2. Sectors are 512 bytes. Data moves between the file and guest RAM
+//! without a copy: at once where the page cache has it, else through the process's I/O queue,
+//! so that a slow disk holds up nobody but its own guest. FLUSH is fdatasync; DISCARD and
+//! WRITE_ZEROES reach the file as holes.
+
+mod pending;
+mod request;
+
+use std::io;
+use std::sync::Arc;
+
+use self::pending::{Ended, Job, Pending, PendingRequests};
+use self::request::{Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request};
+use super::{Answer, Chain, DeviceType, QueueError, Queues, Served, Source, VirtioDevice};
+use crate::disk::{Disk, Flush, SECTOR_BYTES};
+use crate::memory::{FileIo, GuestRam, Transfer};
+use crate::metrics::{BlockMetrics, DeviceMetrics};
+
+/// Feature bits.
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Statuses, the last byte of each request.
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+/// Length of the id string, which ends with a NUL where it is shorter.
+const ID_BYTES: usize = 20;
+const QUEUE_SIZE: u16 = 256;
+/// A queue full of buffers, without the header and the status.
+const MAX_BUFFERS: u32 = QUEUE_SIZE as u32 - 2;
+
+/// The device.
+#[derive(Debug)]
+pub(crate) struct Block {
+    /// `None` once the VM is over.
+    disk: Option<Disk>,
+    io: Arc<FileIo>,
+    sectors: u64,
+    read_only: bool,
+    id: [u8; ID_BYTES],
+    queues: u16,
+    /// Whether the file's page cache can be written without waiting. Many file systems cannot.
+    writes_cached: bool,
+    pending: PendingRequests,
+    /// Operations that were found during a turn, and begin together at its end.
+    unsubmitted: Vec<(u64, Transfer)>,
+    metrics: BlockMetrics,
+}
+
+/// What became of a request at once.
+enum Started {
+    Done,
+    Waits(Job, Vec<Transfer>),
+}
+
+impl Block {
+    /// A disk whose requests wait in `io` where they have to.
+    pub(crate) fn new(disk: Disk, io: Arc<FileIo>, queues: u16, id: &str) -> Self {
+        let mut bytes = [0; ID_BYTES];
+        for (byte, from) in bytes.iter_mut().zip(id.bytes()) {
+            *byte = from;
+        }
+        Self {
+            sectors: disk.sectors(),
+            read_only: disk.is_read_only(),
+            disk: Some(disk),
+            io,
+            id: bytes,
+            queues,
+            writes_cached: true,
+            pending: PendingRequests::default(),
+            unsubmitted: Vec::new(),
+            metrics: BlockMetrics::default(),
+        }
+    }
+
+    /// Answers a request at once, or takes it on.
+    fn answer(&mut self, index: usize, chain: Chain<'_>, ram: &Arc<GuestRam>) -> Answer {
+        let head = chain.head;
+        let Parsed { status, written, request } = Parsed::new(chain, self.sectors, self.read_only);
+        let started = request.and_then(|request| self.start(request, ram));
+        let code = match started {
+            Ok(Started::Done) => S_OK,
+            Ok(Started::Waits(job, transfers)) => {
+                let status = status.keep(ram);
+                let pending = Pending { queue: index, head, written, status, job };
+                match pending.job {
+                    Job::Flush(_) => self.pending.add_flush(pending),
+                    _ => self.unsubmitted.extend(self.pending.add(pending, transfers)),
+                }
+                return Answer::InFlight;
+            }
+            Err(fault) => {
+                self.metrics.errors += 1;
+                match fault {
+                    Fault::Io => S_IOERR,
+                    Fault::Unsupported => S_UNSUPP,
+                }
+            }
+        };
+        status.copy_from(&[code]);
+        Answer::Used(written)
+    }
+
+    /// Does what can be done without waiting.
+    fn start(&mut self, request: Request<'_>, ram: &Arc<GuestRam>) -> Result<Started, Fault> {
+        let Some(disk) = &mut self.disk else { return Err(Fault::Io) };
+        match request {
+            Request::Read { offset, bytes } => {
+                let len = bytes.len();
+                let mut transfers = Vec::new();
+                for part in disk.read(offset, bytes) {
+                    let cached = match part.cached {
+                        true => part.bytes.read_cached(part.file, part.offset),
+                        false => Ok(0),
+                    };
+                    // What cannot be read without waiting is read again with waiting.
+                    let done = cached.unwrap_or(0);
+                    if done < part.bytes.len() {
+                        let buffers = part.bytes.skip(done).keep(ram);
+                        transfers.push(Transfer::read(part.file, part.offset + done, buffers));
+                    }
+                }
+                Ok(self.then(Job::Read { len }, transfers))
+            }
+            Request::Write { offset, bytes } => {
+                let len = bytes.len();
+                let part = disk.write(offset, bytes);
+                let mut done = 0;
+                if part.cached && self.writes_cached {
+                    match part.bytes.write_cached(part.file, part.offset) {
+                        Ok(count) => done = count,
+                        Err(error) => {
+                            self.writes_cached = error.raw_os_error() != Some(libc::EOPNOTSUPP)
+                        }
+                    }
+                }
+                let mut transfers = Vec::new();
+                if done < len {
+                    let buffers = part.bytes.skip(done).keep(ram);
+                    transfers.push(Transfer::write(part.file, part.offset + done, buffers));
+                }
+                Ok(self.then(Job::Write { offset, len }, transfers))
+            }
+            Request::Flush => Ok(Started::Waits(Job::Flush(Flush::default()), Vec::new())),
+            Request::GetId { bytes } => {
+                bytes.copy_from(&self.id);
+                Ok(Started::Done)
+            }
+            Request::Clear { ranges } => {
+                let clear = |range: &Range| disk.clear(range.offset, range.len, range.clear);
+                let transfers = ranges.iter().map(clear).collect();
+                Ok(self.then(Job::Clear { ranges }, transfers))
+            }
+        }
+    }
+
+    fn then(&mut self, job: Job, transfers: Vec<Transfer>) -> Started {
+        if transfers.is_empty() {
+            self.succeeded(&job);
+            return Started::Done;
+        }
+        Started::Waits(job, transfers)
+    }
+
+    /// A request has done what it wanted.
+    fn succeeded(&mut self, job: &Job) {
+        let (metrics, Some(disk)) = (&mut self.metrics, &mut self.disk) else { return };
+        match job {
+            Job::Read { len } => {
+                metrics.reads += 1;
+                metrics.read_bytes += len;
+            }
+            Job::Write { offset, len } => {
+                metrics.writes += 1;
+                metrics.written_bytes += len;
+                disk.written(*offset, *len);
+            }
+            Job::Clear { ranges } => {
+                metrics.clears += 1;
+                for range in ranges {
+                    disk.written(range.offset, range.len);
+                }
+            }
+            Job::Flush(_) => metrics.flushes += 1,
+        }
+    }
+
+    /// Begins what was found during a turn, and the next flush.
+    fn submit(&mut self) {
+        if let Some(disk) = &mut self.disk {
+            self.unsubmitted.extend(self.pending.next_flush(disk));
+        }
+        if !self.unsubmitted.is_empty() {
+            self.io.submit(std::mem::take(&mut self.unsubmitted));
+        }
+    }
+
+    /// Gives a request back whose operations have ended.
+    fn give_back(&mut self, ended: Ended, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+        let Ended { pending, failed } = ended;
+        if failed {
+            self.metrics.errors += 1;
+            if let (Job::Flush(flush), Some(disk)) = (&pending.job, &mut self.disk) {
+                disk.flush_failed(flush);
+            }
+        } else {
+            self.succeeded(&pending.job);
+        }
+        pending.status.copy_from(&[if failed { S_IOERR } else { S_OK }]);
+        let ram = queues.ram();
+        match queues.get(pending.queue) {
+            Some(queue) => queue.add_used(ram, pending.head, pending.written),
+            // The driver took the queue away.
+            None => Ok(()),
+        }
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Block
+    }
+
+    fn features(&self) -> u64 {
+        let common = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_MQ;
+        common | if self.read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.queues.into()]
+    }
+
+    /// `struct virtio_blk_config` (§5.2.4).
+    fn config(&self) -> Vec<u8> {
+        let mut config = Vec::with_capacity(60);
+        config.extend(self.sectors.to_le_bytes());
+        config.extend(0u32.to_le_bytes()); // size_max
+        config.extend(MAX_BUFFERS.to_le_bytes()); // seg_max
+        config.extend([0; 4]); // geometry
+        config.extend((SECTOR_BYTES as u32).to_le_bytes()); // blk_size
+        config.extend([0; 8]); // topology
+        config.extend([0; 2]); // writeback, unused
+        config.extend(self.queues.to_le_bytes()); // num_queues
+        config.extend(MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
+        config.extend(MAX_RANGES.to_le_bytes()); // max_discard_seg
+        config.extend(1u32.to_le_bytes()); // discard_sector_alignment
+        config.extend(MAX_RANGE_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+        config.extend(MAX_RANGES.to_le_bytes()); // max_write_zeroes_seg
+        config.push(1); // write_zeroes_may_unmap
+        config.extend([0; 3]);
+        config
+    }
+
+    fn sources(&self) -> io::Result<Vec<Source>> {
+        Ok(vec![Box::new(self.io.event()?)])
+    }
+
+    fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        let ram = queues.ram();
+        let served = queues.serve(index, |chain| self.answer(index, chain, ram));
+        self.submit();
+        if self.pending.len() > usize::from(QUEUE_SIZE) * usize::from(self.queues) {
+            return Err(QueueError::InFlight);
+        }
+        served
+    }
+
+    fn ready(&mut self, _source: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        self.finish(queues)?;
+        Ok(Served::All)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.pending.len()
+    }
+
+    fn finish(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+        let mut outcome = Ok(());
+        for (token, result) in self.io.take_done() {
+            if let Err(error) = &result {
+                tracing::debug!(%error, "a disk request failed");
+            }
+            let (ended, next) = self.pending.ended(token, result.is_err());
+            self.unsubmitted.extend(next);
+            if let Some(ended) = ended {
+                // A queue that is broken is told of once; all requests end.
+                outcome = outcome.and(self.give_back(ended, queues));
+            }
+        }
+        self.submit();
+        let ram = queues.ram();
+        for index in 0..self.queues.into() {
+            if let Some(queue) = queues.get(index) {
+                queue.signal(ram)?;
+            }
+        }
+        outcome
+    }
+
+    fn close(&mut self) {
+        self.disk = None;
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        DeviceMetrics::Block(self.metrics)
+    }
+}

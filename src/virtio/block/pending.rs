@@ -1,0 +1,116 @@
+//! Requests of a disk that wait for the host: what each still has to do, and where its status
+//! goes.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::request::Range;
+use crate::disk::{Disk, Flush};
+use crate::memory::{GuestBuffers, Transfer};
+
+/// A request that waits.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) queue: usize,
+    pub(super) head: u16,
+    pub(super) written: u32,
+    pub(super) status: GuestBuffers,
+    pub(super) job: Job,
+}
+
+/// What is to be done when its operations have ended.
+#[derive(Debug)]
+pub(super) enum Job {
+    Read { len: u64 },
+    Write { offset: u64, len: u64 },
+    Clear { ranges: Vec<Range> },
+    Flush(Flush),
+}
+
+/// A request whose operations have ended.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) pending: Pending,
+    pub(super) failed: bool,
+}
+
+/// All requests of a disk that wait, by the token of their operations.
+#[derive(Debug, Default)]
+pub(super) struct PendingRequests {
+    next_token: u64,
+    waiting: HashMap<u64, Waiting>,
+    /// Flushes run one at a time: what one takes on, the next must not think done.
+    flushing: bool,
+    flushes: VecDeque<Pending>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    pending: Pending,
+    operations: usize,
+    failed: bool,
+}
+
+impl PendingRequests {
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len() + self.flushes.len()
+    }
+
+    /// Takes on a request with its operations; returns them under its token.
+    pub(super) fn add(
+        &mut self,
+        pending: Pending,
+        transfers: Vec<Transfer>,
+    ) -> Vec<(u64, Transfer)> {
+        let token = self.next_token;
+        self.next_token = token.wrapping_add(1);
+        let waiting = Waiting { pending, operations: transfers.len(), failed: false };
+        self.waiting.insert(token, waiting);
+        transfers.into_iter().map(|transfer| (token, transfer)).collect()
+    }
+
+    /// Takes on a flush. Its turn comes with [`next_flush`](Self::next_flush).
+    pub(super) fn add_flush(&mut self, pending: Pending) {
+        self.flushes.push_back(pending);
+    }
+
+    /// Begins the next flush, if none is under way.
+    pub(super) fn next_flush(&mut self, disk: &mut Disk) -> Vec<(u64, Transfer)> {
+        if self.flushing {
+            return Vec::new();
+        }
+        let Some(mut pending) = self.flushes.pop_front() else { return Vec::new() };
+        self.flushing = true;
+        let mut flush = disk.flush();
+        let stage = flush.next_stage().unwrap_or_default();
+        pending.job = Job::Flush(flush);
+        self.add(pending, stage)
+    }
+
+    /// One operation has ended. Returns the request if that was its last one, and otherwise the
+    /// operations that are next.
+    pub(super) fn ended(
+        &mut self,
+        token: u64,
+        failed: bool,
+    ) -> (Option<Ended>, Vec<(u64, Transfer)>) {
+        let Some(waiting) = self.waiting.get_mut(&token) else { return (None, Vec::new()) };
+        waiting.operations -= 1;
+        waiting.failed |= failed;
+        if waiting.operations > 0 {
+            return (None, Vec::new());
+        }
+        if let (Job::Flush(flush), false) = (&mut waiting.pending.job, waiting.failed)
+            && let Some(stage) = flush.next_stage()
+        {
+            waiting.operations = stage.len();
+            let stage = stage.into_iter().map(|transfer| (token, transfer));
+            return (None, stage.collect());
+        }
+        let ended = self.waiting.remove(&token).map(|waiting| {
+            // The next flush may begin.
+            self.flushing &= !matches!(waiting.pending.job, Job::Flush(_));
+            Ended { pending: waiting.pending, failed: waiting.failed }
+        });
+        (ended, Vec::new())
+    }
+}
