@@ -62,6 +62,7 @@ mod arch;
 mod boot;
 mod bus;
 mod cmdline;
+mod compression;
 mod config;
 mod console;
 mod devices;

@@ -19,7 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["memory"],
     &["config"],
     &["kernel", "initramfs", "cmdline", "console"],
-    &["timings"],
+    &["timings", "compression"],
     &["error"],
     &["phase", "exit", "metrics", "input_file"],
 ];

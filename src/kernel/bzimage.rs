@@ -2,7 +2,8 @@
 //!
 //! Source: Linux Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
 
-use super::{KernelError, compression};
+use super::{KernelError, MAX_IMAGE_BYTES, start_of};
+use crate::compression::{self, Fault};
 
 /// Offsets of the fields of the setup header that matter here.
 const SETUP_SECTS: usize = 0x1f1;
@@ -54,5 +55,10 @@ pub(super) fn unpack(image: &[u8]) -> Result<Vec<u8>, KernelError> {
     if end > len {
         return Err(truncated("the payload", end));
     }
-    compression::unpack(&image[start as usize..end as usize])
+    let payload = &image[start as usize..end as usize];
+    compression::unpack(payload, MAX_IMAGE_BYTES).map_err(|fault| match fault {
+        Fault::Unknown => KernelError::UnknownCompression { start: start_of(payload) },
+        Fault::Damaged { format, source } => KernelError::Unpack { format, source },
+        Fault::TooLarge => KernelError::TooLarge,
+    })
 }

@@ -7,7 +7,8 @@
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use super::{KernelError, MAX_IMAGE_BYTES, compression, read_bounded};
+use super::{KernelError, MAX_IMAGE_BYTES, read_bounded};
+use crate::compression;
 use crate::input_file;
 
 /// What an `ar` archive begins with.

@@ -6,7 +6,6 @@
 //! Source: Linux Documentation/arch/x86/boot.rst, boot protocol 2.15; ELF-64, version 1.5.
 
 mod bzimage;
-mod compression;
 #[cfg(feature = "deb")]
 mod deb;
 mod installed;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use dormouse::{BlockConfig, Cmdline, ExitStatus, VmConfig};
@@ -10,48 +10,15 @@ use dormouse::{BlockConfig, Cmdline, ExitStatus, VmConfig};
 use crate::{Release, guest_root, initramfs, run};
 
 /// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
-fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
-    let mut load = String::new();
-    let mut files = Vec::new();
-    for module in modules {
-        let path = module_file(release, module);
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        let plain = name.trim_end_matches(".xz").to_owned();
-        if name != plain {
-            load += &format!("unxz /{name}; ");
-        }
-        load += &format!("insmod /{plain} || echo no {module}\n");
-        files.push((name, path));
-    }
-    let archive =
-        files.into_iter().fold(initramfs(&format!("{load}{script}")), |archive, (name, path)| {
-            archive.host_file(&name, path)
-        });
+pub fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
+    let load = "for module in /lib/modules/*.ko; do insmod $module; done";
+    let archive = initramfs(&format!("{load}\n{script}"));
     VmConfig::new(release.kernel())
-        .initramfs(archive.build().unwrap())
+        .initramfs(archive.modules(release.modules_dir(), modules.iter().copied()).build().unwrap())
         .cmdline(Cmdline::default().push("quiet").unwrap())
 }
 
-/// Finds a module of the release under its directory in the guest root.
-fn module_file(release: Release, module: &str) -> PathBuf {
-    fn find(dir: &Path, names: &[String]) -> Option<PathBuf> {
-        let entries: Vec<PathBuf> = fs::read_dir(dir).ok()?.map(|e| e.unwrap().path()).collect();
-        let is = |path: &&PathBuf| names.iter().any(|n| path.file_name().unwrap() == n.as_str());
-        let found = entries.iter().find(is).cloned();
-        found.or_else(|| entries.iter().filter(|p| p.is_dir()).find_map(|p| find(p, names)))
-    }
-    let root = guest_root().join("lib/modules");
-    let modules = fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
-    let release = modules
-        .into_iter()
-        .find(|path| path.file_name().unwrap().to_str().unwrap().starts_with(release.prefix()))
-        .unwrap();
-    find(&release.join("kernel"), &[format!("{module}.ko"), format!("{module}.ko.xz")])
-        .unwrap_or_else(|| panic!("no module {module}"))
-}
-
-const DISK_6_1: &[&str] = &["virtio", "virtio_ring", "virtio_mmio", "virtio_blk"];
-const DISK_6_12: &[&str] = &["virtio_mmio", "virtio_blk"];
+const DISK: &[&str] = &["virtio_mmio", "virtio_blk"];
 
 /// A sparse file of this size in the temporary directory.
 struct Image(PathBuf);
@@ -98,7 +65,7 @@ echo "rng=$(cat /sys/class/misc/hw_random/rng_current)"
 echo "random=$(dd if=/dev/hwrng bs=4096 count=256 2>/dev/null | wc -c)"
 dmesg | grep -iE 'virtio.*(error|fail)|I/O error' | grep -v vda
 poweroff -f"#;
-    let modules: Vec<&str> = DISK_6_1.iter().copied().chain(["virtio-rng"]).collect();
+    let modules = [DISK, &["virtio-rng"]].concat();
     let config = config(Release::Linux6_1, &modules, script)
         .block(BlockConfig::new(&source.0).read_only().id("source-disk"))
         .block(BlockConfig::new(&target.0))
@@ -128,10 +95,9 @@ for disk in /sys/block/vd*; do sizes="$sizes $(( $(cat $disk/size) / 2048 ))"; d
 echo "sizes=$sizes"
 for disk in /dev/vd*; do echo "$disk" | dd of=$disk bs=512 seek=7 conv=sync,fsync 2>/dev/null; done
 poweroff -f"#;
-    let config =
-        images.iter().fold(config(Release::Linux6_12, DISK_6_12, script), |config, image| {
-            config.block(BlockConfig::new(&image.0))
-        });
+    let config = images.iter().fold(config(Release::Linux6_12, DISK, script), |config, image| {
+        config.block(BlockConfig::new(&image.0))
+    });
     let (vm, text) = run(config.vcpus(2));
     assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}");
     let sizes: Vec<String> = (1..=19).map(|mib| mib.to_string()).collect();

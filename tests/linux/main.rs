@@ -41,6 +41,15 @@ impl Release {
         KERNELS[self as usize].get_or_init(|| Kernel::deb(self.package())).clone()
     }
 
+    /// The directory of the kernel's modules.
+    pub fn modules_dir(self) -> PathBuf {
+        let entries = fs::read_dir(guest_root().join("lib/modules")).expect("modules");
+        let mut found = entries
+            .map(|entry| entry.unwrap())
+            .filter(|entry| entry.file_name().to_str().unwrap().starts_with(self.prefix()));
+        found.next().expect("modules of this release").path()
+    }
+
     /// The kernel's Debian package.
     pub fn package(self) -> PathBuf {
         let debs = PathBuf::from(env::var_os("DORMOUSE_GUEST_DEBS").expect("run by tests/testbed"));

@@ -2,6 +2,8 @@
 //!
 //! Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst (cpio "newc").
 
+mod modules;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -32,13 +34,25 @@ pub(crate) enum InitramfsError {
     Path { path: String, reason: &'static str },
     #[error("{} is larger than {MAX_BYTES} bytes (2 GiB)", path.display())]
     TooLarge { path: PathBuf },
+    #[error("there is no module {name} in {}", dir.display())]
+    NoModule { name: String, dir: PathBuf },
+    #[error("{} is no kernel module, or in an unknown compression", path.display())]
+    Module { path: PathBuf },
     #[error("cannot write the archive")]
     Write(#[source] io::Error),
 }
 
 impl From<InitramfsError> for Error {
     fn from(error: InitramfsError) -> Self {
-        Error::new(ErrorKind::Initramfs, error)
+        let no_module = matches!(error, InitramfsError::NoModule { .. });
+        let error = Error::new(ErrorKind::Initramfs, error);
+        if no_module {
+            return error.fix(
+                "name a directory like /lib/modules/<release> of the guest's kernel, and modules \
+                 as modprobe knows them",
+            );
+        }
+        error
     }
 }
 
@@ -108,6 +122,7 @@ impl Initramfs {
 #[derive(Clone, Debug, Default)]
 pub struct InitramfsBuilder {
     entries: BTreeMap<String, Entry>,
+    modules: BTreeMap<PathBuf, Vec<String>>,
 }
 
 #[derive(Clone, Debug)]
@@ -131,6 +146,27 @@ impl InitramfsBuilder {
     #[must_use]
     pub fn host_file(self, path: &str, host_path: impl Into<PathBuf>) -> Self {
         self.entry(path, Entry::HostFile { path: host_path.into() })
+    }
+
+    /// Modules of the guest's kernel, such as `virtio_blk`, with all that they depend on: as
+    /// `lib/modules/NN-name.ko`, unpacked, in the order in which `insmod` takes them. What is
+    /// built into the kernel is left out. `dir` is a release's directory of modules, which
+    /// [`Kernel::modules_dir`](crate::Kernel::modules_dir) knows of an installed kernel.
+    ///
+    /// A guest's init loads them so:
+    ///
+    /// ```sh
+    /// for module in /lib/modules/*.ko; do insmod "$module"; done
+    /// ```
+    #[must_use]
+    pub fn modules<S: Into<String>>(
+        mut self,
+        dir: impl Into<PathBuf>,
+        names: impl IntoIterator<Item = S>,
+    ) -> Self {
+        let list = self.modules.entry(dir.into()).or_default();
+        list.extend(names.into_iter().map(Into::into));
+        self
     }
 
     /// A directory with these permission bits.
@@ -161,9 +197,15 @@ impl InitramfsBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Initramfs`]: a file of the host cannot be read, or a path is empty, holds a
-    /// NUL byte, or leads through `.` or `..`.
-    pub fn build(self) -> Result<Initramfs, Error> {
+    /// [`ErrorKind::Initramfs`]: a file of the host cannot be read, a module is not there, or a
+    /// path is empty, holds a NUL byte, or leads through `.` or `..`.
+    pub fn build(mut self) -> Result<Initramfs, Error> {
+        for (dir, names) in std::mem::take(&mut self.modules) {
+            for (at, module) in (0..).zip(modules::load(&dir, &names)?) {
+                let path = format!("lib/modules/{at:02}-{}.ko", module.name);
+                self = self.file(&path, 0o644, module.content);
+            }
+        }
         let mut archive = Vec::new();
         for (inode, (path, entry)) in (1..).zip(self.with_parents()?) {
             write_entry(&mut archive, inode, &path, entry)?;
