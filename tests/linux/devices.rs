@@ -5,26 +5,37 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use dormouse::{BlockConfig, Cmdline, ExitStatus, VmConfig};
+use dormouse::{BlockConfig, Cmdline, ExitStatus, InitramfsBuilder, VmConfig};
 
 use crate::{Release, guest_root, initramfs, run};
 
 /// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
 pub fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
+    config_with(release, modules, script, |initramfs| initramfs)
+}
+
+/// As [`config`], with more in the initramfs.
+pub fn config_with(
+    release: Release,
+    modules: &[&str],
+    script: &str,
+    more: impl FnOnce(InitramfsBuilder) -> InitramfsBuilder,
+) -> VmConfig {
     let load = "for module in /lib/modules/*.ko; do insmod $module; done";
     let archive = initramfs(&format!("{load}\n{script}"));
+    let archive = archive.modules(release.modules_dir(), modules.iter().copied());
     VmConfig::new(release.kernel())
-        .initramfs(archive.modules(release.modules_dir(), modules.iter().copied()).build().unwrap())
+        .initramfs(more(archive).build().unwrap())
         .cmdline(Cmdline::default().push("quiet").unwrap())
 }
 
-const DISK: &[&str] = &["virtio_mmio", "virtio_blk"];
+pub const DISK: &[&str] = &["virtio_mmio", "virtio_blk"];
 
 /// A sparse file of this size in the temporary directory.
-struct Image(PathBuf);
+pub struct Image(pub PathBuf);
 
 impl Image {
-    fn new(name: &str, mib: u64) -> Self {
+    pub fn new(name: &str, mib: u64) -> Self {
         let path = std::env::temp_dir().join(format!("dormouse-{}-{name}", std::process::id()));
         File::create(&path).unwrap().set_len(mib << 20).unwrap();
         Self(path)

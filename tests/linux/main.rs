@@ -6,7 +6,9 @@ mod boot;
 mod console;
 mod cpu;
 mod devices;
+mod disks;
 mod ends;
+mod programs;
 
 use std::env;
 use std::fs;
@@ -61,7 +63,7 @@ impl Release {
     }
 }
 
-/// Where busybox, iasl and the unpacked kernels are.
+/// Where busybox, the other programs and the unpacked kernels are.
 pub fn guest_root() -> PathBuf {
     env::var_os("DORMOUSE_GUEST_ROOT").expect("run by tests/testbed").into()
 }
