@@ -30,7 +30,7 @@ fn fio_reads_what_it_wrote_on_every_kind_of_disk() {
     let (images, disks, delta) = three_disks("fio", 48);
     let script = r#"
 for disk in vda vdb vdc; do
-    fio --output=/log --name=$disk --filename=/dev/$disk --rw=randwrite --bsrange=512-128k \
+    fio --output=/log --eta=never --name=$disk --filename=/dev/$disk --rw=randwrite --bsrange=512-128k \
         --bs_unaligned=0 --size=48m --io_size=48m --fsync=32 --direct=1 --ioengine=libaio \
         --iodepth=16 --verify=crc32c --verify_fatal=1 --do_verify=1 --randrepeat=0
     echo "$disk fio=$?"
@@ -116,7 +116,7 @@ echo done; sleep 1000"#;
     assert!(metrics.written_bytes >= 96 << 20, "{metrics:?}");
     assert!(metrics.read_bytes >= 32 << 20, "{metrics:?}");
     assert!(metrics.flushes >= 3 && metrics.errors == 0, "{metrics:?}");
-    vm.terminate();
+    drop(vm.terminate());
     // The lock is gone with the VM, and what was written is there.
     let config = BlockConfig::new(&image.0).direct(true);
     let vm = MicroVm::create(VmConfig::new(Release::Linux6_12.kernel()).block(config));

@@ -3,9 +3,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use virtio_drivers::device::blk::VirtIOBlk;
+use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 
-use super::driver::{TestHal, TestTransport};
+use super::driver::{TestHal, TestTransport, assert_nothing_was_written_too_late};
 use crate::config::BlockConfig;
 use crate::disk::Disk;
 use crate::machine::disk_io;
@@ -293,4 +293,99 @@ fn threads_do_what_an_io_uring_would() {
     driver.read_blocks(8, &mut read).unwrap();
     assert_eq!(read, [9; 4096]);
     assert_eq!(image.content()[4096..8192], read);
+}
+
+#[test]
+fn requests_of_every_size_are_outstanding_together_and_none_is_written_to_too_late() {
+    const SECTORS: usize = 4096;
+    const SLOT: usize = SECTORS / 8;
+    for change in [
+        |config| config,
+        |config: BlockConfig| config.direct(true),
+        |config| BlockConfig::discard_writes(config),
+    ] {
+        let mut disk = TestDisk::with("outstanding", SECTORS * 512, change);
+        let mut model = disk.content();
+        let mut state = 7u64;
+        let mut random = move |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) as usize % below
+        };
+        for round in 0..60 {
+            // One request in each eighth of the disk, so that their order does not matter.
+            let mut slots: Vec<Outstanding> = (0..5)
+                .map(|slot| {
+                    let start = random(SLOT);
+                    let sectors = 1 + random((SLOT - start).min(200));
+                    let bytes = vec![random(256) as u8; sectors * 512];
+                    Outstanding::new(slot * SLOT + start, bytes, random(2) == 0)
+                })
+                .collect();
+            for slot in &mut slots {
+                slot.submit(&mut disk.driver);
+            }
+            while slots.iter().any(|slot| !slot.done) {
+                let Some(token) = disk.driver.peek_used() else { continue };
+                let slot = slots.iter_mut().find(|slot| slot.token == token && !slot.done);
+                slot.unwrap().complete(&mut disk.driver, &mut model);
+            }
+            if round % 7 == 0 {
+                disk.driver.flush().unwrap();
+            }
+        }
+        assert_nothing_was_written_too_late();
+        let mut all = vec![0; model.len()];
+        for (sector, bytes) in all.chunks_mut(SLOT * 512).enumerate() {
+            disk.driver.read_blocks(sector * SLOT, bytes).unwrap();
+        }
+        assert!(all == model);
+    }
+}
+
+/// A request that waits for the device.
+struct Outstanding {
+    sector: usize,
+    bytes: Vec<u8>,
+    write: bool,
+    request: Box<BlkReq>,
+    response: Box<BlkResp>,
+    token: u16,
+    done: bool,
+}
+
+impl Outstanding {
+    fn new(sector: usize, bytes: Vec<u8>, write: bool) -> Self {
+        let (request, response) = (Box::default(), Box::default());
+        Self { sector, bytes, write, request, response, token: 0, done: false }
+    }
+
+    fn submit(&mut self, driver: &mut VirtIOBlk<TestHal, TestTransport>) {
+        let Self { sector, bytes, write, request, response, .. } = self;
+        // SAFETY: the buffers stay in their boxes until `complete`.
+        self.token = unsafe {
+            match write {
+                true => driver.write_blocks_nb(*sector, request, bytes, response),
+                false => driver.read_blocks_nb(*sector, request, bytes, response),
+            }
+        }
+        .unwrap();
+    }
+
+    fn complete(&mut self, driver: &mut VirtIOBlk<TestHal, TestTransport>, model: &mut [u8]) {
+        let Self { bytes, request, response, token, .. } = self;
+        let range = self.sector * 512..self.sector * 512 + bytes.len();
+        // SAFETY: the same buffers as in `submit`.
+        unsafe {
+            match self.write {
+                true => driver.complete_write_blocks(*token, request, bytes, response),
+                false => driver.complete_read_blocks(*token, request, bytes, response),
+            }
+        }
+        .unwrap();
+        match self.write {
+            true => model[range].copy_from_slice(bytes),
+            false => assert!(*bytes == model[range]),
+        }
+        self.done = true;
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr, Result};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -22,6 +22,22 @@ thread_local! {
         Arc::new(GuestRam::anonymous(&[(GuestAddress(0), RAM_BYTES)]).unwrap());
     /// Pages are given out and never taken back: a test is short.
     static NEXT_PAGE: Cell<u64> = const { Cell::new(1) };
+    /// What the drivers have got back, and the device must not touch any more.
+    static GIVEN_BACK: RefCell<Vec<(PhysAddr, usize)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What buffers that were given back are filled with.
+const POISON: u8 = 0xee;
+
+/// Fails where a buffer was written to after the driver got it back.
+pub(super) fn assert_nothing_was_written_too_late() {
+    GIVEN_BACK.with_borrow(|buffers| {
+        for &(address, len) in buffers {
+            let mut bytes = vec![0; len];
+            ram().inner().read_slice(&mut bytes, GuestAddress(address)).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == POISON), "at {address:#x}");
+        }
+    });
 }
 
 /// The RAM of this test's machine.
@@ -75,6 +91,8 @@ unsafe impl Hal for TestHal {
             // SAFETY: the caller's buffer is valid, and the pages were given out for it.
             unsafe { ptr::copy_nonoverlapping(source, buffer.as_ptr().cast(), buffer.len()) };
         }
+        ram().inner().write_slice(&vec![POISON; buffer.len()], GuestAddress(address)).unwrap();
+        GIVEN_BACK.with_borrow_mut(|buffers| buffers.push((address, buffer.len())));
     }
 }
 
