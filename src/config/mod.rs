@@ -5,9 +5,11 @@
 
 mod block;
 mod cpu;
+mod vsock;
 
 pub use self::block::BlockConfig;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
+pub use self::vsock::VsockConfig;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -28,6 +30,7 @@ const MAX_MEMORY_BYTES: u64 = 1 << 40;
 const MAX_VCPUS: u8 = 32;
 /// The IOAPIC's inputs that legacy devices leave.
 const MAX_VIRTIO_DEVICES: usize = 19;
+const MAX_VSOCK_CONNECTIONS: usize = 65_536;
 const MAX_CONSOLE_TAIL_BYTES: usize = 64 << 20;
 
 /// Which value is refused, and what would be taken.
@@ -44,6 +47,10 @@ pub(crate) enum ConfigError {
     VirtioDevices { count: usize },
     #[error("the id {id:?} of a disk: it takes up to 20 bytes of printable ASCII")]
     BlockId { id: String },
+    #[error("vsock CID {cid}: a guest takes 3 to 4294967294")]
+    GuestCid { cid: u32 },
+    #[error("{count} vsock connections: it takes 1 to {MAX_VSOCK_CONNECTIONS}")]
+    VsockConnections { count: usize },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -165,6 +172,14 @@ impl VmConfig {
         self
     }
 
+    /// Gives the guest a vsock device: streams between its programs and this process. Off unless
+    /// set.
+    #[must_use]
+    pub fn vsock(mut self, vsock: VsockConfig) -> Self {
+        self.machine.vsock = Some(vsock);
+        self
+    }
+
     /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
@@ -194,6 +209,7 @@ pub(crate) struct MachineConfig {
     pub(crate) console_writer: Option<ConsoleOutput>,
     pub(crate) blocks: Vec<BlockConfig>,
     pub(crate) entropy: bool,
+    pub(crate) vsock: Option<VsockConfig>,
     pub(crate) kvm_device: PathBuf,
 }
 
@@ -207,6 +223,7 @@ impl Default for MachineConfig {
             console_writer: None,
             blocks: Vec::new(),
             entropy: false,
+            vsock: None,
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
     }
@@ -224,13 +241,23 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus { count: self.vcpus });
         }
-        let count = self.blocks.len() + usize::from(self.entropy);
+        let count =
+            self.blocks.len() + usize::from(self.entropy) + usize::from(self.vsock.is_some());
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
         }
         let good_id = |id: &str| id.len() <= 20 && id.bytes().all(|byte| byte.is_ascii_graphic());
         if let Some(block) = self.blocks.iter().find(|block| !good_id(&block.id)) {
             return Err(ConfigError::BlockId { id: block.id.clone() });
+        }
+        if let Some(vsock) = &self.vsock {
+            let (cid, count) = (vsock.guest_cid, vsock.max_connections);
+            if !(3..u32::MAX).contains(&cid) {
+                return Err(ConfigError::GuestCid { cid });
+            }
+            if !(1..=MAX_VSOCK_CONNECTIONS).contains(&count) {
+                return Err(ConfigError::VsockConnections { count });
+            }
         }
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });

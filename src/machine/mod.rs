@@ -10,7 +10,7 @@ use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +28,7 @@ use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
+use crate::vsock::{Vsock, VsockError};
 use devices::{Devices, VirtioSlot};
 
 /// Why a machine cannot be put together, beyond what its parts say.
@@ -43,6 +44,8 @@ pub(crate) enum MachineError {
     Disk { path: PathBuf, source: io::Error },
     #[error("cannot open the host's random source")]
     Entropy(#[source] io::Error),
+    #[error("cannot make the vsock device{}", at(path.as_deref()))]
+    Vsock { path: Option<PathBuf>, source: io::Error },
     #[error("a device has a queue of an impossible size")]
     Queue(#[source] QueueError),
 }
@@ -52,9 +55,18 @@ impl From<MachineError> for Error {
         if let MachineError::Disk { .. } = error {
             return Error::new(ErrorKind::Disk, error);
         }
+        if let MachineError::Vsock { path: Some(path), .. } = &error {
+            let fix = format!("choose a path where nothing is, or remove {}", path.display());
+            return Error::new(ErrorKind::Config, error).fix(fix);
+        }
         Error::new(ErrorKind::Resources, error)
             .fix("raise the limits of open files and processes (ulimit -n, ulimit -u)")
     }
+}
+
+/// The words for a vsock device's UNIX socket.
+fn at(path: Option<&Path>) -> String {
+    path.map(|path| format!(" with its UNIX socket {}", path.display())).unwrap_or_default()
 }
 
 /// A machine without its vCPUs.
@@ -65,6 +77,7 @@ pub(crate) struct Machine {
     serial_input: SerialInput,
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
+    vsock: Option<Vsock>,
     vm: Arc<Vm>,
     threads: VcpuThreads,
 }
@@ -92,7 +105,7 @@ impl Machine {
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = Console::new(config.console_tail_bytes);
         let sink = ConsoleSink::new(console.clone(), writer);
-        let Devices { bus, serial_input, virtio } =
+        let Devices { bus, serial_input, virtio, vsock } =
             recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
 
         let first_run = Arc::clone(recorder.first_run());
@@ -110,7 +123,7 @@ impl Machine {
             let threads = VcpuThreads::spawn(config.vcpus, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
-        Ok((Self { exit, console, serial_input, virtio, vm, threads }, vcpus))
+        Ok((Self { exit, console, serial_input, virtio, vsock, vm, threads }, vcpus))
     }
 
     /// The guest's memory.
@@ -165,6 +178,11 @@ impl Machine {
         }
     }
 
+    /// The host's side of the vsock device.
+    pub(crate) fn vsock(&self) -> Result<Vsock, Error> {
+        Ok(self.vsock.clone().ok_or(VsockError::NoDevice)?)
+    }
+
     /// What the guest wrote.
     pub(crate) fn console(&self) -> &Console {
         &self.console
@@ -200,5 +218,9 @@ impl Drop for Machine {
     fn drop(&mut self) {
         // The threads' own end may take a while; the guest stops now.
         self.threads.halt();
+        // And so do those who talk with it.
+        if let Some(vsock) = &self.vsock {
+            vsock.shut_down();
+        }
     }
 }
