@@ -306,6 +306,22 @@ mod tests {
     }
 
     #[test]
+    fn vsock_addresses_and_counts_that_no_guest_has_are_refused() {
+        let with = |vsock| config().vsock(vsock);
+        for cid in [0, 1, 2, u32::MAX] {
+            let refused = refusal(with(VsockConfig::default().guest_cid(cid)));
+            assert!(refused.contains(&cid.to_string()), "{refused}");
+        }
+        for count in [0, 65_537] {
+            refusal(with(VsockConfig::default().max_connections(count)));
+        }
+        with(VsockConfig::default().guest_cid(u32::MAX - 1)).machine.check().unwrap();
+        let json = r#"{"kernel": {"source": {"file": "/k"}}, "vsock": {"guest_cid": 9}}"#;
+        let written: VmConfig = serde_json::from_str(json).unwrap();
+        assert_eq!(written.machine.vsock, Some(VsockConfig::default().guest_cid(9)));
+    }
+
+    #[test]
     fn a_written_configuration_needs_only_the_kernel() {
         let config: VmConfig =
             serde_json::from_str(r#"{"kernel": {"source": {"file": "/vmlinux"}}}"#).unwrap();

@@ -25,9 +25,7 @@ pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
 pub(crate) use self::rng::Rng;
 pub(crate) use self::state::{DeviceState, RestoreError};
-pub(crate) use self::vsock::{
-    ACCEPTED, Arrival, Backlog, NO_PORT, OpenError, REFUSED, Vsock,
-};
+pub(crate) use self::vsock::{ACCEPTED, Arrival, Backlog, NO_PORT, OpenError, REFUSED, Vsock};
 
 /// Device types (§5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

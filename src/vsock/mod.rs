@@ -188,10 +188,7 @@ impl Vsock {
         }
     }
 
-    fn with_device<R>(
-        &self,
-        act: impl FnOnce(&mut virtio::Vsock) -> R,
-    ) -> Result<R, VsockError> {
+    fn with_device<R>(&self, act: impl FnOnce(&mut virtio::Vsock) -> R) -> Result<R, VsockError> {
         let device = self.device.upgrade().ok_or_else(|| self.over())?;
         // The queues stay as they are, so that there is no error of theirs.
         device.call(|device, _| Ok(act(device))).map_err(|_| self.over())

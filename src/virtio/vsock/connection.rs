@@ -32,7 +32,10 @@ pub(crate) const REFUSED: u8 = 0;
 #[derive(Debug)]
 enum Phase {
     /// The host wants it; the guest has been asked, where `sent`.
-    Requested { sent: bool, greeting: Greeting },
+    Requested {
+        sent: bool,
+        greeting: Greeting,
+    },
     /// The guest wants it, and will be told that it is there.
     Answering,
     Established,

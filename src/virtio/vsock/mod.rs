@@ -91,7 +91,8 @@ impl Vsock {
     fn turn(&mut self, tx: bool, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let events = self.muxer.poll();
         let mut sent = Served::All;
-        if (tx || self.held_up) && !self.muxer.is_congested() {
+        self.held_up |= tx;
+        if self.held_up && !self.muxer.is_congested() {
             self.held_up = false;
             sent = self.transmit(queues)?;
         }
