@@ -7,6 +7,7 @@ mod console;
 mod cpu;
 mod devices;
 mod ends;
+mod vsock;
 
 use std::env;
 use std::fs;
@@ -55,6 +56,11 @@ impl Release {
 /// Where busybox, iasl and the unpacked kernels are.
 pub fn guest_root() -> PathBuf {
     env::var_os("DORMOUSE_GUEST_ROOT").expect("run by tests/testbed").into()
+}
+
+/// The program for guests, tests/testbed/guest-tool.rs.
+pub fn guest_tool() -> PathBuf {
+    env::var_os("DORMOUSE_GUEST_TOOL").expect("run by tests/testbed").into()
 }
 
 /// An initramfs with busybox, whose init runs `script` with /proc, /sys and /dev mounted.
