@@ -50,9 +50,9 @@ impl Devices {
         }
         let mut vsock = None;
         if let Some(config) = &config.vsock {
-            let device = virtio::Vsock::new(config).map_err(|source| MachineError::Vsock {
-                path: config.unix_socket.clone(),
-                source,
+            let ended = exit.descriptor().map_err(MachineError::EventFd)?;
+            let device = virtio::Vsock::new(config, ended).map_err(|source| {
+                MachineError::Vsock { path: config.unix_socket.clone(), source }
             })?;
             vsock = Some(Vsock::new(virtio.add(device)?.downgrade(), Arc::clone(exit)));
         }

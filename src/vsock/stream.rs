@@ -12,10 +12,11 @@ use std::time::Duration;
 /// everything that works with such a socket works with this one, and it turns into a
 /// [`UnixStream`] for those who want that (an async runtime, say).
 ///
-/// When the guest closes its end, or the VM ends, what was received can still be read, then comes
-/// the end of the stream. A reset by the guest looks the same. A write then fails with
-/// `BrokenPipe`, or `ConnectionReset` where the guest had not taken what was written before. Like
-/// any socket of Rust's library, it relies on SIGPIPE being ignored, as it is in Rust programs.
+/// When the guest closes its end, or ends itself, what was received can still be read; then comes
+/// the end of the stream, or `ConnectionReset` where the guest had not taken all that was written.
+/// A reset by the guest looks the same. Writes fail with `BrokenPipe`. Once the VM is dropped or
+/// over, what is in the socket can be read (some 200 KiB), and up to 128 KiB behind it is lost.
+/// Like any socket of Rust's library, it relies on SIGPIPE being ignored, as in Rust programs.
 #[derive(Debug)]
 pub struct VsockStream(UnixStream);
 

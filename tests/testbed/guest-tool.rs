@@ -5,6 +5,8 @@
 //! guest-tool vsock-echo PORT COUNT         echoes COUNT connections to its port, all at once
 //! guest-tool vsock-connect PORT COUNT      makes COUNT connections to the host's port, all at
 //!                                          once, and checks that what it says comes back
+//! guest-tool vsock-run PORT PROGRAM        connects to the host's port, and runs a program whose
+//!                                          input and output that connection is
 //! guest-tool vsock-cat PORT                connects to the host's port; its input and output
 //! ```
 
@@ -13,7 +15,7 @@ use std::ffi::c_int;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
     let result = match words[..] {
         ["vsock-echo", port, count] => vsock_echo(number(port), number(count)),
         ["vsock-connect", port, count] => vsock_connect(number(port), number(count)),
+        ["vsock-run", port, program] => vsock_run(number(port), program),
         ["vsock-cat", port] => vsock_cat(number(port)),
         _ => Err(io::Error::other("see the top of tests/testbed/guest-tool.rs")),
     };
@@ -139,6 +142,12 @@ fn noise(seed: u32, len: usize) -> Vec<u8> {
         (state >> 56) as u8
     };
     std::iter::repeat_with(next).take(len).collect()
+}
+
+fn vsock_run(port: u32, program: &str) -> io::Result<()> {
+    let stream = vsock_to_host(port)?;
+    let status = Command::new(program).stdin(stream.try_clone()?).stdout(stream).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(status.to_string())) }
 }
 
 fn vsock_cat(port: u32) -> io::Result<()> {

@@ -7,8 +7,13 @@ use virtio_drivers::device::socket::VirtIOSocket;
 use super::driver::{TestHal, TestTransport};
 use super::hostile::disk;
 use crate::config::VsockConfig;
+use crate::exit::ExitLatch;
 use crate::virtio::state::TransportState;
 use crate::virtio::{DeviceHandle, DeviceState, Rng, VirtioDevice, Vsock};
+
+fn vsock() -> Vsock {
+    Vsock::new(&VsockConfig::default(), ExitLatch::default().descriptor().unwrap()).unwrap()
+}
 
 /// What a device is after a driver has worked with it, through JSON.
 fn through_json(state: &TransportState) -> TransportState {
@@ -38,18 +43,16 @@ fn restore_of_state_is_the_identity_for_every_device() {
     driver.request_entropy(&mut [0; 16]).unwrap();
     is_the_identity(&rng, Rng::new().unwrap());
 
-    let new = || Vsock::new(&VsockConfig::default()).unwrap();
-    let (transport, vsock) = TestTransport::with_handle(new());
+    let (transport, used) = TestTransport::with_handle(vsock());
     let _driver = VirtIOSocket::<TestHal, _>::new(transport).unwrap();
-    vsock.call(|device, _| Ok(device.open(1).unwrap())).unwrap();
-    let state = is_the_identity(&vsock, new());
+    used.call(|device, _| Ok(device.open(1).unwrap())).unwrap();
+    let state = is_the_identity(&used, vsock());
     assert_eq!(state.device, DeviceState::Vsock { last_port: 1 << 30 });
 }
 
 #[test]
 fn a_state_of_another_kind_of_device_is_refused() {
-    let (_transport, vsock) =
-        TestTransport::with_handle(Vsock::new(&VsockConfig::default()).unwrap());
+    let (_transport, vsock) = TestTransport::with_handle(vsock());
     let state = TransportState { device: DeviceState::Stateless, ..vsock.state() };
     vsock.restore(&state).unwrap_err();
     let (_transport, rng) = TestTransport::with_handle(Rng::new().unwrap());

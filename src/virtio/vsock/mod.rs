@@ -60,10 +60,11 @@ pub(crate) struct Vsock {
 }
 
 impl Vsock {
-    /// A device with no connection. Makes the UNIX socket where there is to be one.
-    pub(crate) fn new(config: &VsockConfig) -> io::Result<Self> {
+    /// A device with no connection. Makes the UNIX socket where there is to be one. All ends when
+    /// `ended` is readable, because then the guest has.
+    pub(crate) fn new(config: &VsockConfig, ended: OwnedFd) -> io::Result<Self> {
         let reset = TransportReset::Known;
-        Ok(Self { muxer: Muxer::new(config)?, reset, active: false, held_up: false })
+        Ok(Self { muxer: Muxer::new(config, ended)?, reset, active: false, held_up: false })
     }
 
     /// Asks the guest for a connection; returns the host's end, which can be read when the guest
@@ -91,10 +92,14 @@ impl Vsock {
     fn turn(&mut self, tx: bool, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let events = self.muxer.poll();
         let mut sent = Served::All;
-        self.held_up |= tx;
+        // A guest that has ended has said all that it will.
+        self.held_up |= tx || self.muxer.guest_has_ended();
         if self.held_up && !self.muxer.is_congested() {
             self.held_up = false;
             sent = self.transmit(queues)?;
+        }
+        if self.muxer.guest_has_ended() && sent == Served::All {
+            self.muxer.end();
         }
         let received = self.receive(queues)?;
         let goes_on = self.held_up && !self.muxer.is_congested();

@@ -26,6 +26,8 @@ use crate::metrics::VsockMetrics;
 pub(crate) const NO_PORT: u32 = u32::MAX;
 /// The key of the UNIX socket that others connect to.
 const UNIX_LISTENER: Key = Key { host_port: NO_PORT, guest_port: NO_PORT };
+/// The key of what is ready when the guest has ended.
+const GUEST_ENDED: Key = Key { host_port: NO_PORT, guest_port: NO_PORT - 1 };
 /// The ports that the host's connections come from: few programs listen there.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
@@ -40,6 +42,9 @@ pub(super) struct Muxer {
     guest_cid: u64,
     max_connections: usize,
     epoll: OwnedFd,
+    /// Watched, and never read.
+    _ended: OwnedFd,
+    guest_has_ended: bool,
     connections: HashMap<Key, Connection>,
     /// Those with something for the guest.
     turns: VecDeque<Key>,
@@ -67,8 +72,9 @@ pub(crate) enum OpenError {
 }
 
 impl Muxer {
-    pub(super) fn new(config: &VsockConfig) -> io::Result<Self> {
+    pub(super) fn new(config: &VsockConfig, ended: OwnedFd) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        watch(&epoll, &ended, GUEST_ENDED)?;
         let unix = config.unix_socket.as_deref().map(UnixPath::new).transpose()?;
         if let Some(unix) = &unix {
             watch(&epoll, &unix.listener, UNIX_LISTENER)?;
@@ -77,6 +83,8 @@ impl Muxer {
             guest_cid: config.guest_cid.into(),
             max_connections: config.max_connections,
             epoll,
+            _ended: ended,
+            guest_has_ended: false,
             connections: HashMap::new(),
             turns: VecDeque::new(),
             resets: VecDeque::new(),
@@ -120,6 +128,9 @@ impl Muxer {
                     flags.contains(E::HUP),
                 );
                 self.queue(key);
+            } else if key == GUEST_ENDED {
+                // It can be written, at any time.
+                self.guest_has_ended |= flags.contains(epoll::EventFlags::IN);
             } else if key == UNIX_LISTENER {
                 callers |= self.accept_callers();
             } else if key.host_port == NO_PORT {
@@ -127,6 +138,11 @@ impl Muxer {
             }
         }
         more || callers
+    }
+
+    /// Whether the guest has ended, and all that is left is to [`end`](Self::end) too.
+    pub(super) fn guest_has_ended(&self) -> bool {
+        self.guest_has_ended
     }
 
     /// Whether there is something for the guest.
@@ -329,17 +345,27 @@ impl Muxer {
         self.resets.clear();
     }
 
-    /// Ends it all: the host's ends see the end, and nobody will come any more.
-    pub(super) fn shut_down(&mut self) {
+    /// Ends all connections, and nobody will come any more. What the host has not read, it still
+    /// may, for as long as the device is there.
+    pub(super) fn end(&mut self) {
         // A device that is configured allows at least one.
         self.max_connections = 0;
         for (_, listener) in self.listeners.drain() {
             listener.close();
         }
-        self.connections.clear();
+        // A host that still waits for the guest's answer gets none.
+        self.connections.retain(|_, connection| !connection.is_requested());
+        let keys: Vec<Key> = self.connections.keys().copied().collect();
+        keys.into_iter().for_each(|key| self.close(key));
         self.turns.clear();
-        self.rests.clear();
+        self.resets.clear();
         self.unix = None;
+    }
+
+    /// Ends it all at once: the host's ends see the end of what is in their sockets.
+    pub(super) fn shut_down(&mut self) {
+        self.end();
+        self.rests.clear();
     }
 
     fn has_room(&self) -> bool {
@@ -394,7 +420,7 @@ impl Muxer {
     /// A number that no caller and no rest has.
     fn free_id(&mut self) -> u32 {
         loop {
-            self.next_id = if self.next_id >= NO_PORT - 1 { 0 } else { self.next_id + 1 };
+            self.next_id = if self.next_id >= NO_PORT - 2 { 0 } else { self.next_id + 1 };
             let taken = self.unix.as_ref().is_some_and(|unix| unix.has(self.next_id));
             if !taken && !self.rests.contains_key(&self.next_id) {
                 return self.next_id;

@@ -34,10 +34,19 @@ const CREDIT_REQUEST: u16 = 7;
 
 /// A device for a driver, and its side of the host.
 fn device(config: &VsockConfig) -> (TestTransport, DeviceHandle<virtio::Vsock>, Vsock) {
-    let device = virtio::Vsock::new(config).unwrap();
-    let (transport, handle) = TestTransport::with_handle(device);
-    let vsock = Vsock::new(handle.downgrade(), Arc::new(ExitLatch::default()));
+    let (transport, handle, vsock, _) = device_and_latch(config);
     (transport, handle, vsock)
+}
+
+/// The same, and where the guest's end is reported.
+fn device_and_latch(
+    config: &VsockConfig,
+) -> (TestTransport, DeviceHandle<virtio::Vsock>, Vsock, Arc<ExitLatch>) {
+    let exit = Arc::new(ExitLatch::default());
+    let device = virtio::Vsock::new(config, exit.descriptor().unwrap()).unwrap();
+    let (transport, handle) = TestTransport::with_handle(device);
+    let vsock = Vsock::new(handle.downgrade(), Arc::clone(&exit));
+    (transport, handle, vsock, exit)
 }
 
 fn metrics(handle: &DeviceHandle<virtio::Vsock>) -> VsockMetrics {

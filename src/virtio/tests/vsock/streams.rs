@@ -12,6 +12,7 @@ use virtio_drivers::device::socket::{
 
 use super::*;
 use crate::error::ErrorKind;
+use crate::exit::ExitStatus;
 
 type Manager = VsockConnectionManager<TestHal, TestTransport, 4096>;
 
@@ -175,7 +176,7 @@ fn the_host_is_refused_timed_out_or_told_that_the_vm_is_over() {
     let connecting = vsock.begin_connect(1).unwrap();
     let waiting = thread::spawn(move || listener.accept().unwrap_err());
     vsock.shut_down();
-    let ended = ErrorKind::GuestEnded(crate::exit::ExitStatus::Terminated);
+    let ended = ErrorKind::GuestEnded(ExitStatus::Terminated);
     assert_eq!(connecting.finish().unwrap_err().kind(), &ended);
     assert_eq!(waiting.join().unwrap().kind(), &ended);
     assert_eq!(vsock.begin_connect(1).unwrap_err().kind(), &ended);
@@ -291,4 +292,37 @@ fn a_stream_is_a_unix_stream_and_a_handle_keeps_nothing_alive() {
     drop((guest, handle));
     assert!(weak.upgrade().is_none(), "the device lives on");
     assert_eq!((&clone).read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_guest_that_ends_ends_its_streams_after_its_last_bytes_while_nobody_waits_for_it() {
+    let (transport, handle, vsock, exit) = device_and_latch(&VsockConfig::default());
+    let mut guest = RawGuest::new(transport);
+    let listener = vsock.listen(9).unwrap();
+    guest.connect(1, 9);
+    let mut stream = listener.accept().unwrap();
+    guest.connect(2, 9);
+    let connecting = vsock.begin_connect(5).unwrap();
+    // More than the socket takes, with the reader yet to come.
+    let sent = noise(1, 50 << 10);
+    let (mut count, mut taken) = (0, 0);
+    while count * sent.len() - taken <= 78 << 10 {
+        guest.send(&Packet::data(1, 9, &sent));
+        count += 1;
+        while let Some(packet) = guest.try_receive() {
+            taken = taken.max(if packet.dst_port == 1 { packet.fwd_cnt as usize } else { 0 });
+        }
+    }
+    exit.report(ExitStatus::PoweredOff);
+    let mut received = Vec::new();
+    stream.read_to_end(&mut received).unwrap();
+    assert!(received == sent.repeat(count), "{} of {count} times 50 KiB", received.len());
+    assert_eq!((&stream).write(b"?").unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+    let ended = ErrorKind::GuestEnded(ExitStatus::PoweredOff);
+    assert_eq!(connecting.finish().unwrap_err().kind(), &ended);
+    // Who came before the end is still there, and nobody after it.
+    assert_eq!(listener.accept().unwrap().read(&mut [0]).unwrap(), 0);
+    assert_eq!(listener.accept().unwrap_err().kind(), &ended);
+    assert_eq!(vsock.connect(5).unwrap_err().kind(), &ended);
+    assert_eq!(metrics(&handle).active, 0);
 }

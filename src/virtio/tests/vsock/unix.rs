@@ -101,7 +101,8 @@ fn a_guest_reaches_who_listens_beside_the_path() {
 fn a_path_where_something_is_already_is_refused_and_left_alone() {
     let path = path("taken");
     std::fs::write(&path, "mine").unwrap();
-    virtio::Vsock::new(&VsockConfig::default().unix_socket(&path)).unwrap_err();
+    let ended = ExitLatch::default().descriptor().unwrap();
+    virtio::Vsock::new(&VsockConfig::default().unix_socket(&path), ended).unwrap_err();
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
     std::fs::remove_file(&path).unwrap();
 }
