@@ -75,7 +75,7 @@ fn connect(vsock: &Vsock, port: u32) -> VsockStream {
 fn echo(mut stream: VsockStream, at: u32) {
     let mut buffer = vec![0; 16 << 10];
     for reads in 0.. {
-        if at % 10 == 0 && reads < 10 {
+        if at.is_multiple_of(10) && reads < 10 {
             thread::sleep(Duration::from_millis(100));
         }
         match stream.read(&mut buffer).unwrap() {

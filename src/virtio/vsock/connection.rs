@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 
 use super::credit::Credit;
 use super::packet::{Header, Key, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::sockets::Ready;
 use crate::memory::GuestBytes;
 
 /// A packet carries so much data at most, as Linux has it.
@@ -133,10 +134,10 @@ impl Connection {
     }
 
     /// The socket became ready.
-    pub(super) fn socket_ready(&mut self, readable: bool, ended: bool, hung_up: bool) {
-        self.readable |= readable;
-        self.ended |= ended;
-        self.hung_up |= hung_up;
+    pub(super) fn socket_ready(&mut self, ready: Ready) {
+        self.readable |= ready.readable;
+        self.ended |= ready.ended;
+        self.hung_up |= ready.hung_up;
         self.flush();
     }
 

@@ -10,6 +10,7 @@ mod connection;
 mod credit;
 mod muxer;
 mod packet;
+mod sockets;
 mod unix;
 
 use std::io;
@@ -190,7 +191,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn sources(&self) -> io::Result<Vec<OwnedFd>> {
-        Ok(vec![self.muxer.epoll().try_clone()?])
+        Ok(vec![self.muxer.sockets().descriptor()?])
     }
 
     fn activate(&mut self, _: u64) {

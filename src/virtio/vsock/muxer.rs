@@ -8,15 +8,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-
-use rustix::event::{Timespec, epoll};
 
 use super::backlog::Backlog;
 use super::connection::{Connection, Greeting, Rest, Step};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Key, Op, TYPE_STREAM};
+use super::sockets::{Sockets, pair};
 use super::unix::{Call, UnixPath};
 use crate::config::VsockConfig;
 use crate::memory::GuestBytes;
@@ -25,23 +24,28 @@ use crate::metrics::VsockMetrics;
 /// No port (VMADDR_PORT_ANY). Sockets that are no connections are watched by keys with it.
 pub(crate) const NO_PORT: u32 = u32::MAX;
 /// The key of the UNIX socket that others connect to.
-const UNIX_LISTENER: Key = Key { host_port: NO_PORT, guest_port: NO_PORT };
+const UNIX_LISTENER: Key = key_of(NO_PORT);
 /// The key of what is ready when the guest has ended.
-const GUEST_ENDED: Key = Key { host_port: NO_PORT, guest_port: NO_PORT - 1 };
+const GUEST_ENDED: Key = key_of(NO_PORT - 1);
 /// The ports that the host's connections come from: few programs listen there.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
 /// Answers to packets of no connection, before the guest's packets have to wait.
 const MAX_RESETS: usize = 256;
-/// Events that are looked at in one turn.
-const MAX_EVENTS: usize = 256;
+/// Programs that are let in by the UNIX socket in one turn.
+const MAX_CALLERS: usize = 256;
+
+/// The key of a socket that is no connection.
+const fn key_of(id: u32) -> Key {
+    Key { host_port: NO_PORT, guest_port: id }
+}
 
 /// The connections, and who waits for some.
 #[derive(Debug)]
 pub(super) struct Muxer {
     guest_cid: u64,
     max_connections: usize,
-    epoll: OwnedFd,
+    sockets: Sockets,
     /// Watched, and never read.
     _ended: OwnedFd,
     guest_has_ended: bool,
@@ -73,16 +77,16 @@ pub(crate) enum OpenError {
 
 impl Muxer {
     pub(super) fn new(config: &VsockConfig, ended: OwnedFd) -> io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        watch(&epoll, &ended, GUEST_ENDED)?;
+        let sockets = Sockets::new()?;
+        sockets.watch(&ended, GUEST_ENDED)?;
         let unix = config.unix_socket.as_deref().map(UnixPath::new).transpose()?;
         if let Some(unix) = &unix {
-            watch(&epoll, &unix.listener, UNIX_LISTENER)?;
+            sockets.watch(&unix.listener, UNIX_LISTENER)?;
         }
         Ok(Self {
             guest_cid: config.guest_cid.into(),
             max_connections: config.max_connections,
-            epoll,
+            sockets,
             _ended: ended,
             guest_has_ended: false,
             connections: HashMap::new(),
@@ -101,9 +105,9 @@ impl Muxer {
         self.guest_cid
     }
 
-    /// The descriptor that is ready when a socket is.
-    pub(super) fn epoll(&self) -> &OwnedFd {
-        &self.epoll
+    /// What wakes the device.
+    pub(super) fn sockets(&self) -> &Sockets {
+        &self.sockets
     }
 
     pub(super) fn metrics(&self) -> VsockMetrics {
@@ -112,25 +116,15 @@ impl Muxer {
 
     /// Looks at the sockets that became ready. True where there may be more of them.
     pub(super) fn poll(&mut self) -> bool {
-        let mut events = Vec::with_capacity(MAX_EVENTS);
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let buffer = rustix::buffer::spare_capacity(&mut events);
-        // An error is an interruption: the events are still there.
-        let more = epoll::wait(&self.epoll, buffer, Some(&now)).map_or(true, |n| n == MAX_EVENTS);
+        let (events, more) = self.sockets.poll();
         let mut callers = false;
-        for event in events {
-            let (flags, key) = (event.flags, unpack(event.data.u64()));
+        for (key, ready) in events {
             if let Some(connection) = self.connections.get_mut(&key) {
-                use epoll::EventFlags as E;
-                connection.socket_ready(
-                    flags.intersects(E::IN | E::RDHUP | E::HUP | E::ERR),
-                    flags.intersects(E::RDHUP | E::HUP | E::ERR),
-                    flags.contains(E::HUP),
-                );
+                connection.socket_ready(ready);
                 self.queue(key);
             } else if key == GUEST_ENDED {
                 // It can be written, at any time.
-                self.guest_has_ended |= flags.contains(epoll::EventFlags::IN);
+                self.guest_has_ended |= ready.readable;
             } else if key == UNIX_LISTENER {
                 callers |= self.accept_callers();
             } else if key.host_port == NO_PORT {
@@ -374,7 +368,7 @@ impl Muxer {
     }
 
     fn insert(&mut self, key: Key, connection: Connection) -> io::Result<()> {
-        watch(&self.epoll, connection.socket(), key)?;
+        self.sockets.watch(connection.socket(), key)?;
         self.connections.insert(key, connection);
         Ok(())
     }
@@ -410,9 +404,7 @@ impl Muxer {
         connection.refuse();
         let Some(rest) = connection.into_rest() else { return };
         let id = self.free_id();
-        let key = Key { host_port: NO_PORT, guest_port: id };
-        let data = epoll::EventData::new_u64(pack(key));
-        if epoll::modify(&self.epoll, &rest.socket, data, watched()).is_ok() {
+        if self.sockets.watch_anew(&rest.socket, key_of(id)).is_ok() {
             self.rests.insert(id, rest);
         }
     }
@@ -441,56 +433,28 @@ impl Muxer {
             && port != NO_PORT
         {
             // Watched as a caller so far; to be added anew, it has to be taken out.
-            let _ = epoll::delete(&self.epoll, &socket);
+            self.sockets.forget(&socket);
             let _ = self.open_with(socket, port, Greeting::Line);
         }
     }
 
     /// Lets those in who connected to the UNIX socket. True where there may be more of them.
     fn accept_callers(&mut self) -> bool {
-        for _ in 0..MAX_EVENTS {
+        for _ in 0..MAX_CALLERS {
             let Some(socket) = self.unix.as_ref().and_then(UnixPath::accept) else { return false };
             let id = self.free_id();
             let room = self.has_room();
             let Some(unix) = self.unix.as_mut().filter(|unix| room && unix.has_room()) else {
                 continue;
             };
-            let key = Key { host_port: NO_PORT, guest_port: id };
-            if watch(&self.epoll, &socket, key).is_ok() {
+            if self.sockets.watch(&socket, key_of(id)).is_ok() {
                 unix.add(id, socket);
             }
         }
         // To be watched anew makes an event of those that are there.
         if let Some(unix) = &self.unix {
-            let data = epoll::EventData::new_u64(pack(UNIX_LISTENER));
-            let _ = epoll::modify(&self.epoll, &unix.listener, data, watched());
+            let _ = self.sockets.watch_anew(&unix.listener, UNIX_LISTENER);
         }
         true
     }
-}
-
-/// A socket pair of which the first end never waits.
-fn pair() -> io::Result<(UnixStream, UnixStream)> {
-    let (device, host) = UnixStream::pair()?;
-    device.set_nonblocking(true)?;
-    Ok((device, host))
-}
-
-fn watched() -> epoll::EventFlags {
-    use epoll::EventFlags as E;
-    E::IN | E::OUT | E::RDHUP | E::ET
-}
-
-/// Watches a socket until it is closed.
-fn watch(epoll: &OwnedFd, socket: impl AsFd, key: Key) -> io::Result<()> {
-    epoll::add(epoll, socket, epoll::EventData::new_u64(pack(key)), watched())?;
-    Ok(())
-}
-
-fn pack(key: Key) -> u64 {
-    u64::from(key.host_port) << 32 | u64::from(key.guest_port)
-}
-
-fn unpack(data: u64) -> Key {
-    Key { host_port: (data >> 32) as u32, guest_port: data as u32 }
 }

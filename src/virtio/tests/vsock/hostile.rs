@@ -315,7 +315,7 @@ fn a_restored_guest_is_told_of_the_reset_before_anything_else() {
     let request = guest.expect(REQUEST);
     assert_eq!(request.src_port, (1 << 30) + 1, "the port goes on from the last one");
     guest.send(&Packet { ..Packet::of_guest(7, request.src_port, RESPONSE) });
-    connecting.finish_timeout(PATIENCE).unwrap();
+    let _stream = connecting.finish_timeout(PATIENCE).unwrap();
     guest.send(&Packet::data(1, 9, b"old"));
     guest.expect(RST);
 }
