@@ -129,7 +129,10 @@ fn hundreds_both_ways(release: Release) {
     thread::scope(|scope| {
         scope.spawn(|| {
             for at in 0..COUNT {
-                let stream = listener.accept_timeout(PATIENCE).unwrap();
+                let stream = listener.accept_timeout(PATIENCE);
+                let stream = stream.unwrap_or_else(|error| {
+                    panic!("connection {at}: {error}\n{}", transcript.text())
+                });
                 scope.spawn(move || echo(stream, at));
             }
         });

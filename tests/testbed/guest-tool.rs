@@ -22,6 +22,7 @@ use std::time::Duration;
 const AF_VSOCK: c_int = 40;
 const SOCK_STREAM: c_int = 1;
 const SHUT_WR: c_int = 1;
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: c_int = 6;
 const CID_ANY: u32 = u32::MAX;
 const CID_HOST: u32 = 2;
 
@@ -42,6 +43,13 @@ unsafe extern "C" {
     fn listen(socket: c_int, backlog: c_int) -> c_int;
     fn accept(socket: c_int, address: *mut SockaddrVm, len: *mut u32) -> c_int;
     fn shutdown(socket: c_int, how: c_int) -> c_int;
+    fn setsockopt(
+        socket: c_int,
+        level: c_int,
+        name: c_int,
+        value: *const [i64; 2],
+        len: u32,
+    ) -> c_int;
 }
 
 fn main() -> ExitCode {
@@ -163,6 +171,10 @@ fn vsock_cat(port: u32) -> io::Result<()> {
 
 fn vsock_to_host(port: u32) -> io::Result<File> {
     let socket = vsock_socket()?;
+    // A `struct timeval`. Two seconds unless set, which a busy emulated machine may need.
+    let patience = [120, 0];
+    let (fd, len) = (socket.as_raw_fd(), size_of_val(&patience) as u32);
+    check(unsafe { setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &patience, len) })?;
     let address = address(CID_HOST, port);
     check(unsafe { connect(socket.as_raw_fd(), &address, size_of::<SockaddrVm>() as u32) })?;
     Ok(socket)

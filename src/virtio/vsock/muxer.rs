@@ -260,7 +260,11 @@ impl Muxer {
             return self.answer_rst(header);
         }
         self.metrics.opened_by_guest += 1;
-        self.queue(header.key());
+        // Its answer goes before the data of others: Linux waits for it for two seconds.
+        if let Some(connection) = self.connections.get_mut(&header.key()) {
+            connection.queued = true;
+            self.turns.push_front(header.key());
+        }
     }
 
     /// The device's end of a connection to a port of the host, where somebody takes the other.
