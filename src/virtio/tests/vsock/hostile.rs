@@ -319,3 +319,22 @@ fn a_restored_guest_is_told_of_the_reset_before_anything_else() {
     guest.send(&Packet::data(1, 9, b"old"));
     guest.expect(RST);
 }
+
+#[test]
+fn an_answer_to_the_guest_goes_before_the_data_of_others() {
+    let (mut guest, handle, vsock) = guest();
+    let listener = vsock.listen(9).unwrap();
+    let mut streams = Vec::new();
+    for port in 0..4 {
+        guest.connect(port, 9);
+        streams.push(listener.accept_timeout(PATIENCE).unwrap());
+    }
+    for stream in &mut streams {
+        stream.write_all(&[7; 100 << 10]).unwrap();
+    }
+    // The driver's buffers are full: four answers were taken, sixteen packets were not.
+    until(|| (metrics(&handle).packets_to_guest == 4 + 16).then_some(()));
+    guest.send(&Packet::of_guest(5, 9, REQUEST));
+    let ops: Vec<u16> = (0..17).map(|_| guest.receive().op).collect();
+    assert_eq!(ops, [&[RW; 16][..], &[RESPONSE]].concat());
+}
