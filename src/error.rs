@@ -38,6 +38,10 @@ pub enum ErrorKind {
     Timeout,
     /// The guest does not take the console's input.
     ConsoleFull,
+    /// Nobody in the guest listens at the vsock port.
+    Refused,
+    /// The vsock port of the host has a listener.
+    PortInUse,
 }
 
 /// Why a call failed.

@@ -4,8 +4,11 @@
 //! reads it. The latch never blocks a reporter and never changes its mind.
 
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
+use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
 /// How a guest ended.
@@ -72,13 +75,34 @@ impl fmt::Display for ExitStatus {
 #[derive(Debug, Default)]
 pub(crate) struct ExitLatch {
     status: OnceLock<ExitStatus>,
+    /// An eventfd, where somebody wants to be woken.
+    ended: OnceLock<OwnedFd>,
 }
 
 impl ExitLatch {
     /// Reports the end of the guest. Whoever runs its vCPUs looks at the latch after each exit.
     pub(crate) fn report(&self, status: ExitStatus) {
         // A second report loses: the guest ended for the first reason.
-        let _ = self.status.set(status);
+        if self.status.set(status).is_ok() {
+            self.wake();
+        }
+    }
+
+    /// A descriptor that is readable once the guest has ended.
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
+        let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let descriptor = self.ended.get_or_init(|| ended).try_clone()?;
+        if self.get().is_some() {
+            self.wake();
+        }
+        Ok(descriptor)
+    }
+
+    fn wake(&self) {
+        if let Some(ended) = self.ended.get() {
+            // A counter that is full is readable too.
+            let _ = rustix::io::write(ended, &1u64.to_ne_bytes());
+        }
     }
 
     /// The reported end, if there is one.

@@ -37,6 +37,7 @@
 //! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
 //! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`CpuTemplate`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
+//! | talk to its programs | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
 //! | know what it cost | [`Timings`], [`Phase`], and `tracing` spans of the same names |
@@ -82,21 +83,23 @@ mod microvm;
 mod phase;
 mod timings;
 mod virtio;
+mod vsock;
 
 pub use cmdline::Cmdline;
-pub use config::{BlockConfig, CpuTemplate, CpuidRegister, VmConfig};
+pub use config::{BlockConfig, CpuTemplate, CpuidRegister, VmConfig, VsockConfig};
 pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::ExitStatus;
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
-pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics};
+pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics, VsockMetrics};
 pub use microvm::{
     AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
 };
 pub use phase::Phase;
 pub use timings::{Timing, Timings};
+pub use vsock::{Connecting, Vsock, VsockListener, VsockStream};
 
 /// The README's code compiles.
 #[cfg(doctest)]

@@ -11,6 +11,8 @@ pub enum DeviceMetrics {
     Block(BlockMetrics),
     /// The entropy device.
     Entropy(EntropyMetrics),
+    /// The vsock device.
+    Vsock(VsockMetrics),
 }
 
 /// What a disk has done. Bytes are those of requests that were answered without an error.
@@ -43,4 +45,29 @@ pub struct EntropyMetrics {
     pub requests: u64,
     /// Random bytes given.
     pub bytes: u64,
+}
+
+/// What the vsock device has done. Bytes are those of data, without headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct VsockMetrics {
+    /// Connections that the host wanted.
+    pub opened_by_host: u64,
+    /// Connections that the guest wanted, and got.
+    pub opened_by_guest: u64,
+    /// Connections that one side wanted and the other refused, or that were one too many.
+    pub refused: u64,
+    /// Connections that one side ended without its other half, or that broke.
+    pub reset: u64,
+    /// Connections that there are now.
+    pub active: u64,
+    /// Bytes that the guest was sent.
+    pub bytes_to_guest: u64,
+    /// Bytes that the guest sent.
+    pub bytes_from_guest: u64,
+    /// Packets that the guest was sent.
+    pub packets_to_guest: u64,
+    /// Packets that the guest sent.
+    pub packets_from_guest: u64,
 }

@@ -12,7 +12,7 @@ const LAYERS: &[&[&str]] = &[
     &["lib"],
     &["microvm", "host"],
     &["boot", "machine"],
-    &["event_loop"],
+    &["event_loop", "vsock"],
     &["kvm", "devices", "virtio"],
     &["arch", "bus"],
     &["disk"],

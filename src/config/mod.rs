@@ -5,10 +5,12 @@
 
 mod block;
 mod cpu;
+mod vsock;
 
 pub use self::block::BlockConfig;
 pub(crate) use self::block::Writes;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
+pub use self::vsock::VsockConfig;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -30,6 +32,7 @@ const MAX_VCPUS: u8 = 32;
 /// The IOAPIC's inputs that legacy devices leave.
 const MAX_VIRTIO_DEVICES: usize = 19;
 const MAX_QUEUES: u16 = 32;
+const MAX_VSOCK_CONNECTIONS: usize = 65_536;
 const MAX_CONSOLE_TAIL_BYTES: usize = 64 << 20;
 
 /// Which value is refused, and what would be taken.
@@ -48,6 +51,10 @@ pub(crate) enum ConfigError {
     BlockId { id: String },
     #[error("{count} queues of a disk: it takes 1 to {MAX_QUEUES}")]
     BlockQueues { count: u16 },
+    #[error("vsock CID {cid}: a guest takes 3 to 4294967294")]
+    GuestCid { cid: u32 },
+    #[error("{count} vsock connections: it takes 1 to {MAX_VSOCK_CONNECTIONS}")]
+    VsockConnections { count: usize },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -169,6 +176,14 @@ impl VmConfig {
         self
     }
 
+    /// Gives the guest a vsock device: streams between its programs and this process. Off unless
+    /// set.
+    #[must_use]
+    pub fn vsock(mut self, vsock: VsockConfig) -> Self {
+        self.machine.vsock = Some(vsock);
+        self
+    }
+
     /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
@@ -198,6 +213,7 @@ pub(crate) struct MachineConfig {
     pub(crate) console_writer: Option<ConsoleOutput>,
     pub(crate) blocks: Vec<BlockConfig>,
     pub(crate) entropy: bool,
+    pub(crate) vsock: Option<VsockConfig>,
     pub(crate) kvm_device: PathBuf,
 }
 
@@ -211,6 +227,7 @@ impl Default for MachineConfig {
             console_writer: None,
             blocks: Vec::new(),
             entropy: false,
+            vsock: None,
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
     }
@@ -228,7 +245,8 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus { count: self.vcpus });
         }
-        let count = self.blocks.len() + usize::from(self.entropy);
+        let count =
+            self.blocks.len() + usize::from(self.entropy) + usize::from(self.vsock.is_some());
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
         }
@@ -239,6 +257,15 @@ impl MachineConfig {
         let good_id = |id: &str| id.len() <= 20 && id.bytes().all(|byte| byte.is_ascii_graphic());
         if let Some(block) = self.blocks.iter().find(|block| !good_id(&block.id)) {
             return Err(ConfigError::BlockId { id: block.id.clone() });
+        }
+        if let Some(vsock) = &self.vsock {
+            let (cid, count) = (vsock.guest_cid, vsock.max_connections);
+            if !(3..u32::MAX).contains(&cid) {
+                return Err(ConfigError::GuestCid { cid });
+            }
+            if !(1..=MAX_VSOCK_CONNECTIONS).contains(&count) {
+                return Err(ConfigError::VsockConnections { count });
+            }
         }
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
@@ -284,6 +311,22 @@ mod tests {
         assert_eq!(refusal(config().vcpus(0)), "0 vCPUs: it takes 1 to 32");
         assert_eq!(refusal(config().vcpus(33)), "33 vCPUs: it takes 1 to 32");
         config().vcpus(32).machine.check().unwrap();
+    }
+
+    #[test]
+    fn vsock_addresses_and_counts_that_no_guest_has_are_refused() {
+        let with = |vsock| config().vsock(vsock);
+        for cid in [0, 1, 2, u32::MAX] {
+            let refused = refusal(with(VsockConfig::default().guest_cid(cid)));
+            assert!(refused.contains(&cid.to_string()), "{refused}");
+        }
+        for count in [0, 65_537] {
+            refusal(with(VsockConfig::default().max_connections(count)));
+        }
+        with(VsockConfig::default().guest_cid(u32::MAX - 1)).machine.check().unwrap();
+        let json = r#"{"kernel": {"source": {"file": "/k"}}, "vsock": {"guest_cid": 9}}"#;
+        let written: VmConfig = serde_json::from_str(json).unwrap();
+        assert_eq!(written.machine.vsock, Some(VsockConfig::default().guest_cid(9)));
     }
 
     #[test]

@@ -20,8 +20,9 @@ use crate::kvm::Vm;
 use crate::memory::FileIo;
 use crate::metrics::DeviceMetrics;
 use crate::virtio::{
-    Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
+    self, Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
 };
+use crate::vsock::Vsock;
 
 /// The devices on their bus, and what the machine keeps of them.
 pub(super) struct Devices {
@@ -29,6 +30,7 @@ pub(super) struct Devices {
     pub(super) serial_input: SerialInput,
     /// The virtio devices, in the order in which the guest finds them.
     pub(super) virtio: Vec<VirtioSlot>,
+    pub(super) vsock: Option<Vsock>,
 }
 
 impl Devices {
@@ -47,8 +49,16 @@ impl Devices {
         if config.entropy {
             virtio.add(Rng::new().map_err(MachineError::Entropy)?)?;
         }
+        let mut vsock = None;
+        if let Some(config) = &config.vsock {
+            let ended = exit.descriptor().map_err(MachineError::EventFd)?;
+            let device = virtio::Vsock::new(config, ended).map_err(|source| {
+                MachineError::Vsock { path: config.unix_socket.clone(), source }
+            })?;
+            vsock = Some(Vsock::new(virtio.add(device)?.downgrade(), Arc::clone(exit)));
+        }
         let slots = virtio.slots;
-        Ok(Self { bus, serial_input, virtio: slots })
+        Ok(Self { bus, serial_input, virtio: slots, vsock })
     }
 }
 

@@ -11,6 +11,7 @@ use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
+use crate::vsock::{Vsock, VsockError};
 use devices::{Devices, VirtioSlot};
 
 /// Why a machine cannot be put together, beyond what its parts say.
@@ -43,15 +45,26 @@ pub(crate) enum MachineError {
     DiskThread(#[source] io::Error),
     #[error("cannot open the host's random source")]
     Entropy(#[source] io::Error),
+    #[error("cannot make the vsock device{}", at(path.as_deref()))]
+    Vsock { path: Option<PathBuf>, source: io::Error },
     #[error("a device has a queue of an impossible size")]
     Queue(#[source] QueueError),
 }
 
 impl From<MachineError> for Error {
     fn from(error: MachineError) -> Self {
+        if let MachineError::Vsock { path: Some(path), .. } = &error {
+            let fix = format!("choose a path where nothing is, or remove {}", path.display());
+            return Error::new(ErrorKind::Config, error).fix(fix);
+        }
         Error::new(ErrorKind::Resources, error)
             .fix("raise the limits of open files and processes (ulimit -n, ulimit -u)")
     }
+}
+
+/// The words for a vsock device's UNIX socket.
+fn at(path: Option<&Path>) -> String {
+    path.map(|path| format!(" with its UNIX socket {}", path.display())).unwrap_or_default()
 }
 
 /// A machine without its vCPUs.
@@ -62,6 +75,7 @@ pub(crate) struct Machine {
     serial_input: SerialInput,
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
+    vsock: Option<Vsock>,
     vm: Arc<Vm>,
     threads: VcpuThreads,
 }
@@ -89,7 +103,7 @@ impl Machine {
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = Console::new(config.console_tail_bytes);
         let sink = ConsoleSink::new(console.clone(), writer);
-        let Devices { bus, serial_input, virtio } =
+        let Devices { bus, serial_input, virtio, vsock } =
             recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
 
         let first_run = Arc::clone(recorder.first_run());
@@ -107,7 +121,7 @@ impl Machine {
             let threads = VcpuThreads::spawn(config.vcpus, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
-        Ok((Self { exit, console, serial_input, virtio, vm, threads }, vcpus))
+        Ok((Self { exit, console, serial_input, virtio, vsock, vm, threads }, vcpus))
     }
 
     /// The guest's memory.
@@ -160,6 +174,11 @@ impl Machine {
             Err(running) if self.exit.get().is_some() => self.threads.wait_timeout(running, GRACE),
             waited => waited,
         }
+    }
+
+    /// The host's side of the vsock device.
+    pub(crate) fn vsock(&self) -> Result<Vsock, Error> {
+        Ok(self.vsock.clone().ok_or(VsockError::NoDevice)?)
     }
 
     /// What the guest wrote.

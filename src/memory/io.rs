@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use vm_memory::{Bytes, VolatileSlice};
@@ -95,6 +95,67 @@ impl<'ram> GuestBytes<'ram> {
     /// The bytes after the first `count`.
     pub(crate) fn skip(self, count: u64) -> Self {
         self.split_at(count).map(|(_, rest)| rest).unwrap_or_default()
+    }
+
+    /// Fills the first bytes, `max` at most, from a socket, without a copy and without waiting;
+    /// returns how many there were, 0 at the end of the stream.
+    ///
+    /// # Errors
+    ///
+    /// What recvmsg says; `WouldBlock` where there is nothing yet.
+    pub(crate) fn receive(&self, socket: impl AsFd, max: u64) -> io::Result<u64> {
+        let target = match max < self.len() {
+            true => self.clone().split_at(max).map(|(target, _)| target).unwrap_or_default(),
+            false => self.clone(),
+        };
+        target.message(socket.as_fd(), libc::MSG_DONTWAIT, |fd, message, flags| {
+            // SAFETY: `message` has gathered pieces of guest RAM that stay mapped for the call.
+            unsafe { libc::recvmsg(fd, message, flags) }
+        })
+    }
+
+    /// Sends the bytes to a socket, without a copy and without waiting; returns how many it took.
+    ///
+    /// # Errors
+    ///
+    /// What sendmsg says; `WouldBlock` where the socket is full. No signal is raised.
+    pub(crate) fn send(&self, socket: impl AsFd) -> io::Result<u64> {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        self.message(socket.as_fd(), flags, |fd, message, flags| {
+            // SAFETY: `message` has gathered pieces of guest RAM that stay mapped for the call.
+            unsafe { libc::sendmsg(fd, message, flags) }
+        })
+    }
+
+    /// One system call on a socket, with the first pieces as its message.
+    fn message(
+        &self,
+        socket: BorrowedFd<'_>,
+        flags: libc::c_int,
+        call: impl Fn(libc::c_int, *mut libc::msghdr, libc::c_int) -> isize,
+    ) -> io::Result<u64> {
+        let guards: Vec<_> =
+            self.pieces.iter().take(MAX_IOVECS).map(|piece| piece.ptr_guard_mut()).collect();
+        let mut iovecs: Vec<libc::iovec> = guards
+            .iter()
+            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+            .collect();
+        // SAFETY: zeroes are a message without an address, data and control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = iovecs.as_mut_ptr();
+        message.msg_iovlen = iovecs.len() as _;
+        loop {
+            let moved = call(socket.as_raw_fd(), &raw mut message, flags);
+            match u64::try_from(moved) {
+                Ok(moved) => return Ok(moved),
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
     }
 
     /// The same bytes, which hold on to the RAM that they are in. Bytes of another RAM are left

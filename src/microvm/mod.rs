@@ -20,6 +20,7 @@ mod paused;
 mod running;
 mod state;
 mod terminated;
+mod vsock;
 
 pub use self::any::AnyMicroVm;
 pub use self::state::{Created, Paused, Running, State, Terminated};

@@ -4,7 +4,7 @@
 //! doorbell rings or a source is ready; and the embedding program's. One lock a device, held for
 //! no longer than one turn.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use virtio_queue::QueueT;
 
@@ -19,6 +19,22 @@ use crate::metrics::DeviceMetrics;
 
 /// A device that is shared. `D` is its type where that is known.
 pub(crate) struct DeviceHandle<D: ?Sized = dyn VirtioDevice>(Arc<Shared<D>>);
+
+/// A device that others keep: its machine. It holds no guest RAM.
+pub(crate) struct WeakDeviceHandle<D>(Weak<Shared<D>>);
+
+impl<D> WeakDeviceHandle<D> {
+    /// The device, while its machine is there.
+    pub(crate) fn upgrade(&self) -> Option<DeviceHandle<D>> {
+        self.0.upgrade().map(DeviceHandle)
+    }
+}
+
+impl<D> Clone for WeakDeviceHandle<D> {
+    fn clone(&self) -> Self {
+        Self(Weak::clone(&self.0))
+    }
+}
 
 struct Shared<D: ?Sized> {
     interrupt: Arc<Interrupt>,
@@ -60,6 +76,11 @@ impl<D: VirtioDevice + 'static> DeviceHandle<D> {
         };
         let drained = (Mutex::new(()), Condvar::new());
         Ok(Self(Arc::new(Shared { interrupt, drained, core: Mutex::new(core) })))
+    }
+
+    /// The same device, for as long as others keep it.
+    pub(crate) fn downgrade(&self) -> WeakDeviceHandle<D> {
+        WeakDeviceHandle(Arc::downgrade(&self.0))
     }
 
     /// The same device, its type forgotten.

@@ -12,18 +12,20 @@ mod mmio;
 mod queue;
 mod rng;
 mod state;
+mod vsock;
 
 use std::os::fd::AsRawFd;
 
 use crate::metrics::DeviceMetrics;
 
 pub(crate) use self::block::Block;
-pub(crate) use self::handle::DeviceHandle;
+pub(crate) use self::handle::{DeviceHandle, WeakDeviceHandle};
 pub(crate) use self::interrupt::Interrupt;
 pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
 pub(crate) use self::rng::Rng;
 pub(crate) use self::state::{DeviceState, RestoreError};
+pub(crate) use self::vsock::{ACCEPTED, Arrival, Backlog, NO_PORT, OpenError, REFUSED, Vsock};
 
 /// Device types (§5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +33,7 @@ pub(crate) use self::state::{DeviceState, RestoreError};
 pub(crate) enum DeviceType {
     Block = 2,
     Entropy = 4,
+    Socket = 19,
 }
 
 /// Feature bits of every device (§6): the device is not a legacy one.
@@ -138,6 +141,7 @@ pub(crate) trait VirtioDevice: Send {
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         match state {
             DeviceState::Stateless => Ok(()),
+            _ => Err(RestoreError::Device),
         }
     }
 }

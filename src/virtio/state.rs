@@ -13,6 +13,8 @@ pub(crate) enum RestoreError {
     QueueCount { found: usize, expected: usize },
     #[error("queue {index} is outside of memory, or larger than the device's")]
     Queue { index: usize },
+    #[error("the state is of another kind of device")]
+    Device,
     #[error("the driver's features {found:#x} are not among those of the device, {offered:#x}")]
     Features { found: u64, offered: u64 },
 }
@@ -56,4 +58,6 @@ pub(crate) struct QueueState {
 pub(crate) enum DeviceState {
     /// Nothing: its file, or its peer, has it all.
     Stateless,
+    /// The port of the host that its last connection came from.
+    Vsock { last_port: u32 },
 }

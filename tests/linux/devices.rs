@@ -21,12 +21,16 @@ pub fn config_with(
     script: &str,
     more: impl FnOnce(InitramfsBuilder) -> InitramfsBuilder,
 ) -> VmConfig {
+    VmConfig::new(release.kernel())
+        .initramfs(more(initramfs_with(release, modules, script)).build().unwrap())
+        .cmdline(Cmdline::default().push("quiet").unwrap())
+}
+
+/// An initramfs with these modules, whose init loads them before it runs `script`.
+pub fn initramfs_with(release: Release, modules: &[&str], script: &str) -> InitramfsBuilder {
     let load = "for module in /lib/modules/*.ko; do insmod $module; done";
     let archive = initramfs(&format!("{load}\n{script}"));
-    let archive = archive.modules(release.modules_dir(), modules.iter().copied());
-    VmConfig::new(release.kernel())
-        .initramfs(more(archive).build().unwrap())
-        .cmdline(Cmdline::default().push("quiet").unwrap())
+    archive.modules(release.modules_dir(), modules.iter().copied())
 }
 
 pub const DISK: &[&str] = &["virtio_mmio", "virtio_blk"];

@@ -9,6 +9,7 @@ mod devices;
 mod disks;
 mod ends;
 mod programs;
+mod vsock;
 
 use std::env;
 use std::fs;
@@ -66,6 +67,11 @@ impl Release {
 /// Where busybox, the other programs and the unpacked kernels are.
 pub fn guest_root() -> PathBuf {
     env::var_os("DORMOUSE_GUEST_ROOT").expect("run by tests/testbed").into()
+}
+
+/// The program for guests, tests/testbed/guest-tool.rs.
+pub fn guest_tool() -> PathBuf {
+    env::var_os("DORMOUSE_GUEST_TOOL").expect("run by tests/testbed").into()
 }
 
 /// An initramfs with busybox, whose init runs `script` with /proc, /sys and /dev mounted.

@@ -6,3 +6,4 @@ mod driver;
 mod hostile;
 mod rng;
 mod state;
+mod vsock;

@@ -2,11 +2,18 @@
 
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::device::rng::VirtIORng;
+use virtio_drivers::device::socket::VirtIOSocket;
 
 use super::driver::{TestHal, TestTransport};
 use super::hostile::disk;
+use crate::config::VsockConfig;
+use crate::exit::ExitLatch;
 use crate::virtio::state::TransportState;
-use crate::virtio::{DeviceHandle, Rng, VirtioDevice};
+use crate::virtio::{DeviceHandle, DeviceState, Rng, VirtioDevice, Vsock};
+
+fn vsock() -> Vsock {
+    Vsock::new(&VsockConfig::default(), ExitLatch::default().descriptor().unwrap()).unwrap()
+}
 
 /// What a device is after a driver has worked with it, through JSON.
 fn through_json(state: &TransportState) -> TransportState {
@@ -35,6 +42,22 @@ fn restore_of_state_is_the_identity_for_every_device() {
     let mut driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     driver.request_entropy(&mut [0; 16]).unwrap();
     is_the_identity(&rng, Rng::new().unwrap());
+
+    let (transport, used) = TestTransport::with_handle(vsock());
+    let _driver = VirtIOSocket::<TestHal, _>::new(transport).unwrap();
+    used.call(|device, _| Ok(device.open(1).unwrap())).unwrap();
+    let state = is_the_identity(&used, vsock());
+    assert_eq!(state.device, DeviceState::Vsock { last_port: 1 << 30 });
+}
+
+#[test]
+fn a_state_of_another_kind_of_device_is_refused() {
+    let (_transport, vsock) = TestTransport::with_handle(vsock());
+    let state = TransportState { device: DeviceState::Stateless, ..vsock.state() };
+    vsock.restore(&state).unwrap_err();
+    let (_transport, rng) = TestTransport::with_handle(Rng::new().unwrap());
+    let device = DeviceState::Vsock { last_port: 1 };
+    rng.restore(&TransportState { device, ..rng.state() }).unwrap_err();
 }
 
 #[test]

@@ -1,0 +1,236 @@
+//! The socket device: streams between programs of the guest and programs of the host.
+//!
+//! Source: virtio 1.2 §5.10. All of it is in this process, and vhost has no part in it. Each
+//! connection has a UNIX socket on the host's side, so that the kernel wakes whoever waits, and
+//! data moves between the socket and guest RAM without a copy of ours. The device wakes by one
+//! descriptor, which stands for all of its sockets.
+
+mod backlog;
+mod connection;
+mod credit;
+mod muxer;
+mod packet;
+mod sockets;
+mod unix;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+pub(crate) use self::backlog::{Arrival, Backlog};
+pub(crate) use self::connection::{ACCEPTED, REFUSED};
+use self::muxer::Muxer;
+pub(crate) use self::muxer::{NO_PORT, OpenError};
+use super::{
+    Answer, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served, Source, VirtioDevice,
+};
+use crate::config::VsockConfig;
+use crate::metrics::DeviceMetrics;
+
+/// The queues.
+const RX: usize = 0;
+const TX: usize = 1;
+const EVENT: usize = 2;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone.
+const EVENT_TRANSPORT_RESET: u32 = 0;
+/// Packets for the guest in one turn.
+const MAX_PACKETS: usize = 256;
+
+/// Whether a guest that was restored knows that its connections are gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum TransportReset {
+    /// It does, or never had any.
+    Known,
+    /// It has to be told, before anything else.
+    Owed,
+    /// It was told, and has not looked at it yet.
+    Told,
+}
+
+/// The device.
+#[derive(Debug)]
+pub(crate) struct Vsock {
+    muxer: Muxer,
+    reset: TransportReset,
+    /// The driver works with it.
+    active: bool,
+    /// Packets of the guest wait until it has taken some of ours.
+    held_up: bool,
+}
+
+impl Vsock {
+    /// A device with no connection. Makes the UNIX socket where there is to be one. All ends when
+    /// `ended` is readable, because then the guest has.
+    pub(crate) fn new(config: &VsockConfig, ended: OwnedFd) -> io::Result<Self> {
+        let reset = TransportReset::Known;
+        Ok(Self { muxer: Muxer::new(config, ended)?, reset, active: false, held_up: false })
+    }
+
+    /// Asks the guest for a connection; returns the host's end, which can be read when the guest
+    /// has answered: [`ACCEPTED`] or [`REFUSED`].
+    pub(crate) fn open(&mut self, guest_port: u32) -> Result<UnixStream, OpenError> {
+        self.muxer.open(guest_port)
+    }
+
+    /// Connections to a port of the host go to `listener`. False where another one has it.
+    pub(crate) fn listen(&mut self, port: u32, listener: &Arc<Backlog>) -> bool {
+        self.muxer.listen(port, listener)
+    }
+
+    /// Nobody listens at a port of the host any more.
+    pub(crate) fn unlisten(&mut self, port: u32) {
+        self.muxer.unlisten(port);
+    }
+
+    /// Serves what is there to serve: sockets, then the guest.
+    fn turn(&mut self, tx: bool, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        let events = self.muxer.poll();
+        let mut sent = Served::All;
+        // A guest that has ended has said all that it will.
+        self.held_up |= tx || self.muxer.guest_has_ended();
+        if self.held_up && !self.muxer.is_congested() {
+            self.held_up = false;
+            sent = self.transmit(queues)?;
+        }
+        if self.muxer.guest_has_ended() && sent == Served::All {
+            self.muxer.end();
+        }
+        let received = self.receive(queues)?;
+        let goes_on = self.held_up && !self.muxer.is_congested();
+        match events || goes_on || sent == Served::Some || received == Served::Some {
+            true => Ok(Served::Some),
+            false => Ok(Served::All),
+        }
+    }
+
+    /// Takes the guest's packets.
+    fn transmit(&mut self, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        queues.serve(TX, |chain| {
+            if self.muxer.is_congested() {
+                self.held_up = true;
+                return Answer::PutBack;
+            }
+            self.muxer.take_packet(chain.readable);
+            Answer::Used(0)
+        })
+    }
+
+    /// Gives the guest its packets, as far as it has buffers for them.
+    fn receive(&mut self, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        let ram = queues.ram();
+        let Some(rx) = queues.get(RX).filter(|_| self.reset == TransportReset::Known) else {
+            return Ok(Served::All);
+        };
+        let mut served = Served::All;
+        for turn in 0.. {
+            if !self.muxer.has_packets() {
+                break;
+            }
+            if turn == MAX_PACKETS {
+                served = Served::Some;
+                break;
+            }
+            let Some(chain) = rx.next(ram)? else {
+                match rx.wait_for_more(ram)? {
+                    true => continue,
+                    false => break,
+                }
+            };
+            match self.muxer.next_packet(chain.writable) {
+                Some(len) => rx.add_used(ram, chain.head, len)?,
+                None => rx.put_back(),
+            }
+        }
+        rx.signal(ram)?;
+        Ok(served)
+    }
+
+    /// Tells a guest that was restored that its connections are gone.
+    fn tell_reset(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+        let ram = queues.ram();
+        match self.reset {
+            TransportReset::Known => {}
+            TransportReset::Owed => {
+                let Some(event) = queues.get(EVENT) else { return Ok(()) };
+                let Some(chain) = event.next(ram)? else {
+                    event.wait_for_more(ram)?;
+                    return Ok(());
+                };
+                let written = chain.writable.copy_from(&EVENT_TRANSPORT_RESET.to_le_bytes());
+                event.add_used(ram, chain.head, written as u32)?;
+                event.wait_for_more(ram)?;
+                event.signal(ram)?;
+                self.reset = TransportReset::Told;
+            }
+            // The buffer is back: the guest has read it.
+            TransportReset::Told => self.reset = TransportReset::Known,
+        }
+        Ok(())
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Socket
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![256, 256, 16]
+    }
+
+    /// `struct virtio_vsock_config` (§5.10.4).
+    fn config(&self) -> Vec<u8> {
+        self.muxer.guest_cid().to_le_bytes().to_vec()
+    }
+
+    fn sources(&self) -> io::Result<Vec<Source>> {
+        Ok(vec![Box::new(self.muxer.sockets().descriptor()?)])
+    }
+
+    fn activate(&mut self, _: u64) {
+        self.active = true;
+    }
+
+    fn reset(&mut self) {
+        (self.active, self.held_up) = (false, false);
+        self.reset = TransportReset::Known;
+        self.muxer.forget();
+    }
+
+    fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        if index == EVENT {
+            self.tell_reset(queues)?;
+        }
+        self.turn(index == TX, queues)
+    }
+
+    fn ready(&mut self, _: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        self.turn(false, queues)
+    }
+
+    /// Ends all connections and listeners for good.
+    fn close(&mut self) {
+        self.muxer.shut_down();
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        DeviceMetrics::Vsock(self.muxer.metrics())
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Vsock { last_port: self.muxer.last_port }
+    }
+
+    /// Connections do not outlive a snapshot. The host's ports go on from where they were, so
+    /// that no new connection is taken for one that the guest still believes in.
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        let DeviceState::Vsock { last_port } = state else { return Err(RestoreError::Device) };
+        self.muxer.last_port = *last_port;
+        if self.active {
+            self.reset = TransportReset::Owed;
+        }
+        Ok(())
+    }
+}

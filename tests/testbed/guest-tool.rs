@@ -1,0 +1,205 @@
+//! What tests and examples do in a guest that busybox does not. Built by `run`, of the standard
+//! library alone and linked statically, so that an initramfs needs no more than this one file.
+//!
+//! ```text
+//! guest-tool vsock-echo PORT COUNT         echoes COUNT connections to its port, all at once
+//! guest-tool vsock-connect PORT COUNT      makes COUNT connections to the host's port, all at
+//!                                          once, and checks that what it says comes back
+//! guest-tool vsock-run PORT PROGRAM        connects to the host's port, and runs a program whose
+//!                                          input and output that connection is
+//! guest-tool vsock-cat PORT                connects to the host's port; its input and output
+//! ```
+
+use std::env;
+use std::ffi::c_int;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::process::{Command, ExitCode};
+use std::thread;
+use std::time::Duration;
+
+const AF_VSOCK: c_int = 40;
+const SOCK_STREAM: c_int = 1;
+const SHUT_WR: c_int = 1;
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: c_int = 6;
+const CID_ANY: u32 = u32::MAX;
+const CID_HOST: u32 = 2;
+
+/// `struct sockaddr_vm` (vsock(7)).
+#[repr(C)]
+struct SockaddrVm {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    zero: [u8; 4],
+}
+
+unsafe extern "C" {
+    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn bind(socket: c_int, address: *const SockaddrVm, len: u32) -> c_int;
+    fn connect(socket: c_int, address: *const SockaddrVm, len: u32) -> c_int;
+    fn listen(socket: c_int, backlog: c_int) -> c_int;
+    fn accept(socket: c_int, address: *mut SockaddrVm, len: *mut u32) -> c_int;
+    fn shutdown(socket: c_int, how: c_int) -> c_int;
+    fn setsockopt(
+        socket: c_int,
+        level: c_int,
+        name: c_int,
+        value: *const [i64; 2],
+        len: u32,
+    ) -> c_int;
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["vsock-echo", port, count] => vsock_echo(number(port), number(count)),
+        ["vsock-connect", port, count] => vsock_connect(number(port), number(count)),
+        ["vsock-run", port, program] => vsock_run(number(port), program),
+        ["vsock-cat", port] => vsock_cat(number(port)),
+        _ => Err(io::Error::other("see the top of tests/testbed/guest-tool.rs")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("guest-tool {}: {error}", args.join(" "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn number(text: &str) -> u32 {
+    text.parse().expect("a number")
+}
+
+fn vsock_echo(port: u32, count: u32) -> io::Result<()> {
+    let listener = vsock_socket()?;
+    let address = address(CID_ANY, port);
+    check(unsafe { bind(listener.as_raw_fd(), &address, size_of::<SockaddrVm>() as u32) })?;
+    check(unsafe { listen(listener.as_raw_fd(), 128) })?;
+    println!("vsock-echo: port {port}");
+    let no_address = (std::ptr::null_mut(), std::ptr::null_mut());
+    let mut threads = Vec::new();
+    for at in 0..count {
+        let socket = check(unsafe { accept(listener.as_raw_fd(), no_address.0, no_address.1) })?;
+        let stream = unsafe { File::from_raw_fd(socket) };
+        threads.push(spawn(move || echo(stream, at))?);
+    }
+    join(threads)?;
+    println!("vsock-echo: {count} connections have ended");
+    Ok(())
+}
+
+/// Sends back what comes, until it ends.
+fn echo(mut stream: File, at: u32) -> io::Result<()> {
+    let mut buffer = vec![0; 16 << 10];
+    let mut reads = 0;
+    loop {
+        // Every tenth one takes its time: its peer has to wait.
+        if at % 10 == 0 && reads < 10 {
+            thread::sleep(Duration::from_millis(100));
+        }
+        reads += 1;
+        match stream.read(&mut buffer)? {
+            0 => return check(unsafe { shutdown(stream.as_raw_fd(), SHUT_WR) }).map(|_| ()),
+            len => stream.write_all(&buffer[..len])?,
+        }
+    }
+}
+
+fn vsock_connect(port: u32, count: u32) -> io::Result<()> {
+    let streams = (0..count).map(|_| vsock_to_host(port)).collect::<io::Result<Vec<_>>>()?;
+    println!("vsock-connect: {count} connections");
+    let threads =
+        (0..count).zip(streams).map(|(seed, stream)| spawn(move || check_echo(stream, seed)));
+    join(threads.collect::<io::Result<_>>()?)?;
+    println!("vsock-connect: {count} connections have ended");
+    Ok(())
+}
+
+/// Writes noise and checks that it comes back. Every tenth has more than all buffers on the way
+/// take, and waits before it reads.
+fn check_echo(stream: File, seed: u32) -> io::Result<()> {
+    let len = if seed % 10 == 0 { 768 << 10 } else { 24 << 10 };
+    let mut writer = stream.try_clone()?;
+    let writing = spawn(move || {
+        writer.write_all(&noise(seed, len))?;
+        check(unsafe { shutdown(writer.as_raw_fd(), SHUT_WR) }).map(|_| ())
+    })?;
+    if seed % 10 == 0 {
+        thread::sleep(Duration::from_millis(1000));
+    }
+    let mut received = Vec::new();
+    (&stream).read_to_end(&mut received)?;
+    join(vec![writing])?;
+    match received == noise(seed, len) {
+        true => Ok(()),
+        false => Err(io::Error::other(format!("{} of {len} bytes came back", received.len()))),
+    }
+}
+
+/// The same bytes for the same seed; the host's side has this too.
+fn noise(seed: u32, len: usize) -> Vec<u8> {
+    let mut state = u64::from(seed);
+    let next = || {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
+fn vsock_run(port: u32, program: &str) -> io::Result<()> {
+    let stream = vsock_to_host(port)?;
+    let status = Command::new(program).stdin(stream.try_clone()?).stdout(stream).status()?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(status.to_string())) }
+}
+
+fn vsock_cat(port: u32) -> io::Result<()> {
+    let mut stream = vsock_to_host(port)?;
+    let mut writer = stream.try_clone()?;
+    let writing = spawn(move || {
+        io::copy(&mut io::stdin(), &mut writer)?;
+        check(unsafe { shutdown(writer.as_raw_fd(), SHUT_WR) }).map(|_| ())
+    })?;
+    io::copy(&mut stream, &mut io::stdout())?;
+    join(vec![writing])
+}
+
+fn vsock_to_host(port: u32) -> io::Result<File> {
+    let socket = vsock_socket()?;
+    // A `struct timeval`. Two seconds unless set, which a busy emulated machine may need.
+    let patience = [120, 0];
+    let (fd, len) = (socket.as_raw_fd(), size_of_val(&patience) as u32);
+    check(unsafe { setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &patience, len) })?;
+    let address = address(CID_HOST, port);
+    check(unsafe { connect(socket.as_raw_fd(), &address, size_of::<SockaddrVm>() as u32) })?;
+    Ok(socket)
+}
+
+fn vsock_socket() -> io::Result<File> {
+    let socket = check(unsafe { socket(AF_VSOCK, SOCK_STREAM, 0) })?;
+    Ok(unsafe { File::from_raw_fd(socket) })
+}
+
+fn address(cid: u32, port: u32) -> SockaddrVm {
+    SockaddrVm { family: AF_VSOCK as u16, reserved: 0, port, cid, zero: [0; 4] }
+}
+
+fn check(result: c_int) -> io::Result<c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+type Thread = thread::JoinHandle<io::Result<()>>;
+
+/// A thread with a small stack: there are hundreds of them.
+fn spawn(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<Thread> {
+    thread::Builder::new().stack_size(64 << 10).spawn(work)
+}
+
+fn join(threads: Vec<Thread>) -> io::Result<()> {
+    threads.into_iter().try_for_each(|thread| thread.join().expect("a thread that does not panic"))
+}
