@@ -148,6 +148,11 @@ impl Tap {
         // SAFETY: TUNSETVNETHDRSZ reads an integer.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &HEADER_BYTES) };
         checked(result).map_err(TapError::SetUp)?;
+        // The kernel's default: a tap that is not writable is then one that is down.
+        let unlimited = libc::c_int::MAX;
+        // SAFETY: TUNSETSNDBUF reads an integer.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETSNDBUF, &unlimited) };
+        checked(result).map_err(TapError::SetUp)?;
         let tap = Self { file };
         tap.set_offloads(Offloads::default()).map_err(TapError::SetUp)?;
         Ok(tap)

@@ -267,7 +267,8 @@ impl FromStr for MacAddress {
         let mut parts = text.split(':');
         let mut address = [0; 6];
         for byte in &mut address {
-            let part = parts.next().filter(|part| part.len() == 2);
+            let is_pair = |part: &&str| part.len() == 2 && !part.contains('+');
+            let part = parts.next().filter(is_pair);
             let value = part.and_then(|part| u8::from_str_radix(part, 16).ok());
             *byte = value.ok_or_else(|| format!("{text:?} is no hardware address"))?;
         }

@@ -188,6 +188,9 @@ impl VirtioDevice for Net {
 
     fn ready(&mut self, _: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         self.turn(queues, |net, queues| {
+            if net.link_up && !net.backend.is_up() {
+                net.link_lost(&io::ErrorKind::NetworkDown.into());
+            }
             let (received, sent) = (net.receive(queues)?, net.transmit(queues)?);
             Ok(if received == Served::Some { received } else { sent })
         })

@@ -140,4 +140,57 @@ mod tests {
             assert!(error.to_string().contains("apt install passt"), "{error}");
         }
     }
+
+    /// A program that does `script` in passt's place.
+    fn stand_in(name: &str, script: &str) -> (PathBuf, UserNetwork) {
+        use std::os::unix::fs::PermissionsExt;
+        let name = format!("dormouse-{}-{name}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let network = UserNetwork::new().program(&path);
+        (path, network)
+    }
+
+    fn parts(backend: &mut Backend) -> (&mut Stream, u32) {
+        match backend {
+            Backend::Passt(stream, process) => (stream, process.child.id()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn exists(pid: u32) -> bool {
+        std::path::Path::new(&format!("/proc/{pid}")).exists()
+    }
+
+    #[test]
+    fn the_process_has_the_socket_and_ends_with_the_vm() {
+        // A frame of 14 bytes, then nothing for a long time.
+        let script = r#"printf '\000\000\000\016abcdefghijklmn' >&"$5"; exec sleep 1000"#;
+        let (path, network) = stand_in("passt-sends", script);
+        let mut backend = Passt::start(&network, None).unwrap();
+        let (_, pid) = parts(&mut backend);
+        let begin = std::time::Instant::now();
+        while backend.next().unwrap() != Some(26) {
+            assert!(begin.elapsed().as_secs() < 30, "no frame");
+        }
+        assert!(exists(pid));
+        drop(backend);
+        assert!(!exists(pid), "it lives, or is a zombie");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_process_that_ends_by_itself_takes_the_link_down_and_is_no_zombie() {
+        let (path, network) = stand_in("passt-ends", "exit 1");
+        let mut backend = Passt::start(&network, None).unwrap();
+        let (_, pid) = parts(&mut backend);
+        let begin = std::time::Instant::now();
+        while backend.next().is_ok() {
+            assert!(begin.elapsed().as_secs() < 30, "the link stays up");
+        }
+        assert!(!backend.is_up());
+        assert!(!exists(pid), "it is a zombie");
+        std::fs::remove_file(path).unwrap();
+    }
 }

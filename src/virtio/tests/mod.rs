@@ -7,3 +7,4 @@ mod hostile;
 mod net;
 mod rng;
 mod state;
+mod tap;

@@ -13,24 +13,24 @@ use crate::config::{MacAddress, NetBackend, NetConfig};
 use crate::metrics::{DeviceMetrics, NetMetrics};
 use crate::virtio::{Backend, DeviceHandle, MmioTransport, Net, Stream};
 
-const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
+pub(super) const MAC: MacAddress = MacAddress([2, 0, 0, 0, 0, 1]);
 const F_MRG_RXBUF: u64 = 1 << 15;
-const HEADER: usize = 12;
+pub(super) const HEADER: usize = 12;
 const LARGEST: usize = 65_550;
 
-type Driver = VirtIONetRaw<TestHal, TestTransport, 64>;
+pub(super) type Driver = VirtIONetRaw<TestHal, TestTransport, 64>;
 
 /// An interface, and the other end of its cable.
-fn cable() -> (Net, Peer) {
+pub(super) fn cable(mac: Option<MacAddress>) -> (Net, Peer) {
     let (near, far) = UnixStream::pair().unwrap();
-    (net(near), Peer(far))
+    (net(near, mac), Peer(far))
 }
 
-fn net(socket: UnixStream) -> Net {
-    Net::new(Backend::Stream(Stream::new(socket).unwrap()), Some(MAC), None).unwrap()
+fn net(socket: UnixStream, mac: Option<MacAddress>) -> Net {
+    Net::new(Backend::Stream(Stream::new(socket).unwrap()), mac, None).unwrap()
 }
 
-fn counters(handle: &DeviceHandle<Net>) -> NetMetrics {
+pub(super) fn counters(handle: &DeviceHandle<Net>) -> NetMetrics {
     match handle.metrics() {
         DeviceMetrics::Net(metrics) => metrics,
         other => panic!("{other:?}"),
@@ -38,7 +38,7 @@ fn counters(handle: &DeviceHandle<Net>) -> NetMetrics {
 }
 
 /// The program at the other end.
-struct Peer(UnixStream);
+pub(super) struct Peer(UnixStream);
 
 impl Peer {
     fn send(&mut self, frame: &[u8]) {
@@ -60,7 +60,7 @@ impl Peer {
 /// Only a failing test waits so long.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
         assert!(begin.elapsed() < PATIENCE, "{what}");
@@ -69,7 +69,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// A frame whose every byte depends on its number, its length and its place.
-fn frame(number: usize, len: usize) -> Vec<u8> {
+pub(super) fn frame(number: usize, len: usize) -> Vec<u8> {
     (0..len).map(|at| (at * 7 + at / 256 + number * 31 + len) as u8).collect()
 }
 
@@ -83,13 +83,13 @@ fn sizes() -> impl Iterator<Item = usize> + Clone {
 }
 
 /// Gives the driver's queue a buffer.
-fn give(driver: &mut Driver, buffer: &mut [u8]) -> u16 {
+pub(super) fn give(driver: &mut Driver, buffer: &mut [u8]) -> u16 {
     // SAFETY: each test takes the buffer back before it ends, or ends the device first.
     unsafe { driver.receive_begin(buffer).unwrap() }
 }
 
 /// Takes the driver's buffer back once the device has used it: header and frame.
-fn take(driver: &mut Driver, token: u16, buffer: &mut [u8]) -> Vec<u8> {
+pub(super) fn take(driver: &mut Driver, token: u16, buffer: &mut [u8]) -> Vec<u8> {
     until("no frame came", || driver.poll_receive() == Some(token));
     // SAFETY: the buffer is the one that was given for this token.
     let (header, len) = unsafe { driver.receive_complete(token, buffer).unwrap() };
@@ -102,7 +102,7 @@ fn num_buffers(packet: &[u8]) -> u16 {
 
 #[test]
 fn frames_of_every_size_leave_whole_and_in_order() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let (transport, handle) = TestTransport::with_handle(net);
     let mut driver = Driver::new(transport).unwrap();
     assert_eq!(driver.mac_address(), MAC.0);
@@ -124,7 +124,7 @@ fn frames_of_every_size_leave_whole_and_in_order() {
 
 #[test]
 fn frames_of_every_size_arrive_whole_in_one_buffer() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let mut driver = Driver::new(TestTransport::new(net)).unwrap();
     let mut buffer = vec![0; HEADER + LARGEST];
     for (number, len) in sizes().enumerate() {
@@ -140,7 +140,7 @@ fn frames_of_every_size_arrive_whole_in_one_buffer() {
 #[test]
 fn frames_of_every_size_arrive_over_several_buffers() {
     const BUFFER: usize = 1536;
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let (transport, handle) = TestTransport::with_handle(net);
     let mut driver = Driver::new(transport.with_features(F_MRG_RXBUF)).unwrap();
     let mut buffers = vec![vec![0; BUFFER]; 64];
@@ -183,7 +183,7 @@ fn two_machines_are_joined_by_a_pair() {
     let (one, other) = NetConfig::pair().unwrap();
     let mut drivers = [one, other].map(|config| {
         let NetBackend::Socket(socket) = config.backend else { panic!("{config:?}") };
-        Driver::new(TestTransport::new(net(socket.try_clone().unwrap()))).unwrap()
+        Driver::new(TestTransport::new(net(socket.try_clone().unwrap(), None))).unwrap()
     });
     let mut buffer = vec![0; 2048];
     for number in 0..200 {
@@ -197,24 +197,29 @@ fn two_machines_are_joined_by_a_pair() {
 
 #[test]
 fn frames_wait_while_there_is_no_buffer() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let (transport, handle) = TestTransport::with_handle(net);
     let mut driver = Driver::new(transport).unwrap();
-    for number in 0..300 {
-        peer.send(&frame(number, 60 + number));
-    }
+    // Soon the socket takes no more.
+    let sender = std::thread::spawn(move || {
+        for number in 0..1000 {
+            peer.send(&frame(number, 60 + number));
+        }
+        peer
+    });
     let mut buffer = vec![0; 2048];
-    for number in 0..300 {
+    for number in 0..1000 {
         let token = give(&mut driver, &mut buffer);
         let packet = take(&mut driver, token, &mut buffer);
         assert_eq!(packet[HEADER..], frame(number, 60 + number));
     }
+    sender.join().unwrap();
     assert_eq!(counters(&handle).rx_dropped, 0);
 }
 
 #[test]
 fn frames_that_do_not_fit_are_dropped_and_counted() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let (transport, handle) = TestTransport::with_handle(net);
     let mut driver = Driver::new(transport).unwrap();
     let mut buffer = vec![0; 1526];
@@ -231,7 +236,7 @@ fn frames_that_do_not_fit_are_dropped_and_counted() {
 
 #[test]
 fn what_the_other_end_does_not_take_waits_and_is_whole() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let (transport, handle) = TestTransport::with_handle(net);
     let mut driver = Driver::new(transport).unwrap();
     // More than the socket holds, in frames that it takes in part.
@@ -256,7 +261,7 @@ fn what_the_other_end_does_not_take_waits_and_is_whole() {
 
 #[test]
 fn another_end_that_vanishes_takes_the_link_down_and_nothing_else() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let (transport, handle) = TestTransport::with_handle(net);
     let generation = transport.read(0xfc);
     let mut driver = Driver::new(transport).unwrap();
@@ -289,7 +294,7 @@ fn another_end_that_vanishes_takes_the_link_down_and_nothing_else() {
 #[test]
 fn a_hostile_other_end_takes_only_the_link_down() {
     for bad in [LARGEST as u32 + 1, 1 << 31, u32::MAX] {
-        let (net, mut peer) = cable();
+        let (net, mut peer) = cable(Some(MAC));
         let (transport, handle) = TestTransport::with_handle(net);
         let _driver = Driver::new(transport).unwrap();
         peer.0.write_all(&bad.to_be_bytes()).unwrap();
@@ -300,7 +305,7 @@ fn a_hostile_other_end_takes_only_the_link_down() {
 
 #[test]
 fn hostile_frames_are_dropped() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let mut driver = RawDriver::over(TestTransport::new(net), 1);
     ram().write(&frame(5, 200), GuestAddress(BUFFERS)).unwrap();
     for chain in [
@@ -323,7 +328,7 @@ fn hostile_frames_are_dropped() {
 
 #[test]
 fn receive_buffers_without_room_are_not_written_past_their_ends() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let (transport, handle) = TestTransport::with_handle(net);
     let mut driver = RawDriver::over(transport, 0);
     ram().write(&[0xee; 64], GuestAddress(BUFFERS)).unwrap();
@@ -347,7 +352,7 @@ fn receive_buffers_without_room_are_not_written_past_their_ends() {
 
 #[test]
 fn a_storm_of_doorbells_does_nothing() {
-    let (net, mut peer) = cable();
+    let (net, mut peer) = cable(Some(MAC));
     let mut driver = RawDriver::over(TestTransport::new(net), 1);
     for bell in 0..100_000u32 {
         driver.transport.write(0x50, bell % 5);
