@@ -38,14 +38,11 @@ pub(super) const MAX_FRAME_BYTES: u64 = 65_550;
 
 /// What may be left undone in frames to the guest.
 pub(super) fn offloads(features: u64) -> Offloads {
-    // Segmentation includes checksums: a driver that wants one alone breaks the rules (§5.1.3.1).
+    // One builds on the other (§5.1.3.1); the kernel refuses what a driver chose against that.
     if features & F_GUEST_CSUM == 0 {
         return Offloads::default();
     }
-    Offloads {
-        checksum: true,
-        tso4: features & F_GUEST_TSO4 != 0,
-        tso6: features & F_GUEST_TSO6 != 0,
-        ecn: features & F_GUEST_ECN != 0,
-    }
+    let (tso4, tso6) = (features & F_GUEST_TSO4 != 0, features & F_GUEST_TSO6 != 0);
+    let ecn = (tso4 || tso6) && features & F_GUEST_ECN != 0;
+    Offloads { checksum: true, tso4, tso6, ecn }
 }

@@ -177,6 +177,7 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         self.features = 0;
+        self.backend.activate(0);
     }
 
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
