@@ -18,7 +18,7 @@ use std::os::fd::OwnedFd;
 pub(crate) use self::backend::Backend;
 use self::backend::Moved;
 use self::header::{
-    F_MAC, F_MRG_RXBUF, F_MTU, F_STATUS, HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES,
+    F_MAC, F_MRG_RXBUF, F_MTU, F_STATUS, HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES, offloads,
 };
 pub(crate) use self::passt::Passt;
 pub(crate) use self::stream::Stream;
@@ -77,6 +77,14 @@ impl Net {
         })
     }
 
+    fn choose(&mut self, features: u64) {
+        // It takes a lock of the host's whole network, so a guest gets it for a change alone.
+        if offloads(features) != offloads(self.features) {
+            self.backend.activate(features);
+        }
+        self.features = features;
+    }
+
     /// Sends what the driver has for the other end, until that takes no more.
     fn transmit(&mut self, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         match self.backend.flush() {
@@ -116,7 +124,7 @@ impl Net {
 
     fn link_lost(&mut self, error: &io::Error) {
         if self.link_up {
-            tracing::info!(mac = %self.mac, %error, "the link is down");
+            tracing::debug!(mac = %self.mac, %error, "the link is down");
             self.link_up = false;
             self.metrics.link_changes += 1;
         }
@@ -170,14 +178,12 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, features: u64) {
-        self.features = features;
         self.most_buffers = 0;
-        self.backend.activate(features);
+        self.choose(features);
     }
 
     fn reset(&mut self) {
-        self.features = 0;
-        self.backend.activate(0);
+        self.choose(0);
     }
 
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
