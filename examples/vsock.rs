@@ -10,15 +10,9 @@ use std::time::Duration;
 
 use dormouse::{Cmdline, Initramfs, Kernel, MicroVm, VmConfig, VsockConfig};
 
-/// Stock kernels have the drivers as modules, in this order; one that is built in is no file.
-const MODULES: &str = "drivers/virtio/virtio drivers/virtio/virtio_ring \
-    drivers/virtio/virtio_mmio net/vmw_vsock/vsock \
-    net/vmw_vsock/vmw_vsock_virtio_transport_common net/vmw_vsock/vmw_vsock_virtio_transport";
-
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
-for xz in /modules/*.xz; do [ -e "$xz" ] && unxz "$xz"; done
-for module in /modules/*; do insmod "$module"; done
+for module in /lib/modules/*.ko; do insmod "$module"; done
 guest-tool vsock-run 1024 /bin/sh
 poweroff -f
 "#;
@@ -27,21 +21,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let root = std::env::var_os("DORMOUSE_GUEST_ROOT").map_or("/".into(), PathBuf::from);
     let tool = std::env::var_os("DORMOUSE_GUEST_TOOL").ok_or("start it by `cargo run`")?;
     let kernel = Kernel::installed_in(&root)?;
-    let modules = kernel.modules_dir().ok_or("the kernel has no modules")?.join("kernel");
-    let mut initramfs = Initramfs::builder()
+    let modules = kernel.modules_dir().ok_or("the kernel has no modules")?;
+    let initramfs = Initramfs::builder()
         .host_file("bin/busybox", root.join("bin/busybox"))
         .host_file("bin/guest-tool", tool)
-        .file("init", 0o755, INIT);
-    for (at, name) in MODULES.split_whitespace().enumerate() {
-        for kind in ["ko", "ko.xz"] {
-            let file = modules.join(format!("{name}.{kind}"));
-            if file.exists() {
-                initramfs = initramfs.host_file(&format!("modules/{at}.{kind}"), file);
-            }
-        }
-    }
+        .file("init", 0o755, INIT)
+        .modules(modules, ["virtio_mmio", "vmw_vsock_virtio_transport"])
+        .build()?;
     let config = VmConfig::new(kernel)
-        .initramfs(initramfs.build()?)
+        .initramfs(initramfs)
         .cmdline(Cmdline::default().push("quiet")?)
         .vsock(VsockConfig::default());
 

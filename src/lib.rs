@@ -36,6 +36,7 @@
 //! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
 //! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
 //! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`CpuTemplate`] |
+//! | connect it | [`NetConfig`], [`UserNetwork`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
 //! | talk to its programs | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
@@ -81,19 +82,22 @@ mod memory;
 mod metrics;
 mod microvm;
 mod phase;
+mod tap;
 mod timings;
 mod virtio;
 mod vsock;
 
 pub use cmdline::Cmdline;
-pub use config::{BlockConfig, CpuTemplate, CpuidRegister, VmConfig, VsockConfig};
+pub use config::{
+    BlockConfig, CpuTemplate, CpuidRegister, NetConfig, UserNetwork, VmConfig, VsockConfig,
+};
 pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::ExitStatus;
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
-pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics, VsockMetrics};
+pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics, NetMetrics, VsockMetrics};
 pub use microvm::{
     AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
 };

@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["boot", "machine"],
     &["event_loop", "vsock"],
     &["kvm", "devices", "virtio"],
-    &["arch", "bus"],
+    &["arch", "bus", "tap"],
     &["disk"],
     &["memory"],
     &["config"],

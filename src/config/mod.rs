@@ -5,11 +5,14 @@
 
 mod block;
 mod cpu;
+mod network;
 mod vsock;
 
 pub use self::block::BlockConfig;
 pub(crate) use self::block::Writes;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
+pub(crate) use self::network::{MacAddress, NetBackend};
+pub use self::network::{NetConfig, UserNetwork};
 pub use self::vsock::VsockConfig;
 
 use std::io::Write;
@@ -55,6 +58,10 @@ pub(crate) enum ConfigError {
     GuestCid { cid: u32 },
     #[error("{count} vsock connections: it takes 1 to {MAX_VSOCK_CONNECTIONS}")]
     VsockConnections { count: usize },
+    #[error("an MTU of {mtu} bytes: it takes 68 to 65535")]
+    Mtu { mtu: u16 },
+    #[error("the hardware address {mac}: it takes one of a single station, not of a group")]
+    Mac { mac: MacAddress },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -168,6 +175,14 @@ impl VmConfig {
         self
     }
 
+    /// Adds a network interface. The guest finds them in the order in which they were added, as
+    /// eth0, eth1, … None unless set.
+    #[must_use]
+    pub fn network(mut self, network: NetConfig) -> Self {
+        self.machine.networks.push(network);
+        self
+    }
+
     /// Gives the guest a virtio entropy device that is fed by the host's random source. Off
     /// unless set: a guest's CPU has a random instruction of its own.
     #[must_use]
@@ -212,6 +227,7 @@ pub(crate) struct MachineConfig {
     #[serde(skip)]
     pub(crate) console_writer: Option<ConsoleOutput>,
     pub(crate) blocks: Vec<BlockConfig>,
+    pub(crate) networks: Vec<NetConfig>,
     pub(crate) entropy: bool,
     pub(crate) vsock: Option<VsockConfig>,
     pub(crate) kvm_device: PathBuf,
@@ -226,6 +242,7 @@ impl Default for MachineConfig {
             console_tail_bytes: 16 << 10,
             console_writer: None,
             blocks: Vec::new(),
+            networks: Vec::new(),
             entropy: false,
             vsock: None,
             kvm_device: Path::new("/dev/kvm").to_owned(),
@@ -245,8 +262,10 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus { count: self.vcpus });
         }
-        let count =
-            self.blocks.len() + usize::from(self.entropy) + usize::from(self.vsock.is_some());
+        let count = self.blocks.len()
+            + self.networks.len()
+            + usize::from(self.entropy)
+            + usize::from(self.vsock.is_some());
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
         }
@@ -267,6 +286,7 @@ impl MachineConfig {
                 return Err(ConfigError::VsockConnections { count });
             }
         }
+        self.networks.iter().try_for_each(NetConfig::check)?;
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
         }

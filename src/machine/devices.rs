@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{MachineError, disk_io};
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice};
-use crate::config::{BlockConfig, MachineConfig};
+use crate::config::{BlockConfig, MachineConfig, NetBackend, NetConfig};
 use crate::console::ConsoleSink;
 use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput};
 use crate::disk::Disk;
@@ -19,8 +19,10 @@ use crate::exit::ExitLatch;
 use crate::kvm::Vm;
 use crate::memory::FileIo;
 use crate::metrics::DeviceMetrics;
+use crate::tap::{Tap, TapError};
 use crate::virtio::{
-    self, Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
+    self, Backend, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt, QUEUE_NOTIFY, Rng,
+    Served, Stream, VirtioDevice,
 };
 use crate::vsock::Vsock;
 
@@ -45,6 +47,9 @@ impl Devices {
         let mut virtio = Assembly { bus: &mut bus, vm, slots: Vec::new() };
         for block in &config.blocks {
             virtio.add(disk(block)?)?;
+        }
+        for network in &config.networks {
+            virtio.add(interface(network)?)?;
         }
         if config.entropy {
             virtio.add(Rng::new().map_err(MachineError::Entropy)?)?;
@@ -89,6 +94,22 @@ fn disk(config: &BlockConfig) -> Result<Block, Error> {
     let disk = Disk::open(config)?;
     let io = FileIo::new(&disk_io::queue()?).map_err(MachineError::EventFd)?;
     Ok(Block::new(disk, io, config.queues, &config.id))
+}
+
+fn interface(config: &NetConfig) -> Result<Net, Error> {
+    let backend = match &config.backend {
+        NetBackend::Tap(name) => Backend::Tap(Tap::open(name)?),
+        NetBackend::TapFd(fd) => {
+            let fd = fd.try_clone().map_err(TapError::Clone)?;
+            Backend::Tap(Tap::from_fd(fd)?)
+        }
+        NetBackend::User(network) => Passt::start(network, config.mtu)?,
+        NetBackend::Socket(socket) => {
+            let stream = socket.try_clone().and_then(Stream::new);
+            Backend::Stream(stream.map_err(MachineError::Socket)?)
+        }
+    };
+    Ok(Net::new(backend, config.mac, config.mtu).map_err(MachineError::Entropy)?)
 }
 
 /// The virtio devices so far, in the order in which the guest finds them.

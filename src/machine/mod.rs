@@ -43,6 +43,8 @@ pub(crate) enum MachineError {
     ThreadGone,
     #[error("cannot start a thread for disks")]
     DiskThread(#[source] io::Error),
+    #[error("cannot use the network's socket")]
+    Socket(#[source] io::Error),
     #[error("cannot open the host's random source")]
     Entropy(#[source] io::Error),
     #[error("cannot make the vsock device{}", at(path.as_deref()))]

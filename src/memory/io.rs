@@ -18,7 +18,7 @@ pub(super) const MAX_IOVECS: usize = 1024;
 /// A sequence of bytes of guest RAM, in pieces.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct GuestBytes<'ram> {
-    pieces: Vec<VolatileSlice<'ram>>,
+    pub(super) pieces: Vec<VolatileSlice<'ram>>,
 }
 
 impl<'ram> GuestBytes<'ram> {

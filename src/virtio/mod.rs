@@ -9,6 +9,7 @@ mod block;
 mod handle;
 mod interrupt;
 mod mmio;
+mod net;
 mod queue;
 mod rng;
 mod state;
@@ -22,6 +23,7 @@ pub(crate) use self::block::Block;
 pub(crate) use self::handle::{DeviceHandle, WeakDeviceHandle};
 pub(crate) use self::interrupt::Interrupt;
 pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
+pub(crate) use self::net::{Backend, Net, Passt, Stream};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
 pub(crate) use self::rng::Rng;
 pub(crate) use self::state::{DeviceState, RestoreError};
@@ -31,6 +33,7 @@ pub(crate) use self::vsock::{ACCEPTED, Arrival, Backlog, NO_PORT, OpenError, REF
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum DeviceType {
+    Network = 1,
     Block = 2,
     Entropy = 4,
     Socket = 19,

@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
+use crate::config::MacAddress;
+
 /// Why a state cannot be restored.
 #[derive(Debug, ThisError)]
 pub(crate) enum RestoreError {
@@ -60,4 +62,6 @@ pub(crate) enum DeviceState {
     Stateless,
     /// The port of the host that its last connection came from.
     Vsock { last_port: u32 },
+    /// A network interface: what its driver knows of it.
+    Net { mac: MacAddress, link_up: bool },
 }

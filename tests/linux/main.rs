@@ -8,6 +8,7 @@ mod cpu;
 mod devices;
 mod disks;
 mod ends;
+mod network;
 mod programs;
 mod vsock;
 

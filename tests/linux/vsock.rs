@@ -20,12 +20,7 @@ const GUEST_PORT: u32 = 1000;
 
 /// A VM with a vsock device whose guest loads its driver and runs `script`.
 fn config(release: Release, script: &str) -> VmConfig {
-    let driver = ["vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"];
-    let before: &[&str] = match release {
-        Release::Linux6_1 => &["virtio", "virtio_ring", "virtio_mmio"],
-        Release::Linux6_12 => &["virtio_mmio"],
-    };
-    let initramfs = initramfs_with(release, &[before, &driver].concat(), script)
+    let initramfs = initramfs_with(release, &["virtio_mmio", "vmw_vsock_virtio_transport"], script)
         .host_file("bin/guest-tool", guest_tool());
     VmConfig::new(release.kernel())
         .initramfs(initramfs.build().unwrap())

@@ -6,6 +6,7 @@ use virtio_drivers::device::socket::VirtIOSocket;
 
 use super::driver::{TestHal, TestTransport};
 use super::hostile::disk;
+use super::net::{Driver, cable};
 use crate::config::VsockConfig;
 use crate::exit::ExitLatch;
 use crate::virtio::state::TransportState;
@@ -48,6 +49,14 @@ fn restore_of_state_is_the_identity_for_every_device() {
     used.call(|device, _| Ok(device.open(1).unwrap())).unwrap();
     let state = is_the_identity(&used, vsock());
     assert_eq!(state.device, DeviceState::Vsock { last_port: 1 << 30 });
+
+    let (net, _peer) = cable(None);
+    let (transport, handle) = TestTransport::with_handle(net);
+    let driver = Driver::new(transport).unwrap();
+    let (other, _its_peer) = cable(None);
+    let state = is_the_identity(&handle, other);
+    let DeviceState::Net { mac, link_up: true } = state.device else { panic!("{state:?}") };
+    assert_eq!(mac.0, driver.mac_address(), "the address is the one that the driver knows");
 }
 
 #[test]
