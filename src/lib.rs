@@ -35,7 +35,7 @@
 //! | --- | --- |
 //! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
 //! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
-//! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`CpuTemplate`] |
+//! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`RateLimit`], [`CpuTemplate`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
@@ -82,7 +82,7 @@ mod timings;
 mod virtio;
 
 pub use cmdline::Cmdline;
-pub use config::{BlockConfig, CpuTemplate, CpuidRegister, VmConfig};
+pub use config::{BlockConfig, CpuTemplate, CpuidRegister, RateLimit, VmConfig};
 pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::ExitStatus;

@@ -5,9 +5,11 @@
 
 mod block;
 mod cpu;
+mod rate_limit;
 
 pub use self::block::BlockConfig;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
+pub use self::rate_limit::RateLimit;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -44,6 +46,10 @@ pub(crate) enum ConfigError {
     VirtioDevices { count: usize },
     #[error("the id {id:?} of a disk: it takes up to 20 bytes of printable ASCII")]
     BlockId { id: String },
+    #[error("a rate limit of nothing, which no request would pass: it takes 1 or more")]
+    RateOfNothing,
+    #[error("a burst of {burst} without a rate, which it would be a burst of")]
+    BurstWithoutRate { burst: u64 },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -165,6 +171,16 @@ impl VmConfig {
         self
     }
 
+    /// Limits the entropy device, to 64 KiB a request besides; not limited unless set. It can be
+    /// changed while the guest runs, see [`MicroVm::set_entropy_rate_limit`].
+    ///
+    /// [`MicroVm::set_entropy_rate_limit`]: crate::MicroVm::set_entropy_rate_limit
+    #[must_use]
+    pub fn entropy_rate_limit(mut self, limit: RateLimit) -> Self {
+        self.machine.entropy_rate_limit = limit;
+        self
+    }
+
     /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
@@ -194,6 +210,7 @@ pub(crate) struct MachineConfig {
     pub(crate) console_writer: Option<ConsoleOutput>,
     pub(crate) blocks: Vec<BlockConfig>,
     pub(crate) entropy: bool,
+    pub(crate) entropy_rate_limit: RateLimit,
     pub(crate) kvm_device: PathBuf,
 }
 
@@ -207,6 +224,7 @@ impl Default for MachineConfig {
             console_writer: None,
             blocks: Vec::new(),
             entropy: false,
+            entropy_rate_limit: RateLimit::default(),
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
     }
@@ -232,6 +250,7 @@ impl MachineConfig {
         if let Some(block) = self.blocks.iter().find(|block| !good_id(&block.id)) {
             return Err(ConfigError::BlockId { id: block.id.clone() });
         }
+        self.entropy_rate_limit.check()?;
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
         }

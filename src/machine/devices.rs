@@ -28,6 +28,13 @@ pub(super) struct Devices {
     pub(super) serial_input: SerialInput,
     /// The virtio devices, in the order in which the guest finds them.
     pub(super) virtio: Vec<VirtioSlot>,
+    pub(super) controls: Controls,
+}
+
+/// The devices that the host has something to say to.
+#[derive(Debug, Default)]
+pub(crate) struct Controls {
+    pub(crate) entropy: Option<DeviceHandle<Rng>>,
 }
 
 impl Devices {
@@ -40,14 +47,16 @@ impl Devices {
         let mut bus = Bus::default();
         let serial_input = legacy(&mut bus, vm, exit, console)?;
         let mut virtio = Assembly { bus: &mut bus, vm, slots: Vec::new() };
+        let mut controls = Controls::default();
         for block in &config.blocks {
             virtio.add(disk(block)?)?;
         }
         if config.entropy {
-            virtio.add(Rng::new().map_err(MachineError::Entropy)?)?;
+            let rng = Rng::new(config.entropy_rate_limit).map_err(MachineError::Entropy)?;
+            controls.entropy = Some(virtio.add(rng)?);
         }
         let slots = virtio.slots;
-        Ok(Self { bus, serial_input, virtio: slots })
+        Ok(Self { bus, serial_input, virtio: slots, controls })
     }
 }
 

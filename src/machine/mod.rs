@@ -28,6 +28,7 @@ use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
+pub(crate) use devices::Controls;
 use devices::{Devices, VirtioSlot};
 
 /// Why a machine cannot be put together, beyond what its parts say.
@@ -65,6 +66,7 @@ pub(crate) struct Machine {
     serial_input: SerialInput,
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
+    controls: Controls,
     vm: Arc<Vm>,
     threads: VcpuThreads,
 }
@@ -92,7 +94,7 @@ impl Machine {
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = Console::new(config.console_tail_bytes);
         let sink = ConsoleSink::new(console.clone(), writer);
-        let Devices { bus, serial_input, virtio } =
+        let Devices { bus, serial_input, virtio, controls } =
             recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
 
         let first_run = Arc::clone(recorder.first_run());
@@ -110,7 +112,7 @@ impl Machine {
             let threads = VcpuThreads::spawn(config.vcpus, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
-        Ok((Self { exit, console, serial_input, virtio, vm, threads }, vcpus))
+        Ok((Self { exit, console, serial_input, virtio, controls, vm, threads }, vcpus))
     }
 
     /// The guest's memory.
@@ -126,6 +128,11 @@ impl Machine {
     /// What each virtio device has done.
     pub(crate) fn metrics(&self) -> Vec<DeviceMetrics> {
         self.virtio.iter().map(VirtioSlot::metrics).collect()
+    }
+
+    /// The devices that the host has something to say to.
+    pub(crate) fn controls(&self) -> &Controls {
+        &self.controls
     }
 
     /// Lets the guest run: its devices, then its vCPUs. Where a thread is gone, all vCPUs come

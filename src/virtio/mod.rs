@@ -10,6 +10,7 @@ mod handle;
 mod interrupt;
 mod mmio;
 mod queue;
+mod rate_limiter;
 mod rng;
 mod state;
 
@@ -22,6 +23,7 @@ pub(crate) use self::handle::DeviceHandle;
 pub(crate) use self::interrupt::Interrupt;
 pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
+pub(crate) use self::rate_limiter::RateLimiter;
 pub(crate) use self::rng::Rng;
 pub(crate) use self::state::{DeviceState, RestoreError};
 

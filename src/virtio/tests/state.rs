@@ -5,6 +5,7 @@ use virtio_drivers::device::rng::VirtIORng;
 
 use super::driver::{TestHal, TestTransport};
 use super::hostile::disk;
+use crate::config::RateLimit;
 use crate::virtio::state::TransportState;
 use crate::virtio::{DeviceHandle, Rng, VirtioDevice};
 
@@ -31,15 +32,15 @@ fn restore_of_state_is_the_identity_for_every_device() {
     let state = is_the_identity(&block, disk());
     assert_eq!(state.queues[0].next_used, 1);
 
-    let (transport, rng) = TestTransport::with_handle(Rng::new().unwrap());
+    let (transport, rng) = TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
     let mut driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     driver.request_entropy(&mut [0; 16]).unwrap();
-    is_the_identity(&rng, Rng::new().unwrap());
+    is_the_identity(&rng, Rng::new(RateLimit::default()).unwrap());
 }
 
 #[test]
 fn states_that_no_driver_could_have_made_are_refused() {
-    let (transport, used) = TestTransport::with_handle(Rng::new().unwrap());
+    let (transport, used) = TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
     let _driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     let good = used.state();
     let changes: [fn(&mut TransportState); 7] = [
@@ -54,7 +55,8 @@ fn states_that_no_driver_could_have_made_are_refused() {
     for change in changes {
         let mut state = good.clone();
         change(&mut state);
-        let (_transport, restored) = TestTransport::with_handle(Rng::new().unwrap());
+        let (_transport, restored) =
+            TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
         restored.restore(&state).unwrap_err();
     }
 }
