@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::RateLimit;
+
 /// A disk of a guest: a file, or a block device of the host.
 ///
 /// ```
@@ -19,13 +21,16 @@ pub struct BlockConfig {
     pub(crate) read_only: bool,
     #[serde(default)]
     pub(crate) id: String,
+    #[serde(default)]
+    pub(crate) rate_limit: RateLimit,
 }
 
 impl BlockConfig {
     /// A disk that the guest may write: as large as the file, in sectors of 512 bytes. What the
     /// guest flushes is on the host's disk (fdatasync).
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), read_only: false, id: String::new() }
+        let (id, rate_limit) = (String::new(), RateLimit::default());
+        Self { path: path.into(), read_only: false, id, rate_limit }
     }
 
     /// The guest may only read it. Such a file can be the disk of many VMs.
@@ -39,6 +44,17 @@ impl BlockConfig {
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = id.into();
+        self
+    }
+
+    /// How fast the disk is; not limited unless set. Bytes are those read and written, operations
+    /// are all requests. It can be changed while the guest runs, see
+    /// [`MicroVm::set_disk_rate_limit`].
+    ///
+    /// [`MicroVm::set_disk_rate_limit`]: crate::MicroVm::set_disk_rate_limit
+    #[must_use]
+    pub fn rate_limit(mut self, limit: RateLimit) -> Self {
+        self.rate_limit = limit;
         self
     }
 }

@@ -250,6 +250,9 @@ impl MachineConfig {
         if let Some(block) = self.blocks.iter().find(|block| !good_id(&block.id)) {
             return Err(ConfigError::BlockId { id: block.id.clone() });
         }
+        for block in &self.blocks {
+            block.rate_limit.check()?;
+        }
         self.entropy_rate_limit.check()?;
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });

@@ -34,6 +34,8 @@ pub(super) struct Devices {
 /// The devices that the host has something to say to.
 #[derive(Debug, Default)]
 pub(crate) struct Controls {
+    /// In the order of the configuration.
+    pub(crate) disks: Vec<DeviceHandle<Block>>,
     pub(crate) entropy: Option<DeviceHandle<Rng>>,
 }
 
@@ -49,7 +51,7 @@ impl Devices {
         let mut virtio = Assembly { bus: &mut bus, vm, slots: Vec::new() };
         let mut controls = Controls::default();
         for block in &config.blocks {
-            virtio.add(disk(block)?)?;
+            controls.disks.push(virtio.add(disk(block)?)?);
         }
         if config.entropy {
             let rng = Rng::new(config.entropy_rate_limit).map_err(MachineError::Entropy)?;
@@ -86,7 +88,10 @@ fn legacy(
 fn disk(config: &BlockConfig) -> Result<Block, MachineError> {
     let failed = |source| MachineError::Disk { path: config.path.clone(), source };
     let file = File::options().read(true).write(!config.read_only).open(&config.path);
-    file.and_then(|file| Block::new(file, config.read_only, &config.id)).map_err(failed)
+    let mut disk =
+        file.and_then(|file| Block::new(file, config.read_only, &config.id)).map_err(failed)?;
+    disk.set_rate_limit(config.rate_limit);
+    Ok(disk)
 }
 
 /// The virtio devices so far, in the order in which the guest finds them.

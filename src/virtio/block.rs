@@ -5,11 +5,13 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 
 use vmm_sys_util::write_zeroes::{PunchHole, WriteZeroesAt};
 
-use super::{Answer, Chain, DeviceType, QueueError, Queues, Served, VirtioDevice};
+use super::{Answer, Chain, DeviceType, QueueError, Queues, RateLimiter, Served, VirtioDevice};
+use crate::config::RateLimit;
 use crate::memory::GuestBytes;
 use crate::metrics::{BlockMetrics, DeviceMetrics};
 
@@ -56,6 +58,7 @@ pub(crate) struct Block {
     sectors: u64,
     read_only: bool,
     id: [u8; ID_BYTES],
+    limiter: RateLimiter,
     metrics: BlockMetrics,
 }
 
@@ -88,7 +91,13 @@ impl Block {
         for (byte, from) in bytes.iter_mut().zip(id.bytes()) {
             *byte = from;
         }
-        Ok(Self { file, sectors, read_only, id: bytes, metrics: BlockMetrics::default() })
+        let limiter = RateLimiter::new(RateLimit::default())?;
+        let metrics = BlockMetrics::default();
+        Ok(Self { file, sectors, read_only, id: bytes, limiter, metrics })
+    }
+
+    pub(crate) fn set_rate_limit(&mut self, limit: RateLimit) {
+        self.limiter.set(limit);
     }
 
     /// Does what a request says.
@@ -254,8 +263,24 @@ impl VirtioDevice for Block {
         config
     }
 
+    fn sources(&self) -> io::Result<Vec<OwnedFd>> {
+        Ok(vec![self.limiter.source()?])
+    }
+
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
-        queues.serve(index, |chain| Answer::Used(self.answer(chain)))
+        queues.serve(index, |chain| {
+            let framing = HEADER_BYTES + 1;
+            let data = (chain.readable.len() + chain.writable.len()).saturating_sub(framing);
+            if !self.limiter.take(data) {
+                return Answer::PutBack;
+            }
+            Answer::Used(self.answer(chain))
+        })
+    }
+
+    /// There are tokens again.
+    fn ready(&mut self, _: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        self.serve(0, queues)
     }
 
     fn metrics(&self) -> DeviceMetrics {

@@ -22,6 +22,8 @@ use crate::config::RateLimit;
 pub(crate) struct RateLimiter {
     buckets: Buckets,
     timer: OwnedFd,
+    /// The last request was refused.
+    waits: bool,
 }
 
 impl RateLimiter {
@@ -29,7 +31,7 @@ impl RateLimiter {
     pub(crate) fn new(limit: RateLimit) -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        Ok(Self { buckets: Buckets::new(limit, Instant::now()), timer })
+        Ok(Self { buckets: Buckets::new(limit, Instant::now()), timer, waits: false })
     }
 
     /// What is ready when a request that was refused may be tried again: one of the device's
@@ -41,22 +43,23 @@ impl RateLimiter {
     /// Pays for an operation of so many bytes. Where it may not be done yet nothing is paid, and
     /// the source will be ready when it may.
     pub(crate) fn take(&mut self, bytes: u64) -> bool {
-        if self.buckets.is_unlimited() {
-            return true;
+        let taken = match self.buckets.is_unlimited() {
+            true => Ok(()),
+            false => self.buckets.take(Instant::now(), bytes),
+        };
+        if let Err(wait) = taken {
+            self.wake_after(wait);
         }
-        match self.buckets.take(Instant::now(), bytes) {
-            Ok(()) => true,
-            Err(wait) => {
-                self.wake_after(wait);
-                false
-            }
-        }
+        self.waits = taken.is_err();
+        !self.waits
     }
 
     /// Changes the limit. A device that waits tries again at once.
     pub(crate) fn set(&mut self, limit: RateLimit) {
         self.buckets.set(limit, Instant::now());
-        self.wake_after(Duration::ZERO);
+        if self.waits {
+            self.wake_after(Duration::ZERO);
+        }
     }
 
     /// Arming the timer takes an expiry away that nobody has read, so that each one is an edge.

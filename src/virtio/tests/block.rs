@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use virtio_drivers::device::blk::VirtIOBlk;
 
 use super::driver::{TestHal, TestTransport};
+use crate::config::RateLimit;
 use crate::virtio::Block;
 
 /// A file of random bytes, and a driver of a disk on it.
@@ -149,4 +150,25 @@ fn discards_are_holes_and_zeroes_are_zeroes() {
     assert_eq!(raw.block_request(WRITE_ZEROES, 0, &range(0, 1, 2)), Some(2));
     assert_eq!(raw.block_request(DISCARD, 0, &[0; 15]), Some(1));
     assert_eq!(raw.block_request(99, 0, &[]), Some(2), "an unknown request is unsupported");
+}
+
+#[test]
+fn a_limited_disk_does_all_its_requests_each_when_its_time_comes() {
+    let mut disk = Disk::new("limited", 64 * 512, false);
+    let content = disk.content();
+    let mut block = Block::new(File::open(&disk.path).unwrap(), true, "").unwrap();
+    block.set_rate_limit(
+        RateLimit::default()
+            .bytes_per_second(1 << 20)
+            .burst_bytes(1024)
+            .operations_per_second(2000)
+            .burst_operations(1),
+    );
+    disk.driver = VirtIOBlk::new(TestTransport::new(block)).unwrap();
+    for sector in 0..60 {
+        // Twice the burst, after which the disk owes.
+        let mut read = vec![0; 4 * 512];
+        disk.driver.read_blocks(sector, &mut read).unwrap();
+        assert_eq!(read, content[sector * 512..(sector + 4) * 512]);
+    }
 }
