@@ -82,14 +82,16 @@ mod timings;
 mod virtio;
 
 pub use cmdline::Cmdline;
-pub use config::{BlockConfig, CpuTemplate, CpuidRegister, RateLimit, VmConfig};
+pub use config::{BalloonConfig, BlockConfig, CpuTemplate, CpuidRegister, RateLimit, VmConfig};
 pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::ExitStatus;
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
-pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics};
+pub use metrics::{
+    BalloonMetrics, BalloonStats, BalloonStatus, BlockMetrics, DeviceMetrics, EntropyMetrics,
+};
 pub use microvm::{
     AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
 };

@@ -3,10 +3,12 @@
 //! [`VmConfig`] is the whole; [`MachineConfig`] is the part that the machine itself needs, which
 //! is everything but what it boots.
 
+mod balloon;
 mod block;
 mod cpu;
 mod rate_limit;
 
+pub use self::balloon::BalloonConfig;
 pub use self::block::BlockConfig;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
 pub use self::rate_limit::RateLimit;
@@ -181,6 +183,13 @@ impl VmConfig {
         self
     }
 
+    /// Gives the guest a memory balloon. None unless set.
+    #[must_use]
+    pub fn balloon(mut self, balloon: BalloonConfig) -> Self {
+        self.machine.balloon = Some(balloon);
+        self
+    }
+
     /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
@@ -211,6 +220,7 @@ pub(crate) struct MachineConfig {
     pub(crate) blocks: Vec<BlockConfig>,
     pub(crate) entropy: bool,
     pub(crate) entropy_rate_limit: RateLimit,
+    pub(crate) balloon: Option<BalloonConfig>,
     pub(crate) kvm_device: PathBuf,
 }
 
@@ -225,6 +235,7 @@ impl Default for MachineConfig {
             blocks: Vec::new(),
             entropy: false,
             entropy_rate_limit: RateLimit::default(),
+            balloon: None,
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
     }
@@ -242,7 +253,8 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus { count: self.vcpus });
         }
-        let count = self.blocks.len() + usize::from(self.entropy);
+        let count =
+            self.blocks.len() + usize::from(self.entropy) + usize::from(self.balloon.is_some());
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
         }

@@ -19,7 +19,7 @@ use crate::exit::ExitLatch;
 use crate::kvm::Vm;
 use crate::metrics::DeviceMetrics;
 use crate::virtio::{
-    Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
+    Balloon, Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
 };
 
 /// The devices on their bus, and what the machine keeps of them.
@@ -37,6 +37,7 @@ pub(crate) struct Controls {
     /// In the order of the configuration.
     pub(crate) disks: Vec<DeviceHandle<Block>>,
     pub(crate) entropy: Option<DeviceHandle<Rng>>,
+    pub(crate) balloon: Option<DeviceHandle<Balloon>>,
 }
 
 impl Devices {
@@ -56,6 +57,9 @@ impl Devices {
         if config.entropy {
             let rng = Rng::new(config.entropy_rate_limit).map_err(MachineError::Entropy)?;
             controls.entropy = Some(virtio.add(rng)?);
+        }
+        if let Some(balloon) = config.balloon {
+            controls.balloon = Some(virtio.add(Balloon::new(balloon))?);
         }
         let slots = virtio.slots;
         Ok(Self { bus, serial_input, virtio: slots, controls })

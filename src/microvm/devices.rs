@@ -5,7 +5,8 @@ use thiserror::Error as ThisError;
 use super::{MicroVm, Running};
 use crate::config::RateLimit;
 use crate::error::{Error, ErrorKind};
-use crate::metrics::DeviceMetrics;
+use crate::metrics::{BalloonStatus, DeviceMetrics};
+use crate::virtio::{Balloon, DeviceHandle};
 
 /// Why a device cannot do what the host asks.
 #[derive(Debug, ThisError)]
@@ -14,12 +15,20 @@ enum DeviceError {
     NoEntropy,
     #[error("there is no disk {index}: the VM has {count}, counted from 0")]
     NoDisk { index: usize, count: usize },
+    #[error("the VM has no memory balloon")]
+    NoBalloon,
+    #[error("a balloon of {mib} MiB: the guest has {memory_mib} MiB of memory")]
+    BalloonTooLarge { mib: u32, memory_mib: u64 },
 }
 
 impl From<DeviceError> for Error {
     fn from(error: DeviceError) -> Self {
         let fix = match error {
             DeviceError::NoEntropy => "create it with `VmConfig::entropy(true)`",
+            DeviceError::NoBalloon => "create it with `VmConfig::balloon(…)`",
+            DeviceError::BalloonTooLarge { .. } => {
+                "leave the guest what it needs, some 64 MiB for a distribution's kernel"
+            }
             DeviceError::NoDisk { .. } => "create it with as many `VmConfig::block(…)`",
         };
         Error::new(ErrorKind::Config, error).fix(fix)
@@ -61,5 +70,52 @@ impl MicroVm<Running> {
         // It has nothing to say against it.
         let _ = entropy.call(|rng, _| Ok(rng.set_rate_limit(limit)));
         Ok(())
+    }
+
+    /// How large the memory balloon is to be, in MiB; 0 lets the guest have all its memory back.
+    ///
+    /// Returns at once. The guest's driver follows in its own time, as far as it finds memory
+    /// that it can do without: [`balloon`](Self::balloon) says how far it is. Until there is a
+    /// driver, nothing happens.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] where the VM has no balloon, or less memory than that.
+    ///
+    /// ```no_run
+    /// # fn f(vm: dormouse::MicroVm<dormouse::Running>) -> Result<(), dormouse::Error> {
+    /// vm.set_balloon_mib(256)?;
+    /// while vm.balloon()?.actual_bytes < 256 << 20 {
+    ///     std::thread::sleep(std::time::Duration::from_millis(100));
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn set_balloon_mib(&self, mib: u32) -> Result<(), Error> {
+        let balloon = self.balloon_device()?;
+        let memory_mib = self.state.machine.ram().bytes() >> 20;
+        if u64::from(mib) > memory_mib {
+            return Err(DeviceError::BalloonTooLarge { mib, memory_mib }.into());
+        }
+        const PAGES_PER_MIB: u32 = 256;
+        balloon.reconfigure(|balloon| balloon.set_target(mib * PAGES_PER_MIB));
+        Ok(())
+    }
+
+    /// How large the memory balloon is to be and is, and the guest's last known statistics. The
+    /// guest is asked for new ones, which are there some milliseconds later, at a next call.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] where the VM has no balloon.
+    pub fn balloon(&self) -> Result<BalloonStatus, Error> {
+        let balloon = self.balloon_device()?;
+        // A driver that broke its queue is not asked, and that is all.
+        let _ = balloon.call(Balloon::ask_for_stats);
+        Ok(balloon.look(Balloon::status))
+    }
+
+    fn balloon_device(&self) -> Result<&DeviceHandle<Balloon>, DeviceError> {
+        self.state.machine.controls().balloon.as_ref().ok_or(DeviceError::NoBalloon)
     }
 }

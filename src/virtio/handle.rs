@@ -100,6 +100,11 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         self.lock().act(act)
     }
 
+    /// Looks at the device on the host's behalf.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&D) -> R) -> R {
+        look(&self.lock().device)
+    }
+
     /// Changes what the driver reads in the configuration space, and tells it.
     pub(crate) fn reconfigure<R>(&self, change: impl FnOnce(&mut D) -> R) -> R {
         let mut core = self.lock();

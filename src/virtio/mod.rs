@@ -5,6 +5,7 @@
 //! [`MmioTransport`] is the only transport. Devices hold eventfds and files, never KVM handles:
 //! `machine` connects their doorbells, sources and interrupts.
 
+mod balloon;
 mod block;
 mod handle;
 mod interrupt;
@@ -18,6 +19,7 @@ use std::os::fd::OwnedFd;
 
 use crate::metrics::DeviceMetrics;
 
+pub(crate) use self::balloon::Balloon;
 pub(crate) use self::block::Block;
 pub(crate) use self::handle::DeviceHandle;
 pub(crate) use self::interrupt::Interrupt;
@@ -33,6 +35,7 @@ pub(crate) use self::state::{DeviceState, RestoreError};
 pub(crate) enum DeviceType {
     Block = 2,
     Entropy = 4,
+    Balloon = 5,
 }
 
 /// Feature bits of every device (§6): the device is not a legacy one.
@@ -133,6 +136,7 @@ pub(crate) trait VirtioDevice: Send {
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         match state {
             DeviceState::Stateless => Ok(()),
+            _ => Err(RestoreError::Device),
         }
     }
 }

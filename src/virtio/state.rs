@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
+use crate::metrics::BalloonStats;
+
 /// Why a state cannot be restored.
 #[derive(Debug, ThisError)]
 pub(crate) enum RestoreError {
@@ -13,6 +15,8 @@ pub(crate) enum RestoreError {
     QueueCount { found: usize, expected: usize },
     #[error("queue {index} is outside of memory, or larger than the device's")]
     Queue { index: usize },
+    #[error("the state is of another kind of device")]
+    Device,
     #[error("the driver's features {found:#x} are not among those of the device, {offered:#x}")]
     Features { found: u64, offered: u64 },
 }
@@ -56,4 +60,6 @@ pub(crate) struct QueueState {
 pub(crate) enum DeviceState {
     /// Nothing: its file, or its peer, has it all.
     Stateless,
+    /// A memory balloon: how large it is to be and is, and the driver's buffer for statistics.
+    Balloon { num_pages: u32, actual: u32, stats_buffer: Option<u16>, stats: Option<BalloonStats> },
 }

@@ -10,7 +10,7 @@ use dormouse::{BlockConfig, Cmdline, ExitStatus, VmConfig};
 use crate::{Release, guest_root, initramfs, run};
 
 /// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
-fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
+pub fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
     let mut load = String::new();
     let mut files = Vec::new();
     for module in modules {

@@ -2,11 +2,15 @@
 //! machine that has one where this one does not, and brings the kernels.
 
 mod acpi;
+mod balloon;
 mod boot;
 mod console;
 mod cpu;
 mod devices;
 mod ends;
+#[path = "../payload/resources.rs"]
+#[allow(dead_code, reason = "nothing is counted here")]
+mod resources;
 
 use std::env;
 use std::fs;

@@ -4,8 +4,8 @@ use virtio_drivers::transport::{DeviceStatus, Transport};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{TestTransport, ram};
-use crate::config::RateLimit;
-use crate::virtio::{Block, Rng, VirtioDevice};
+use crate::config::{BalloonConfig, RateLimit};
+use crate::virtio::{Balloon, Block, Rng, VirtioDevice};
 
 const SIZE: u16 = 16;
 /// Where the driver keeps things.
@@ -134,9 +134,10 @@ fn chains_that_break_the_rules_stop_the_device_until_it_is_reset() {
         ("an indirect table of no descriptors", vec![Raw(BUFFERS, 0, INDIRECT, 0)]),
     ];
     for (name, chain) in bad {
-        for device in ["block", "rng"] {
+        for device in ["block", "balloon", "rng"] {
             let mut driver = match device {
                 "block" => RawDriver::new(disk()),
+                "balloon" => RawDriver::new(Balloon::new(BalloonConfig::default())),
                 _ => RawDriver::new(Rng::new(RateLimit::default()).unwrap()),
             };
             driver.submit(&chain);

@@ -2,12 +2,14 @@
 
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::device::rng::VirtIORng;
+use virtio_drivers::transport::Transport;
 
+use super::balloon;
 use super::driver::{TestHal, TestTransport};
 use super::hostile::disk;
-use crate::config::RateLimit;
-use crate::virtio::state::TransportState;
-use crate::virtio::{DeviceHandle, Rng, VirtioDevice};
+use crate::config::{BalloonConfig, RateLimit};
+use crate::virtio::state::{DeviceState, TransportState};
+use crate::virtio::{Balloon, DeviceHandle, Rng, VirtioDevice};
 
 /// What a device is after a driver has worked with it, through JSON.
 fn through_json(state: &TransportState) -> TransportState {
@@ -36,6 +38,21 @@ fn restore_of_state_is_the_identity_for_every_device() {
     let mut driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     driver.request_entropy(&mut [0; 16]).unwrap();
     is_the_identity(&rng, Rng::new(RateLimit::default()).unwrap());
+
+    let new = || Balloon::new(BalloonConfig::default());
+    let mut driver = balloon::Driver::new(BalloonConfig::default(), 0b10, &[2]);
+    driver.host.reconfigure(|balloon| balloon.set_target(77));
+    driver.transport.write_config_space(4, 33u32).unwrap();
+    // SAFETY: the buffer is a copy in the test's RAM, by TestHal, and static.
+    unsafe { driver.queues[0].add(&[b"\x04\0abcdefgh"], &mut []) }.unwrap();
+    driver.transport.notify(2);
+    let state = is_the_identity(&driver.host, new());
+    let DeviceState::Balloon { num_pages: 77, actual: 33, stats_buffer: Some(0), stats } =
+        state.device
+    else {
+        panic!("{:?}", state.device);
+    };
+    assert_eq!(stats.unwrap().memfree, Some(u64::from_le_bytes(*b"abcdefgh")));
 }
 
 #[test]
@@ -43,7 +60,11 @@ fn states_that_no_driver_could_have_made_are_refused() {
     let (transport, used) = TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
     let _driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     let good = used.state();
-    let changes: [fn(&mut TransportState); 7] = [
+    let changes: [fn(&mut TransportState); 8] = [
+        |state| {
+            state.device =
+                DeviceState::Balloon { num_pages: 0, actual: 0, stats_buffer: None, stats: None }
+        },
         |state| state.queues.clear(),
         |state| state.queues.push(state.queues[0]),
         |state| state.queues[0].size = 3,
