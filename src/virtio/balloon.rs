@@ -95,9 +95,13 @@ impl Balloon {
 
     /// Asks the guest for new statistics, and does not wait for them.
     pub(crate) fn ask_for_stats(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
+        if self.features & F_STATS_VQ == 0 {
+            return Ok(());
+        }
+        // Linux rings for its first answer before it says DRIVER_OK, which nobody hears.
+        self.serve_stats(queues)?;
         let ram = queues.ram();
-        if self.features & F_STATS_VQ != 0
-            && let Some(queue) = queues.get(STATSQ)
+        if let Some(queue) = queues.get(STATSQ)
             && let Some(head) = self.stats_buffer.take()
         {
             queue.add_used(ram, head, 0)?;

@@ -189,6 +189,16 @@ fn statistics_come_when_the_host_asks_and_are_kept() {
 }
 
 #[test]
+fn statistics_whose_doorbell_came_too_early_are_found() {
+    let mut driver = Driver::new(BalloonConfig::default(), STATS, &[2]);
+    // SAFETY: the buffer is a copy in the test's RAM, by TestHal, and static.
+    unsafe { driver.queues[0].add(&[b"\x04\0abcdefgh"], &mut []) }.unwrap();
+    driver.host.call(Balloon::ask_for_stats).unwrap();
+    assert!(driver.queues[0].can_pop());
+    assert!(driver.host.look(Balloon::status).stats.unwrap().memfree.is_some());
+}
+
+#[test]
 fn a_driver_with_many_buffers_for_statistics_gets_all_but_one_back() {
     let mut driver = Driver::new(BalloonConfig::default(), STATS, &[0, 1, 2]);
     let queue = &mut driver.queues[2];
