@@ -36,6 +36,7 @@
 //! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
 //! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
 //! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`RateLimit`], [`CpuTemplate`] |
+//! | take memory back from it | [`BalloonConfig`], [`BalloonStatus`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
@@ -46,7 +47,8 @@
 //! The library installs no signal handler, touches no terminal, writes to no standard stream,
 //! never exits or aborts, and keeps nothing behind: descriptors, mappings and threads of a VM are
 //! gone within milliseconds of its drop. Calls block, for the times that they document; none
-//! needs an async runtime. Threads are named `dormouse-…`. SIGSTKFLT is sent to vCPU
+//! needs an async runtime. Threads are named `dormouse-…`; seccomp confines them, and what of
+//! yours runs on them (see [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU
 //! threads, which have it blocked: it is never delivered. A process that uses that signal itself
 //! must not send it to the process as a whole.
 //!
@@ -78,6 +80,7 @@ mod memory;
 mod metrics;
 mod microvm;
 mod phase;
+mod seccomp;
 mod timings;
 mod virtio;
 

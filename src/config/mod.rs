@@ -190,6 +190,20 @@ impl VmConfig {
         self
     }
 
+    /// Whether the threads that run vCPUs are confined by seccomp. On unless set: such a thread
+    /// may then use what is open, write, lock, allocate memory, sleep and read clocks; what it
+    /// may not, such as opening a file or starting a thread or a program, fails with EPERM. That
+    /// holds for what the embedding program does there too: in a console writer, a subscriber of
+    /// `tracing`, or a handler of a fault. Files that they need are opened before.
+    ///
+    /// `false` lifts it for this VM's vCPU threads. The device thread, which serves all VMs, is
+    /// confined always.
+    #[must_use]
+    pub fn seccomp(mut self, on: bool) -> Self {
+        self.machine.seccomp = on;
+        self
+    }
+
     /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
@@ -221,6 +235,7 @@ pub(crate) struct MachineConfig {
     pub(crate) entropy: bool,
     pub(crate) entropy_rate_limit: RateLimit,
     pub(crate) balloon: Option<BalloonConfig>,
+    pub(crate) seccomp: bool,
     pub(crate) kvm_device: PathBuf,
 }
 
@@ -236,6 +251,7 @@ impl Default for MachineConfig {
             entropy: false,
             entropy_rate_limit: RateLimit::default(),
             balloon: None,
+            seccomp: true,
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
     }

@@ -26,6 +26,7 @@ use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
+use crate::seccomp::Confinement;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
 pub(crate) use devices::Controls;
@@ -109,7 +110,8 @@ impl Machine {
                 })
                 .collect::<Result<Vec<_>, KvmError>>()?;
             let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
-            let threads = VcpuThreads::spawn(config.vcpus, bus, vm, exit, first_run)?;
+            let confinement = config.seccomp.then_some(Confinement::Vcpu);
+            let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
         Ok((Self { exit, console, serial_input, virtio, controls, vm, threads }, vcpus))

@@ -5,6 +5,7 @@ mod guest;
 mod lifecycle;
 mod limits;
 mod resources;
+mod seccomp;
 
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
