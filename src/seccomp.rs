@@ -10,15 +10,16 @@
 //! Source: Linux Documentation/userspace-api/seccomp_filter.rst. The lists are what the threads
 //! were seen to call, what their C library calls on rarer paths, and what such code may need.
 
+mod program;
+
 use std::collections::BTreeMap;
 use std::process;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
+use seccompiler::BpfProgram;
 use thiserror::Error as ThisError;
+
+use self::program::{Allowed, Condition, compile};
 
 /// Calls of the language's and the C library's own, and of what the embedding program runs here.
 const RUNTIME: &[i64] = &[
@@ -93,21 +94,17 @@ const DESCRIPTORS: &[i64] = &[
 ];
 
 /// `ioctl` requests on open descriptors.
-const FIONBIO: u64 = 0x5421; // vsock: sockets that are not waited for
-const TCGETS: u64 = 0x5401; // a console writer asks whether it writes to a terminal
-const TUNSETOFFLOAD: u64 = 0x4004_54d0; // a network's driver begins
+const FIONBIO: u32 = 0x5421; // vsock: sockets that are not waited for
+const TCGETS: u32 = 0x5401; // a console writer asks whether it writes to a terminal
+const TUNSETOFFLOAD: u32 = 0x4004_54d0; // a network's driver begins
 /// Those of a vCPU.
-const KVM_RUN: u64 = 0xae80;
-const KVM_GET_REGS: u64 = 0x8090_ae81; // where a guest crashed
+const KVM_RUN: u32 = 0xae80;
+const KVM_GET_REGS: u32 = 0x8090_ae81; // where a guest crashed
 
 /// Why a thread cannot be confined.
 #[derive(Debug, ThisError)]
-pub(crate) enum SeccompError {
-    #[error("cannot compile a seccomp filter: {0}")]
-    Compile(#[from] BackendError),
-    #[error("the kernel takes no seccomp filter: {0}")]
-    Apply(#[from] seccompiler::Error),
-}
+#[error("the kernel takes no seccomp filter: {0}")]
+pub(crate) struct SeccompError(#[from] seccompiler::Error);
 
 /// A thread of ours, by what it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,77 +125,59 @@ static PROGRAMS: Mutex<Option<Arc<Programs>>> = Mutex::new(None);
 impl Confinement {
     /// Confines the calling thread, for the rest of its life.
     pub(crate) fn apply(self) -> Result<(), SeccompError> {
-        let programs = programs()?;
+        let programs = programs();
         Ok(seccompiler::apply_filter(match self {
             Self::Device => &programs.device,
             Self::Vcpu => &programs.vcpu,
         })?)
     }
 
-    fn compile(self) -> Result<BpfProgram, BackendError> {
-        let mut rules = BTreeMap::new();
-        for call in RUNTIME.iter().chain(DESCRIPTORS) {
-            rules.insert(*call, Vec::new());
-        }
+    fn compile(self) -> BpfProgram {
+        let mut calls: BTreeMap<i64, Option<Condition>> =
+            RUNTIME.iter().chain(DESCRIPTORS).map(|call| (*call, None)).collect();
         // A kick, or an abort: signals for this process alone.
-        let own_process = vec![equals(0, process::id().into())?];
-        rules.insert(libc::SYS_tgkill, own_process);
+        calls.insert(libc::SYS_tgkill, is(0, &[process::id()]));
         // Memory for data, never for code.
-        let no_code = |call| Ok::<_, BackendError>((call, vec![lacks(2, libc::PROT_EXEC as u64)?]));
-        rules.extend([no_code(libc::SYS_mmap)?, no_code(libc::SYS_mprotect)?]);
+        let no_code = Condition { argument: 2, mask: libc::PROT_EXEC as u32, values: vec![0] };
+        calls.insert(libc::SYS_mmap, Some(no_code.clone()));
+        calls.insert(libc::SYS_mprotect, Some(no_code));
         // vsock, with a program that listens or one that has the other end: sockets of this host.
-        let local = |call| Ok::<_, BackendError>((call, vec![equals(0, libc::AF_UNIX as u64)?]));
-        rules.extend([local(libc::SYS_socket)?, local(libc::SYS_socketpair)?]);
-        // A second descriptor of a file, and whether it is waited for; no signals when it is ready.
+        calls.insert(libc::SYS_socket, is(0, &[libc::AF_UNIX as u32]));
+        calls.insert(libc::SYS_socketpair, is(0, &[libc::AF_UNIX as u32]));
+        // A second descriptor of a file, and whether it is waited for; no signals from it.
         let commands = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL];
-        let commands = commands.iter().map(|command| equals(1, *command as u64));
-        rules.insert(libc::SYS_fcntl, commands.collect::<Result<_, _>>()?);
-        let requests: &[u64] = match self {
+        calls.insert(libc::SYS_fcntl, is(1, &commands.map(|command| command as u32)));
+        let requests: &[u32] = match self {
             Self::Device => &[FIONBIO, TCGETS, TUNSETOFFLOAD],
             Self::Vcpu => &[KVM_RUN, KVM_GET_REGS, FIONBIO, TCGETS, TUNSETOFFLOAD],
         };
-        let requests = requests.iter().map(|request| equals(1, *request));
-        rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
+        calls.insert(libc::SYS_ioctl, is(1, requests));
         if self == Self::Vcpu {
             // The last of a VM's threads takes its devices down: vsock's socket has a name.
-            rules.insert(libc::SYS_unlink, Vec::new());
+            calls.insert(libc::SYS_unlink, None);
         }
-        let refused = SeccompAction::Errno(libc::EPERM as u32);
-        let arch = TargetArch::x86_64;
-        SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()
+        let calls: Vec<Allowed> =
+            calls.into_iter().map(|(number, condition)| (number as u32, condition)).collect();
+        compile(&calls)
     }
 }
 
+/// An argument is one of these.
+fn is(argument: u8, values: &[u32]) -> Option<Condition> {
+    Some(Condition { argument, mask: u32::MAX, values: values.to_vec() })
+}
+
 /// The compiled programs: made once in a process.
-fn programs() -> Result<Arc<Programs>, BackendError> {
+fn programs() -> Arc<Programs> {
     let mut made = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
     let process = process::id();
     if let Some(programs) = &*made
         && programs.process == process
     {
-        return Ok(Arc::clone(programs));
+        return Arc::clone(programs);
     }
-    let (device, vcpu) = (Confinement::Device.compile()?, Confinement::Vcpu.compile()?);
-    Ok(Arc::clone(made.insert(Arc::new(Programs { process, device, vcpu }))))
-}
-
-/// An argument of 32 bits is this.
-fn equals(argument: u8, value: u64) -> Result<SeccompRule, BackendError> {
-    condition(argument, SeccompCmpOp::Eq, value)
-}
-
-/// An argument of 32 bits has none of these bits.
-fn lacks(argument: u8, bits: u64) -> Result<SeccompRule, BackendError> {
-    condition(argument, SeccompCmpOp::MaskedEq(bits), 0)
-}
-
-fn condition(
-    argument: u8,
-    operator: SeccompCmpOp,
-    value: u64,
-) -> Result<SeccompRule, BackendError> {
-    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
-    SeccompRule::new(vec![condition])
+    let (device, vcpu) = (Confinement::Device.compile(), Confinement::Vcpu.compile());
+    Arc::clone(made.insert(Arc::new(Programs { process, device, vcpu })))
 }
 
 #[cfg(test)]
