@@ -47,6 +47,8 @@ const RUNTIME: &[i64] = &[
     libc::SYS_sigaltstack,       // the thread's end frees the stack for such handlers
     libc::SYS_exit,              // the thread's end
     libc::SYS_exit_group,        // code of the embedding program may end it here
+    // A backtrace asks where the program is, and the answer is kept for those of all threads.
+    libc::SYS_readlink,
     // The C library changes the user of a process in each of its threads, and aborts where they
     // disagree.
     libc::SYS_setuid,

@@ -194,7 +194,8 @@ impl VmConfig {
     /// may then use what is open, write, lock, allocate memory, sleep and read clocks; what it
     /// may not, such as opening a file or starting a thread or a program, fails with EPERM. That
     /// holds for what the embedding program does there too: in a console writer, a subscriber of
-    /// `tracing`, or a handler of a fault. Files that they need are opened before.
+    /// `tracing`, or a handler of a fault. Files that they need are opened before; the backtrace
+    /// of a panic there has addresses without names.
     ///
     /// `false` lifts it for this VM's vCPU threads. The device thread, which serves all VMs, is
     /// confined always.

@@ -88,3 +88,28 @@ fn a_console_writer_that_opens_a_file_gets_an_error_and_the_guest_goes_on() {
         assert_eq!(vm.terminate().exit_status(), &ExitStatus::Terminated);
     }
 }
+
+#[test]
+fn a_backtrace_on_a_confined_thread_spoils_none_elsewhere() {
+    if !resources::alone("a_backtrace_on_a_confined_thread_spoils_none_elsewhere") {
+        return;
+    }
+    /// Takes a backtrace at each write.
+    struct Traces(Sender<String>);
+    impl Write for Traces {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.send(std::backtrace::Backtrace::force_capture().to_string());
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let (sender, traces) = channel();
+    let vm = MicroVm::create(config(&Program::Heartbeat).console(Traces(sender))).unwrap();
+    let vm = vm.start().unwrap();
+    assert!(!traces.recv_timeout(PATIENCE).unwrap().is_empty());
+    assert_eq!(vm.terminate().exit_status(), &ExitStatus::Terminated);
+    let trace = std::backtrace::Backtrace::force_capture().to_string();
+    assert!(trace.contains("a_backtrace_on_a_confined_thread"), "{trace}");
+}
