@@ -53,7 +53,7 @@ impl MicroVm<Running> {
         limit.check()?;
         let disks = &self.state.machine.controls().disks;
         let no_disk = DeviceError::NoDisk { index, count: disks.len() };
-        let _ = disks.get(index).ok_or(no_disk)?.call(|disk, _| Ok(disk.set_rate_limit(limit)));
+        disks.get(index).ok_or(no_disk)?.with(|disk| disk.set_rate_limit(limit));
         Ok(())
     }
 
@@ -67,8 +67,7 @@ impl MicroVm<Running> {
         limit.check()?;
         let entropy = self.state.machine.controls().entropy.as_ref();
         let entropy = entropy.ok_or(DeviceError::NoEntropy)?;
-        // It has nothing to say against it.
-        let _ = entropy.call(|rng, _| Ok(rng.set_rate_limit(limit)));
+        entropy.with(|rng| rng.set_rate_limit(limit));
         Ok(())
     }
 
@@ -112,7 +111,7 @@ impl MicroVm<Running> {
         let balloon = self.balloon_device()?;
         // A driver that broke its queue is not asked, and that is all.
         let _ = balloon.call(Balloon::ask_for_stats);
-        Ok(balloon.look(Balloon::status))
+        Ok(balloon.with(|balloon| balloon.status()))
     }
 
     fn balloon_device(&self) -> Result<&DeviceHandle<Balloon>, DeviceError> {

@@ -100,9 +100,9 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         self.lock().act(act)
     }
 
-    /// Looks at the device on the host's behalf.
-    pub(crate) fn look<R>(&self, look: impl FnOnce(&D) -> R) -> R {
-        look(&self.lock().device)
+    /// Looks at the device, or changes what its queues have no part in.
+    pub(crate) fn with<R>(&self, act: impl FnOnce(&mut D) -> R) -> R {
+        act(&mut self.lock().device)
     }
 
     /// Changes what the driver reads in the configuration space, and tells it.

@@ -142,11 +142,11 @@ fn the_target_reaches_the_driver_and_its_size_the_host() {
     driver.transport.write_config_space(0, 1u32).unwrap();
     driver.transport.write_config_space(8, 1u32).unwrap();
     driver.transport.write_config_space(4, 1u64).unwrap();
-    let status = driver.host.look(Balloon::status);
+    let status = driver.host.with(|balloon| balloon.status());
     assert_eq!((status.target_bytes, status.actual_bytes), (5000 * PAGE, 4711 * PAGE));
     assert_eq!(driver.transport.read_config_space::<u64>(8).unwrap(), 0);
     driver.transport.set_status(DeviceStatus::empty());
-    let status = driver.host.look(Balloon::status);
+    let status = driver.host.with(|balloon| balloon.status());
     assert_eq!((status.target_bytes, status.actual_bytes), (5000 * PAGE, 0));
 }
 
@@ -159,7 +159,7 @@ fn answer(stats: &[(u16, u64)]) -> Vec<u8> {
 #[test]
 fn statistics_come_when_the_host_asks_and_are_kept() {
     let mut driver = Driver::new(BalloonConfig::default(), STATS, &[0, 1, 2]);
-    assert_eq!(driver.host.look(Balloon::status).stats, None);
+    assert_eq!(driver.host.with(|balloon| balloon.status()).stats, None);
     driver.host.call(Balloon::ask_for_stats).unwrap();
     let transport = &mut driver.transport;
     let queue = &mut driver.queues[2];
@@ -172,7 +172,7 @@ fn statistics_come_when_the_host_asks_and_are_kept() {
         assert_eq!(queue.peek_used(), Some(token));
         // SAFETY: the same buffer.
         unsafe { queue.pop_used(token, &[driver_answer], &mut []) }.unwrap();
-        driver.host.look(Balloon::status).stats.unwrap()
+        driver.host.with(|balloon| balloon.status()).stats.unwrap()
     };
     let begin = std::time::SystemTime::now();
     let stats = offer(&answer(&[(4, 100), (5, 200), (0, 7), (9, 9), (10, 1), (4, 300)]));
@@ -195,7 +195,7 @@ fn statistics_whose_doorbell_came_too_early_are_found() {
     unsafe { driver.queues[0].add(&[b"\x04\0abcdefgh"], &mut []) }.unwrap();
     driver.host.call(Balloon::ask_for_stats).unwrap();
     assert!(driver.queues[0].can_pop());
-    assert!(driver.host.look(Balloon::status).stats.unwrap().memfree.is_some());
+    assert!(driver.host.with(|balloon| balloon.status()).stats.unwrap().memfree.is_some());
 }
 
 #[test]
@@ -261,5 +261,5 @@ fn queues_whose_features_were_not_chosen_are_left_alone() {
         assert!(!driver.queues[queue].can_pop());
     }
     driver.host.call(Balloon::ask_for_stats).unwrap();
-    assert_eq!(driver.host.look(Balloon::status).stats, None);
+    assert_eq!(driver.host.with(|balloon| balloon.status()).stats, None);
 }
