@@ -35,8 +35,9 @@
 //! | --- | --- |
 //! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
 //! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
-//! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`CpuTemplate`] |
+//! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`RateLimit`], [`CpuTemplate`] |
 //! | connect it | [`NetConfig`], [`UserNetwork`] |
+//! | take memory back from it | [`BalloonConfig`], [`BalloonStatus`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
 //! | talk to its programs | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
@@ -48,7 +49,8 @@
 //! The library installs no signal handler, touches no terminal, writes to no standard stream,
 //! never exits or aborts, and keeps nothing behind: descriptors, mappings and threads of a VM are
 //! gone within milliseconds of its drop. Calls block, for the times that they document; none
-//! needs an async runtime. Threads are named `dormouse-…`. SIGSTKFLT is sent to vCPU
+//! needs an async runtime. Threads are named `dormouse-…`; seccomp confines them, and what of
+//! yours runs on them (see [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU
 //! threads, which have it blocked: it is never delivered. A process that uses that signal itself
 //! must not send it to the process as a whole.
 //!
@@ -82,6 +84,7 @@ mod memory;
 mod metrics;
 mod microvm;
 mod phase;
+mod seccomp;
 mod tap;
 mod timings;
 mod virtio;
@@ -89,7 +92,8 @@ mod vsock;
 
 pub use cmdline::Cmdline;
 pub use config::{
-    BlockConfig, CpuTemplate, CpuidRegister, NetConfig, UserNetwork, VmConfig, VsockConfig,
+    BalloonConfig, BlockConfig, CpuTemplate, CpuidRegister, NetConfig, RateLimit, UserNetwork,
+    VmConfig, VsockConfig,
 };
 pub use console::Console;
 pub use error::{Error, ErrorKind};
@@ -97,7 +101,10 @@ pub use exit::ExitStatus;
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
-pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics, NetMetrics, VsockMetrics};
+pub use metrics::{
+    BalloonMetrics, BalloonStats, BalloonStatus, BlockMetrics, DeviceMetrics, EntropyMetrics,
+    NetMetrics, VsockMetrics,
+};
 pub use microvm::{
     AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
 };

@@ -1,5 +1,9 @@
 //! What devices have done, as plain counters.
 
+mod balloon;
+
+pub use self::balloon::{BalloonMetrics, BalloonStats, BalloonStatus};
+
 use serde::{Deserialize, Serialize};
 
 /// What a device of a VM has done since the VM was created.
@@ -15,6 +19,8 @@ pub enum DeviceMetrics {
     Entropy(EntropyMetrics),
     /// The vsock device.
     Vsock(VsockMetrics),
+    /// The memory balloon.
+    Balloon(BalloonMetrics),
 }
 
 /// What a disk has done. Bytes are those of requests that were answered without an error.

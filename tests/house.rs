@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["kernel", "initramfs", "cmdline", "console"],
     &["timings", "compression"],
     &["error"],
-    &["phase", "exit", "metrics", "input_file"],
+    &["phase", "exit", "metrics", "input_file", "seccomp"],
 ];
 
 /// Who may import whom within a layer: (importer, imported). Each is a step towards one module.

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::RateLimit;
+
 /// A disk of a guest: a file, or a block device of the host.
 ///
 /// The file is locked (flock) while the VM has it: by one VM that writes to it, or by any number
@@ -27,6 +29,8 @@ pub struct BlockConfig {
     pub(crate) direct: bool,
     #[serde(default = "one")]
     pub(crate) queues: u16,
+    #[serde(default)]
+    pub(crate) rate_limit: RateLimit,
 }
 
 /// What becomes of a guest's writes.
@@ -49,7 +53,8 @@ impl BlockConfig {
     /// guest flushes is on the host's disk (fdatasync).
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let writes = Writes::default();
-        Self { path: path.into(), writes, id: String::new(), direct: false, queues: 1 }
+        let (id, rate_limit) = (String::new(), RateLimit::default());
+        Self { path: path.into(), writes, id, direct: false, queues: 1, rate_limit }
     }
 
     /// The guest may only read it. Such a file can be the disk of many VMs.
@@ -98,6 +103,17 @@ impl BlockConfig {
     #[must_use]
     pub fn queues(mut self, count: u16) -> Self {
         self.queues = count;
+        self
+    }
+
+    /// How fast the disk is; not limited unless set. Bytes are those read and written, operations
+    /// are all requests. It can be changed while the guest runs, see
+    /// [`MicroVm::set_disk_rate_limit`].
+    ///
+    /// [`MicroVm::set_disk_rate_limit`]: crate::MicroVm::set_disk_rate_limit
+    #[must_use]
+    pub fn rate_limit(mut self, limit: RateLimit) -> Self {
+        self.rate_limit = limit;
         self
     }
 }

@@ -3,16 +3,20 @@
 //! [`VmConfig`] is the whole; [`MachineConfig`] is the part that the machine itself needs, which
 //! is everything but what it boots.
 
+mod balloon;
 mod block;
 mod cpu;
 mod network;
+mod rate_limit;
 mod vsock;
 
+pub use self::balloon::BalloonConfig;
 pub use self::block::BlockConfig;
 pub(crate) use self::block::Writes;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
 pub(crate) use self::network::{MacAddress, NetBackend};
 pub use self::network::{NetConfig, UserNetwork};
+pub use self::rate_limit::RateLimit;
 pub use self::vsock::VsockConfig;
 
 use std::io::Write;
@@ -62,6 +66,10 @@ pub(crate) enum ConfigError {
     Mtu { mtu: u16 },
     #[error("the hardware address {mac}: it takes one of a single station, not of a group")]
     Mac { mac: MacAddress },
+    #[error("a rate limit of nothing, which no request would pass: it takes 1 or more")]
+    RateOfNothing,
+    #[error("a burst of {burst} without a rate, which it would be a burst of")]
+    BurstWithoutRate { burst: u64 },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -199,6 +207,38 @@ impl VmConfig {
         self
     }
 
+    /// Limits the entropy device, to 64 KiB a request besides; not limited unless set. It can be
+    /// changed while the guest runs, see [`MicroVm::set_entropy_rate_limit`].
+    ///
+    /// [`MicroVm::set_entropy_rate_limit`]: crate::MicroVm::set_entropy_rate_limit
+    #[must_use]
+    pub fn entropy_rate_limit(mut self, limit: RateLimit) -> Self {
+        self.machine.entropy_rate_limit = limit;
+        self
+    }
+
+    /// Gives the guest a memory balloon. None unless set.
+    #[must_use]
+    pub fn balloon(mut self, balloon: BalloonConfig) -> Self {
+        self.machine.balloon = Some(balloon);
+        self
+    }
+
+    /// Whether the threads that run vCPUs are confined by seccomp. On unless set: such a thread
+    /// may then use what is open, write, lock, allocate memory, sleep and read clocks; what it
+    /// may not, such as opening a file or starting a thread or a program, fails with EPERM. That
+    /// holds for what the embedding program does there too: in a console writer, a subscriber of
+    /// `tracing`, or a handler of a fault. Files that they need are opened before; the backtrace
+    /// of a panic there has addresses without names.
+    ///
+    /// `false` lifts it for this VM's vCPU threads. The device thread, which serves all VMs, is
+    /// confined always.
+    #[must_use]
+    pub fn seccomp(mut self, on: bool) -> Self {
+        self.machine.seccomp = on;
+        self
+    }
+
     /// The KVM device node; `/dev/kvm` unless set. For a jail that has it elsewhere.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
@@ -230,6 +270,9 @@ pub(crate) struct MachineConfig {
     pub(crate) networks: Vec<NetConfig>,
     pub(crate) entropy: bool,
     pub(crate) vsock: Option<VsockConfig>,
+    pub(crate) entropy_rate_limit: RateLimit,
+    pub(crate) balloon: Option<BalloonConfig>,
+    pub(crate) seccomp: bool,
     pub(crate) kvm_device: PathBuf,
 }
 
@@ -245,6 +288,9 @@ impl Default for MachineConfig {
             networks: Vec::new(),
             entropy: false,
             vsock: None,
+            entropy_rate_limit: RateLimit::default(),
+            balloon: None,
+            seccomp: true,
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
     }
@@ -265,6 +311,7 @@ impl MachineConfig {
         let count = self.blocks.len()
             + self.networks.len()
             + usize::from(self.entropy)
+            + usize::from(self.balloon.is_some())
             + usize::from(self.vsock.is_some());
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
@@ -287,6 +334,10 @@ impl MachineConfig {
             }
         }
         self.networks.iter().try_for_each(NetConfig::check)?;
+        for block in &self.blocks {
+            block.rate_limit.check()?;
+        }
+        self.entropy_rate_limit.check()?;
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
         }

@@ -21,8 +21,8 @@ use crate::memory::FileIo;
 use crate::metrics::DeviceMetrics;
 use crate::tap::{Tap, TapError};
 use crate::virtio::{
-    self, Backend, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt, QUEUE_NOTIFY, Rng,
-    Served, Stream, VirtioDevice,
+    self, Backend, Balloon, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt,
+    QUEUE_NOTIFY, Rng, Served, Stream, VirtioDevice,
 };
 use crate::vsock::Vsock;
 
@@ -33,6 +33,16 @@ pub(super) struct Devices {
     /// The virtio devices, in the order in which the guest finds them.
     pub(super) virtio: Vec<VirtioSlot>,
     pub(super) vsock: Option<Vsock>,
+    pub(super) controls: Controls,
+}
+
+/// The devices that the host has something to say to.
+#[derive(Debug, Default)]
+pub(crate) struct Controls {
+    /// In the order of the configuration.
+    pub(crate) disks: Vec<DeviceHandle<Block>>,
+    pub(crate) entropy: Option<DeviceHandle<Rng>>,
+    pub(crate) balloon: Option<DeviceHandle<Balloon>>,
 }
 
 impl Devices {
@@ -45,14 +55,19 @@ impl Devices {
         let mut bus = Bus::default();
         let serial_input = legacy(&mut bus, vm, exit, console)?;
         let mut virtio = Assembly { bus: &mut bus, vm, slots: Vec::new() };
+        let mut controls = Controls::default();
         for block in &config.blocks {
-            virtio.add(disk(block)?)?;
+            controls.disks.push(virtio.add(disk(block)?)?);
         }
         for network in &config.networks {
             virtio.add(interface(network)?)?;
         }
         if config.entropy {
-            virtio.add(Rng::new().map_err(MachineError::Entropy)?)?;
+            let rng = Rng::new(config.entropy_rate_limit).map_err(MachineError::Entropy)?;
+            controls.entropy = Some(virtio.add(rng)?);
+        }
+        if let Some(balloon) = config.balloon {
+            controls.balloon = Some(virtio.add(Balloon::new(balloon))?);
         }
         let mut vsock = None;
         if let Some(config) = &config.vsock {
@@ -63,7 +78,7 @@ impl Devices {
             vsock = Some(Vsock::new(virtio.add(device)?.downgrade(), Arc::clone(exit)));
         }
         let slots = virtio.slots;
-        Ok(Self { bus, serial_input, virtio: slots, vsock })
+        Ok(Self { bus, serial_input, virtio: slots, vsock, controls })
     }
 }
 
@@ -93,7 +108,7 @@ fn legacy(
 fn disk(config: &BlockConfig) -> Result<Block, Error> {
     let disk = Disk::open(config)?;
     let io = FileIo::new(&disk_io::queue()?).map_err(MachineError::EventFd)?;
-    Ok(Block::new(disk, io, config.queues, &config.id))
+    Ok(Block::new(disk, io, config).map_err(MachineError::EventFd)?)
 }
 
 fn interface(config: &NetConfig) -> Result<Net, Error> {

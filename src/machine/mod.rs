@@ -27,9 +27,11 @@ use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
+use crate::seccomp::Confinement;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
 use crate::vsock::{Vsock, VsockError};
+pub(crate) use devices::Controls;
 use devices::{Devices, VirtioSlot};
 
 /// Why a machine cannot be put together, beyond what its parts say.
@@ -78,6 +80,7 @@ pub(crate) struct Machine {
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
     vsock: Option<Vsock>,
+    controls: Controls,
     vm: Arc<Vm>,
     threads: VcpuThreads,
 }
@@ -105,7 +108,7 @@ impl Machine {
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = Console::new(config.console_tail_bytes);
         let sink = ConsoleSink::new(console.clone(), writer);
-        let Devices { bus, serial_input, virtio, vsock } =
+        let Devices { bus, serial_input, virtio, vsock, controls } =
             recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
 
         let first_run = Arc::clone(recorder.first_run());
@@ -120,10 +123,11 @@ impl Machine {
                 })
                 .collect::<Result<Vec<_>, KvmError>>()?;
             let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
-            let threads = VcpuThreads::spawn(config.vcpus, bus, vm, exit, first_run)?;
+            let confinement = config.seccomp.then_some(Confinement::Vcpu);
+            let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
-        Ok((Self { exit, console, serial_input, virtio, vsock, vm, threads }, vcpus))
+        Ok((Self { exit, console, serial_input, virtio, vsock, controls, vm, threads }, vcpus))
     }
 
     /// The guest's memory.
@@ -139,6 +143,11 @@ impl Machine {
     /// What each virtio device has done.
     pub(crate) fn metrics(&self) -> Vec<DeviceMetrics> {
         self.virtio.iter().map(VirtioSlot::metrics).collect()
+    }
+
+    /// The devices that the host has something to say to.
+    pub(crate) fn controls(&self) -> &Controls {
+        &self.controls
     }
 
     /// Lets the guest run: its devices, then its vCPUs. Where a thread is gone, all vCPUs come

@@ -18,6 +18,7 @@ use super::MachineError;
 use crate::bus::Bus;
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{KickTarget, Vcpu, Vm, VmExit, block_signals};
+use crate::seccomp::{Confinement, SeccompError};
 use crate::timings::FirstRun;
 
 /// One thread a vCPU.
@@ -70,6 +71,7 @@ impl VcpuThreads {
     /// Starts `count` threads, which park.
     pub(crate) fn spawn(
         count: u8,
+        confinement: Option<Confinement>,
         bus: Bus,
         vm: Arc<Vm>,
         exit: Arc<ExitLatch>,
@@ -90,7 +92,7 @@ impl VcpuThreads {
             let shared = Arc::clone(&all.shared);
             thread::Builder::new()
                 .name(format!("dormouse-vcpu{id}"))
-                .spawn(move || shared.serve(&vcpus))
+                .spawn(move || shared.serve(&vcpus, confinement))
                 .map_err(|source| MachineError::Thread { id, source })?;
             all.inboxes.push(inbox);
         }
@@ -153,8 +155,11 @@ impl VcpuThreads {
 
 impl Shared {
     /// A thread's life: vCPU after vCPU, until there will be no more.
-    fn serve(&self, inbox: &Receiver<Vcpu>) {
+    fn serve(&self, inbox: &Receiver<Vcpu>, confinement: Option<Confinement>) {
         block_signals();
+        if let Some(Err(error)) = confinement.map(Confinement::apply) {
+            return self.refuse(inbox, &error);
+        }
         self.lock().kick.push(KickTarget::current());
         while let Ok(mut vcpu) = inbox.recv() {
             // A console writer of the embedding program may panic. That ends the guest, and
@@ -165,6 +170,16 @@ impl Shared {
                 self.exit.report(ExitStatus::Crashed { reason });
                 self.stop_all();
             }
+            self.take_back(vcpu);
+        }
+    }
+
+    /// The life of a thread that cannot be confined: it runs nothing.
+    fn refuse(&self, inbox: &Receiver<Vcpu>, error: &SeccompError) {
+        let reason = format!("{error}; `VmConfig::seccomp(false)` does without");
+        self.exit.report(ExitStatus::Crashed { reason });
+        while let Ok(vcpu) = inbox.recv() {
+            self.stop_all();
             self.take_back(vcpu);
         }
     }

@@ -32,6 +32,10 @@ impl<'ram> GuestBytes<'ram> {
         self.pieces.iter().map(|piece| piece.len() as u64).sum()
     }
 
+    pub(super) fn pieces(&self) -> &[VolatileSlice<'ram>] {
+        &self.pieces
+    }
+
     /// The first `at` bytes, and the others. `None` where there are fewer.
     pub(crate) fn split_at(mut self, at: u64) -> Option<(Self, Self)> {
         let mut left = Self::default();

@@ -4,6 +4,7 @@
 //! the guest or of a loader. Every access from here is bounds-checked by vm-memory and volatile,
 //! because the guest may write at the same time.
 
+mod discard;
 mod frames;
 mod io;
 mod io_queue;
@@ -94,6 +95,11 @@ impl GuestRam {
             len: region.len(),
             host_address: region.as_ptr() as u64,
         })
+    }
+
+    /// How much there is.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.inner.iter().map(|region| region.len()).sum()
     }
 
     /// The memory as vm-memory and its users (linux-loader) know it.

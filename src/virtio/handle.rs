@@ -121,6 +121,11 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         self.lock().act(act)
     }
 
+    /// Looks at the device, or changes what its queues have no part in.
+    pub(crate) fn with<R>(&self, act: impl FnOnce(&mut D) -> R) -> R {
+        act(&mut self.lock().device)
+    }
+
     /// Changes what the driver reads in the configuration space, and tells it.
     pub(crate) fn reconfigure<R>(&self, change: impl FnOnce(&mut D) -> R) -> R {
         let mut core = self.lock();

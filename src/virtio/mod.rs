@@ -5,12 +5,14 @@
 //! [`MmioTransport`] is the only transport. Devices hold eventfds and files, never KVM handles:
 //! `machine` connects their doorbells, sources and interrupts.
 
+mod balloon;
 mod block;
 mod handle;
 mod interrupt;
 mod mmio;
 mod net;
 mod queue;
+mod rate_limiter;
 mod rng;
 mod state;
 mod vsock;
@@ -19,12 +21,14 @@ use std::os::fd::AsRawFd;
 
 use crate::metrics::DeviceMetrics;
 
+pub(crate) use self::balloon::Balloon;
 pub(crate) use self::block::Block;
 pub(crate) use self::handle::{DeviceHandle, WeakDeviceHandle};
 pub(crate) use self::interrupt::Interrupt;
 pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
 pub(crate) use self::net::{Backend, Net, Passt, Stream};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
+pub(crate) use self::rate_limiter::RateLimiter;
 pub(crate) use self::rng::Rng;
 pub(crate) use self::state::{DeviceState, RestoreError};
 pub(crate) use self::vsock::{ACCEPTED, Arrival, Backlog, NO_PORT, OpenError, REFUSED, Vsock};
@@ -36,6 +40,7 @@ pub(crate) enum DeviceType {
     Network = 1,
     Block = 2,
     Entropy = 4,
+    Balloon = 5,
     Socket = 19,
 }
 

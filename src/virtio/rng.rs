@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::io::{self, Read};
 
-use super::{Answer, DeviceType, QueueError, Queues, Served, VirtioDevice};
+use super::{Answer, DeviceType, QueueError, Queues, RateLimiter, Served, Source, VirtioDevice};
+use crate::config::RateLimit;
 use crate::metrics::{DeviceMetrics, EntropyMetrics};
 
 const MAX_BYTES: u64 = 64 << 10;
@@ -15,14 +16,21 @@ const MAX_BYTES: u64 = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Rng {
     source: File,
+    limiter: RateLimiter,
     metrics: EntropyMetrics,
 }
 
 impl Rng {
-    /// A device that gives what the host's `/dev/urandom` gives.
-    pub(crate) fn new() -> io::Result<Self> {
+    /// A device that gives what the host's `/dev/urandom` gives, no faster than
+    /// `limit` says.
+    pub(crate) fn new(limit: RateLimit) -> io::Result<Self> {
         let source = File::open("/dev/urandom")?;
-        Ok(Self { source, metrics: EntropyMetrics::default() })
+        let limiter = RateLimiter::new(limit)?;
+        Ok(Self { source, limiter, metrics: EntropyMetrics::default() })
+    }
+
+    pub(crate) fn set_rate_limit(&mut self, limit: RateLimit) {
+        self.limiter.set(limit);
     }
 }
 
@@ -35,10 +43,18 @@ impl VirtioDevice for Rng {
         vec![256]
     }
 
+    fn sources(&self) -> io::Result<Vec<Source>> {
+        Ok(vec![Box::new(self.limiter.source()?)])
+    }
+
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let mut bytes = Vec::new();
         queues.serve(index, |chain| {
-            bytes.resize(chain.writable.len().min(MAX_BYTES) as usize, 0);
+            let room = chain.writable.len().min(MAX_BYTES);
+            if !self.limiter.take(room) {
+                return Answer::PutBack;
+            }
+            bytes.resize(room as usize, 0);
             let given = match self.source.read_exact(&mut bytes) {
                 Ok(()) => chain.writable.copy_from(&bytes),
                 Err(_) => 0,
@@ -47,6 +63,11 @@ impl VirtioDevice for Rng {
             self.metrics.bytes += given as u64;
             Answer::Used(given as u32)
         })
+    }
+
+    /// There are tokens again.
+    fn ready(&mut self, _: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        self.serve(0, queues)
     }
 
     fn metrics(&self) -> DeviceMetrics {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
 use crate::config::MacAddress;
+use crate::metrics::BalloonStats;
 
 /// Why a state cannot be restored.
 #[derive(Debug, ThisError)]
@@ -64,4 +65,6 @@ pub(crate) enum DeviceState {
     Vsock { last_port: u32 },
     /// A network interface: what its driver knows of it.
     Net { mac: MacAddress, link_up: bool },
+    /// A memory balloon: how large it is to be and is, and the driver's buffer for statistics.
+    Balloon { num_pages: u32, actual: u32, stats_buffer: Option<u16>, stats: Option<BalloonStats> },
 }

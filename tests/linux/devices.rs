@@ -4,10 +4,14 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Instant;
 
-use dormouse::{BlockConfig, Cmdline, ExitStatus, InitramfsBuilder, VmConfig};
+use dormouse::{
+    BlockConfig, Cmdline, DeviceMetrics, ExitStatus, InitramfsBuilder, MicroVm, RateLimit, Running,
+    VmConfig,
+};
 
-use crate::{Release, guest_root, initramfs, run};
+use crate::{PATIENCE, Release, Transcript, guest_root, initramfs, run};
 
 /// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
 pub fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
@@ -121,4 +125,39 @@ poweroff -f"#;
         let bytes = fs::read(&image.0).unwrap();
         assert!(bytes[7 * 512..].starts_with(format!("/dev/vd{letter}\n").as_bytes()));
     }
+}
+
+#[test]
+fn entropy_is_read_within_its_limit_and_then_without_one() {
+    let script = r#"
+echo "limited=$(dd if=/dev/hwrng bs=1024 count=64 2>/dev/null | wc -c)"
+read line
+echo "full=$(dd if=/dev/hwrng bs=4096 count=512 2>/dev/null | wc -c)"
+poweroff -f"#;
+    let script = format!("exec < /dev/ttyS0\n{script}");
+    const RATE: u64 = 16 << 10;
+    let limit = RateLimit::default().bytes_per_second(RATE);
+    let transcript = Transcript::default();
+    let config = config(Release::Linux6_12, &["virtio_mmio", "virtio-rng"], &script)
+        .entropy(true)
+        .entropy_rate_limit(limit)
+        .console(transcript.clone());
+    let given = |vm: &MicroVm<Running>| match vm.metrics()[..] {
+        [DeviceMetrics::Entropy(metrics)] => metrics.bytes,
+        ref other => panic!("{other:?}"),
+    };
+    let begin = Instant::now();
+    let vm = MicroVm::create(config).unwrap().start().unwrap();
+    transcript.wait_for("limited=65536\n");
+    let bytes = given(&vm);
+    // One burst is a second's, and no machine is too slow for this.
+    let most = RATE as f64 * (1.0 + begin.elapsed().as_secs_f64());
+    assert!(bytes >= 65536 && bytes as f64 <= most, "{bytes} bytes, at most {most}");
+
+    vm.set_entropy_rate_limit(RateLimit::default()).unwrap();
+    vm.console_input("go\n").unwrap();
+    transcript.wait_for("full=2097152\n");
+    assert!(given(&vm) >= bytes + (2 << 20));
+    let vm = vm.wait_timeout(PATIENCE).unwrap();
+    assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff);
 }

@@ -2,6 +2,7 @@
 //! machine that has one where this one does not, and brings the kernels.
 
 mod acpi;
+mod balloon;
 mod boot;
 mod console;
 mod cpu;
@@ -10,6 +11,9 @@ mod disks;
 mod ends;
 mod network;
 mod programs;
+#[path = "../payload/resources.rs"]
+#[allow(dead_code, reason = "nothing is counted here")]
+mod resources;
 mod vsock;
 
 use std::env;

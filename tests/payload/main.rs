@@ -6,6 +6,7 @@ mod lifecycle;
 mod limits;
 mod network;
 mod resources;
+mod seccomp;
 mod vsock;
 
 use std::io::{self, Write};

@@ -12,8 +12,11 @@ use std::io;
 use std::sync::Arc;
 
 use self::pending::{Ended, Job, Pending, PendingRequests};
-use self::request::{Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request};
-use super::{Answer, Chain, DeviceType, QueueError, Queues, Served, Source, VirtioDevice};
+use self::request::{FRAMING_BYTES, Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request};
+use super::{
+    Answer, Chain, DeviceType, QueueError, Queues, RateLimiter, Served, Source, VirtioDevice,
+};
+use crate::config::{BlockConfig, RateLimit};
 use crate::disk::{Disk, Flush, SECTOR_BYTES};
 use crate::memory::{FileIo, GuestRam, Transfer};
 use crate::metrics::{BlockMetrics, DeviceMetrics};
@@ -38,6 +41,9 @@ const QUEUE_SIZE: u16 = 256;
 /// A queue full of buffers, without the header and the status.
 const MAX_BUFFERS: u32 = QUEUE_SIZE as u32 - 2;
 
+/// The place of the rate limiter among the sources; the I/O queue is the other one.
+const LIMITER: usize = 1;
+
 /// The device.
 #[derive(Debug)]
 pub(crate) struct Block {
@@ -48,6 +54,7 @@ pub(crate) struct Block {
     read_only: bool,
     id: [u8; ID_BYTES],
     queues: u16,
+    limiter: RateLimiter,
     /// Whether the file's page cache can be written without waiting. Many file systems cannot.
     writes_cached: bool,
     pending: PendingRequests,
@@ -63,24 +70,29 @@ enum Started {
 }
 
 impl Block {
-    /// A disk whose requests wait in `io` where they have to.
-    pub(crate) fn new(disk: Disk, io: Arc<FileIo>, queues: u16, id: &str) -> Self {
+    /// A disk of a configuration, whose requests wait in `io` where they have to.
+    pub(crate) fn new(disk: Disk, io: Arc<FileIo>, config: &BlockConfig) -> io::Result<Self> {
         let mut bytes = [0; ID_BYTES];
-        for (byte, from) in bytes.iter_mut().zip(id.bytes()) {
+        for (byte, from) in bytes.iter_mut().zip(config.id.bytes()) {
             *byte = from;
         }
-        Self {
+        Ok(Self {
             sectors: disk.sectors(),
             read_only: disk.is_read_only(),
             disk: Some(disk),
             io,
             id: bytes,
-            queues,
+            queues: config.queues,
+            limiter: RateLimiter::new(config.rate_limit)?,
             writes_cached: true,
             pending: PendingRequests::default(),
             unsubmitted: Vec::new(),
             metrics: BlockMetrics::default(),
-        }
+        })
+    }
+
+    pub(crate) fn set_rate_limit(&mut self, limit: RateLimit) {
+        self.limiter.set(limit);
     }
 
     /// Answers a request at once, or takes it on.
@@ -262,12 +274,18 @@ impl VirtioDevice for Block {
     }
 
     fn sources(&self) -> io::Result<Vec<Source>> {
-        Ok(vec![Box::new(self.io.event()?)])
+        Ok(vec![Box::new(self.io.event()?), Box::new(self.limiter.source()?)])
     }
 
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let ram = queues.ram();
-        let served = queues.serve(index, |chain| self.answer(index, chain, ram));
+        let served = queues.serve(index, |chain| {
+            let data = (chain.readable.len() + chain.writable.len()).saturating_sub(FRAMING_BYTES);
+            match self.limiter.take(data) {
+                true => self.answer(index, chain, ram),
+                false => Answer::PutBack,
+            }
+        });
         self.submit();
         if self.pending.len() > usize::from(QUEUE_SIZE) * usize::from(self.queues) {
             return Err(QueueError::InFlight);
@@ -275,9 +293,17 @@ impl VirtioDevice for Block {
         served
     }
 
-    fn ready(&mut self, _source: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+    fn ready(&mut self, source: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         self.finish(queues)?;
-        Ok(Served::All)
+        let mut served = Served::All;
+        if source == LIMITER {
+            for index in 0..self.queues.into() {
+                if self.serve(index, queues)? == Served::Some {
+                    served = Served::Some;
+                }
+            }
+        }
+        Ok(served)
     }
 
     fn in_flight(&self) -> usize {

@@ -14,6 +14,8 @@ const T_WRITE_ZEROES: u32 = 13;
 
 const HEADER_BYTES: usize = 16;
 const SEGMENT_BYTES: usize = 16;
+/// What a request has beside its data: the header and the status.
+pub(super) const FRAMING_BYTES: u64 = HEADER_BYTES as u64 + 1;
 /// One DISCARD or WRITE_ZEROES covers so many sectors (1 GiB) in so many ranges.
 pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 21;
 pub(super) const MAX_RANGES: u32 = 32;

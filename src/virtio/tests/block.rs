@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 
 use super::driver::{TestHal, TestTransport, assert_nothing_was_written_too_late};
-use crate::config::BlockConfig;
+use crate::config::{BlockConfig, RateLimit};
 use crate::disk::Disk;
 use crate::machine::disk_io;
 use crate::memory::FileIo;
@@ -16,7 +16,7 @@ use crate::virtio::Block;
 pub(super) fn block(config: &BlockConfig) -> Block {
     let queue = disk_io::queue().unwrap();
     let disk = Disk::open(config).unwrap();
-    Block::new(disk, FileIo::new(&queue).unwrap(), config.queues, &config.id)
+    Block::new(disk, FileIo::new(&queue).unwrap(), config).unwrap()
 }
 
 /// A file of random bytes, which goes with it.
@@ -284,7 +284,7 @@ fn threads_do_what_an_io_uring_would() {
     let queue = disk_io::with_workers().unwrap();
     let config = BlockConfig::new(&image.0).direct(true);
     let disk = Disk::open(&config).unwrap();
-    let device = Block::new(disk, FileIo::new(&queue).unwrap(), 1, "");
+    let device = Block::new(disk, FileIo::new(&queue).unwrap(), &config).unwrap();
     drop(queue);
     let mut driver = VirtIOBlk::<TestHal, _>::new(TestTransport::new(device)).unwrap();
     driver.write_blocks(8, &[9; 4096]).unwrap();
@@ -387,5 +387,25 @@ impl Outstanding {
             false => assert!(*bytes == model[range]),
         }
         self.done = true;
+    }
+}
+
+#[test]
+fn a_limited_disk_does_all_its_requests_each_when_its_time_comes() {
+    let mut disk = TestDisk::with("limited", 64 * 512, |config| {
+        config.read_only().queues(2).rate_limit(
+            RateLimit::default()
+                .bytes_per_second(1 << 20)
+                .burst_bytes(1024)
+                .operations_per_second(2000)
+                .burst_operations(1),
+        )
+    });
+    let content = disk.content();
+    for sector in 0..60 {
+        // Twice the burst, after which the disk owes.
+        let mut read = vec![0; 4 * 512];
+        disk.driver.read_blocks(sector, &mut read).unwrap();
+        assert_eq!(read, content[sector * 512..(sector + 4) * 512]);
     }
 }

@@ -7,8 +7,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block::{Image, block};
 use super::driver::{TestTransport, ram};
-use crate::config::BlockConfig;
-use crate::virtio::{Block, Rng, VirtioDevice};
+use crate::config::{BalloonConfig, BlockConfig, RateLimit};
+use crate::virtio::{Balloon, Block, Rng, VirtioDevice};
 
 const SIZE: u16 = 16;
 /// Where the driver keeps things.
@@ -130,10 +130,11 @@ fn chains_that_break_the_rules_stop_the_device_until_it_is_reset() {
         ("an indirect table of no descriptors", vec![Raw(BUFFERS, 0, INDIRECT, 0)]),
     ];
     for (name, chain) in bad {
-        for device in ["block", "rng"] {
+        for device in ["block", "balloon", "rng"] {
             let mut driver = match device {
                 "block" => RawDriver::new(disk()),
-                _ => RawDriver::new(Rng::new().unwrap()),
+                "balloon" => RawDriver::new(Balloon::new(BalloonConfig::default())),
+                _ => RawDriver::new(Rng::new(RateLimit::default()).unwrap()),
             };
             driver.submit(&chain);
             assert!(driver.needs_reset(), "{device}: {name}");
@@ -167,7 +168,7 @@ fn requests_without_room_for_what_they_need_are_answered() {
 
 #[test]
 fn an_available_index_that_runs_away_stops_the_device() {
-    let driver = RawDriver::new(Rng::new().unwrap());
+    let driver = RawDriver::new(Rng::new(RateLimit::default()).unwrap());
     ram().write(&(SIZE + 1).to_le_bytes(), GuestAddress(AVAIL + 2)).unwrap();
     driver.transport.write(0x50, 0);
     assert!(driver.needs_reset());
@@ -175,7 +176,7 @@ fn an_available_index_that_runs_away_stops_the_device() {
 
 #[test]
 fn a_queue_keeps_its_place_while_it_is_ready() {
-    let mut driver = RawDriver::new(Rng::new().unwrap());
+    let mut driver = RawDriver::new(Rng::new(RateLimit::default()).unwrap());
     driver.transport.write(0x80, 0xdead_0000);
     driver.transport.write(0x38, 8);
     driver.submit(&[Raw(BUFFERS, 16, WRITE, 0)]);
@@ -184,7 +185,7 @@ fn a_queue_keeps_its_place_while_it_is_ready() {
 
 #[test]
 fn queues_outside_of_memory_are_never_ready() {
-    let transport = TestTransport::new(Rng::new().unwrap());
+    let transport = TestTransport::new(Rng::new(RateLimit::default()).unwrap());
     for (register, value) in [(0x80, 0xffff_f000), (0x90, 0xffff_fffe), (0xa0, 0xffff_fffc)] {
         transport.write(0x70, 0);
         transport.write(0x38, 16);
@@ -199,7 +200,7 @@ fn queues_outside_of_memory_are_never_ready() {
 
 #[test]
 fn features_that_were_not_offered_are_not_accepted() {
-    let mut transport = TestTransport::new(Rng::new().unwrap());
+    let mut transport = TestTransport::new(Rng::new(RateLimit::default()).unwrap());
     for features in [0, 1 << 33 | 1 << 32, 1, u64::MAX] {
         transport.set_status(DeviceStatus::empty());
         transport.write_driver_features(features);

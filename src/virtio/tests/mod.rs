@@ -1,6 +1,7 @@
 //! Every device, driven by the drivers of the crate virtio-drivers and by hostile ones of ours,
 //! with no KVM.
 
+mod balloon;
 mod block;
 mod driver;
 mod hostile;

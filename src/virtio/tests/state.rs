@@ -3,14 +3,16 @@
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::device::socket::VirtIOSocket;
+use virtio_drivers::transport::Transport;
 
+use super::balloon;
 use super::driver::{TestHal, TestTransport};
 use super::hostile::disk;
 use super::net::{Driver, cable};
-use crate::config::VsockConfig;
+use crate::config::{BalloonConfig, RateLimit, VsockConfig};
 use crate::exit::ExitLatch;
 use crate::virtio::state::TransportState;
-use crate::virtio::{DeviceHandle, DeviceState, Rng, VirtioDevice, Vsock};
+use crate::virtio::{Balloon, DeviceHandle, DeviceState, Rng, VirtioDevice, Vsock};
 
 fn vsock() -> Vsock {
     Vsock::new(&VsockConfig::default(), ExitLatch::default().descriptor().unwrap()).unwrap()
@@ -39,10 +41,10 @@ fn restore_of_state_is_the_identity_for_every_device() {
     let state = is_the_identity(&block, disk());
     assert_eq!(state.queues[0].next_used, 1);
 
-    let (transport, rng) = TestTransport::with_handle(Rng::new().unwrap());
+    let (transport, rng) = TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
     let mut driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     driver.request_entropy(&mut [0; 16]).unwrap();
-    is_the_identity(&rng, Rng::new().unwrap());
+    is_the_identity(&rng, Rng::new(RateLimit::default()).unwrap());
 
     let (transport, used) = TestTransport::with_handle(vsock());
     let _driver = VirtIOSocket::<TestHal, _>::new(transport).unwrap();
@@ -57,6 +59,21 @@ fn restore_of_state_is_the_identity_for_every_device() {
     let state = is_the_identity(&handle, other);
     let DeviceState::Net { mac, link_up: true } = state.device else { panic!("{state:?}") };
     assert_eq!(mac.0, driver.mac_address(), "the address is the one that the driver knows");
+
+    let new = || Balloon::new(BalloonConfig::default());
+    let mut driver = balloon::Driver::new(BalloonConfig::default(), 0b10, &[2]);
+    driver.host.reconfigure(|balloon| balloon.set_target(77));
+    driver.transport.write_config_space(4, 33u32).unwrap();
+    // SAFETY: the buffer is a copy in the test's RAM, by TestHal, and static.
+    unsafe { driver.queues[0].add(&[b"\x04\0abcdefgh"], &mut []) }.unwrap();
+    driver.transport.notify(2);
+    let state = is_the_identity(&driver.host, new());
+    let DeviceState::Balloon { num_pages: 77, actual: 33, stats_buffer: Some(0), stats } =
+        state.device
+    else {
+        panic!("{:?}", state.device);
+    };
+    assert_eq!(stats.unwrap().memfree, Some(u64::from_le_bytes(*b"abcdefgh")));
 }
 
 #[test]
@@ -64,17 +81,21 @@ fn a_state_of_another_kind_of_device_is_refused() {
     let (_transport, vsock) = TestTransport::with_handle(vsock());
     let state = TransportState { device: DeviceState::Stateless, ..vsock.state() };
     vsock.restore(&state).unwrap_err();
-    let (_transport, rng) = TestTransport::with_handle(Rng::new().unwrap());
+    let (_transport, rng) = TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
     let device = DeviceState::Vsock { last_port: 1 };
     rng.restore(&TransportState { device, ..rng.state() }).unwrap_err();
 }
 
 #[test]
 fn states_that_no_driver_could_have_made_are_refused() {
-    let (transport, used) = TestTransport::with_handle(Rng::new().unwrap());
+    let (transport, used) = TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
     let _driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     let good = used.state();
-    let changes: [fn(&mut TransportState); 7] = [
+    let changes: [fn(&mut TransportState); 8] = [
+        |state| {
+            state.device =
+                DeviceState::Balloon { num_pages: 0, actual: 0, stats_buffer: None, stats: None }
+        },
         |state| state.queues.clear(),
         |state| state.queues.push(state.queues[0]),
         |state| state.queues[0].size = 3,
@@ -86,7 +107,8 @@ fn states_that_no_driver_could_have_made_are_refused() {
     for change in changes {
         let mut state = good.clone();
         change(&mut state);
-        let (_transport, restored) = TestTransport::with_handle(Rng::new().unwrap());
+        let (_transport, restored) =
+            TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
         restored.restore(&state).unwrap_err();
     }
 }

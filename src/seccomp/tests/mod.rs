@@ -1,0 +1,78 @@
+use super::*;
+
+/// What the thread's status says of a field.
+fn status(field: &str) -> String {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+    line.split_whitespace().last().unwrap().to_owned()
+}
+
+/// Runs in a confined thread.
+fn confined<T: Send + 'static>(
+    confinement: Confinement,
+    act: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    let confined = move || {
+        confinement.apply().unwrap();
+        act()
+    };
+    std::thread::spawn(confined).join().unwrap()
+}
+
+#[test]
+fn a_confined_thread_computes_and_writes_but_opens_nothing() {
+    use std::io::Write;
+    let before = status("Seccomp_filters:");
+    for confinement in [Confinement::Device, Confinement::Vcpu] {
+        let mut file = std::fs::File::create("/dev/null").unwrap();
+        confined(confinement, move || {
+            let refused = |error: std::io::Error| error.raw_os_error() == Some(libc::EPERM);
+            assert!(refused(std::fs::File::open("/dev/null").unwrap_err()));
+            assert!(refused(std::net::TcpListener::bind("127.0.0.1:0").unwrap_err()));
+            assert!(std::process::Command::new("true").status().is_err());
+            assert!(refused(std::thread::Builder::new().spawn(|| {}).unwrap_err()));
+            file.write_all(&vec![7; 64 << 20]).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::os::unix::net::UnixStream::pair().unwrap().0.set_nonblocking(true).unwrap();
+            let mut blocks: Vec<Vec<u8>> = (0..1000).map(|at| vec![1; at * 100]).collect();
+            blocks.sort();
+            drop(std::collections::HashMap::<u8, u8>::new());
+            // A panic in a console writer is caught.
+            std::panic::catch_unwind(|| panic!("in a confined thread")).unwrap_err();
+        });
+    }
+    assert_eq!(status("Seccomp_filters:"), before, "the caller's thread stays as it was");
+}
+
+#[test]
+fn no_memory_becomes_code_and_no_other_process_gets_a_signal() {
+    confined(Confinement::Vcpu, || {
+        let (read, code) = (libc::PROT_READ, libc::PROT_READ | libc::PROT_EXEC);
+        let map = |protection| {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            // SAFETY: a new mapping, which no other memory is replaced by.
+            unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) }
+        };
+        assert_eq!(map(code), libc::MAP_FAILED);
+        let page = map(read);
+        assert_ne!(page, libc::MAP_FAILED);
+        // SAFETY: the page is this test's own.
+        assert_eq!(unsafe { libc::mprotect(page, 4096, code) }, -1);
+        // SAFETY: as above, and not used any more.
+        assert_eq!(unsafe { libc::munmap(page, 4096) }, 0);
+        // SAFETY: signal 0 is none; the call has no memory arguments.
+        let signal = |process: i32, thread: i32| unsafe {
+            libc::syscall(libc::SYS_tgkill, process, thread, 0)
+        };
+        // SAFETY: the calls have no arguments.
+        let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
+        assert_eq!((signal(process, thread), signal(1, 1)), (0, -1));
+    });
+}
+
+#[test]
+fn programs_are_made_once() {
+    let first = programs();
+    assert!(Arc::ptr_eq(&first, &programs()));
+    assert!(first.device.len() < 400 && first.vcpu.len() < 400);
+}
