@@ -34,7 +34,7 @@ pub(crate) struct IoQueue {
 }
 
 enum Backend {
-    Ring(Mutex<Ring>),
+    Ring(Box<Mutex<Ring>>),
     Workers(Arc<Workers>),
 }
 
@@ -86,7 +86,11 @@ impl IoQueue {
         submitter.register_restrictions(&mut codes.map(Restriction::sqe_op))?;
         submitter.register_enable_rings()?;
         let ring = Ring { uring, next_key: 0, running: HashMap::new(), backlog: VecDeque::new() };
-        Ok(Self { backend: Backend::Ring(Mutex::new(ring)), event, watch: OnceLock::new() })
+        Ok(Self {
+            backend: Backend::Ring(Box::new(Mutex::new(ring))),
+            event,
+            watch: OnceLock::new(),
+        })
     }
 
     /// A queue whose operations are done by threads that call [`Workers::work`].

@@ -100,7 +100,7 @@ fn states_that_no_driver_could_have_made_are_refused() {
         |state| state.queues.push(state.queues[0]),
         |state| state.queues[0].size = 3,
         |state| state.queues[0].size = 512,
-        |state| state.queues[0].used_ring = u64::MAX & !3,
+        |state| state.queues[0].used_ring = !3,
         |state| state.queues[0].descriptor_table = 1 << 40,
         |state| state.registers.driver_features |= 1 << 60,
     ];
