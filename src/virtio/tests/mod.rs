@@ -4,5 +4,6 @@
 mod block;
 mod driver;
 mod hostile;
+mod queue;
 mod rng;
 mod state;
