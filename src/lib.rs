@@ -95,6 +95,9 @@ pub use microvm::{
 };
 pub use phase::Phase;
 pub use timings::{Timing, Timings};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use virtio::fuzzing;
 
 /// The README's code compiles.
 #[cfg(doctest)]

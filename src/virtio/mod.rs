@@ -6,6 +6,8 @@
 //! `machine` connects their doorbells, sources and interrupts.
 
 mod block;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handle;
 mod interrupt;
 mod mmio;
