@@ -14,6 +14,8 @@ mod virtio_guest;
 mod block;
 #[path = "devices/idle.rs"]
 mod idle;
+#[path = "devices/net.rs"]
+mod net;
 
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -29,6 +31,7 @@ const ROUNDS: usize = 20;
 
 fn main() {
     let mut metrics = block::metrics();
+    metrics.extend(net::metrics());
     metrics.push(idle::metric());
     report(&metrics, "without a VM");
 }
@@ -50,7 +53,8 @@ impl Guest {
         Self { vm: Some(vm.pause().expect("pause")), output }
     }
 
-    /// How long the guest works at a batch; `meanwhile` is called when it begins.
+    /// How long the guest works at a batch, and the host at `meanwhile`, which is called when the
+    /// guest begins.
     fn batch(&mut self, meanwhile: impl FnOnce()) -> Duration {
         let paused = self.vm.take().expect("a VM that is not lost");
         let vm = paused.resume().expect("resume");
@@ -58,10 +62,11 @@ impl Guest {
         let (byte, begin) = self.output.recv().expect("the guest's begin");
         assert_eq!(byte, b'(');
         meanwhile();
+        let host_end = Instant::now();
         let (byte, end) = self.output.recv().expect("the guest's end");
         assert_eq!(byte, b')', "a request failed");
         self.vm = Some(vm.pause().expect("pause"));
-        end - begin
+        end.max(host_end) - begin
     }
 }
 

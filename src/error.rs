@@ -30,6 +30,8 @@ pub enum ErrorKind {
     Initramfs,
     /// A disk cannot be opened.
     Disk,
+    /// A network interface cannot be made: no tap, no right to it, or no passt.
+    Network,
     /// The host could not give the memory, threads or descriptors that were asked for.
     Resources,
     /// The guest has ended, so it cannot do what was asked.

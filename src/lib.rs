@@ -36,6 +36,7 @@
 //! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
 //! | give the guest files and arguments | [`Initramfs`], [`Cmdline`] |
 //! | size and shape the machine, give it disks | [`VmConfig`], [`BlockConfig`], [`CpuTemplate`] |
+//! | connect it | [`NetConfig`], [`UserNetwork`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
@@ -78,18 +79,19 @@ mod memory;
 mod metrics;
 mod microvm;
 mod phase;
+mod tap;
 mod timings;
 mod virtio;
 
 pub use cmdline::Cmdline;
-pub use config::{BlockConfig, CpuTemplate, CpuidRegister, VmConfig};
+pub use config::{BlockConfig, CpuTemplate, CpuidRegister, NetConfig, UserNetwork, VmConfig};
 pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::ExitStatus;
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
-pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics};
+pub use metrics::{BlockMetrics, DeviceMetrics, EntropyMetrics, NetMetrics};
 pub use microvm::{
     AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
 };

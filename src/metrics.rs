@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 pub enum DeviceMetrics {
     /// A disk.
     Block(BlockMetrics),
+    /// A network interface.
+    Net(NetMetrics),
     /// The entropy device.
     Entropy(EntropyMetrics),
 }
@@ -32,6 +34,29 @@ pub struct BlockMetrics {
     pub clears: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
+}
+
+/// What a network interface has done. Frames are counted without the virtio header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct NetMetrics {
+    /// Frames to the guest.
+    pub rx_frames: u64,
+    /// Bytes of frames to the guest.
+    pub rx_bytes: u64,
+    /// Frames to the guest that were dropped: too large for the driver's buffers, or shorter than
+    /// a frame can be.
+    pub rx_dropped: u64,
+    /// Frames from the guest.
+    pub tx_frames: u64,
+    /// Bytes of frames from the guest.
+    pub tx_bytes: u64,
+    /// Frames from the guest that were dropped: malformed, refused by the host, or sent while
+    /// the link was down.
+    pub tx_dropped: u64,
+    /// How often the link went up or down.
+    pub link_changes: u64,
 }
 
 /// What the entropy device has done.

@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["boot", "machine"],
     &["event_loop"],
     &["kvm", "devices", "virtio"],
-    &["arch", "bus"],
+    &["arch", "bus", "tap"],
     &["memory"],
     &["config"],
     &["kernel", "initramfs", "cmdline", "console"],

@@ -5,9 +5,12 @@
 
 mod block;
 mod cpu;
+mod network;
 
 pub use self::block::BlockConfig;
 pub use self::cpu::{CpuTemplate, CpuidRegister};
+pub(crate) use self::network::{MacAddress, NetBackend};
+pub use self::network::{NetConfig, UserNetwork};
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -44,6 +47,10 @@ pub(crate) enum ConfigError {
     VirtioDevices { count: usize },
     #[error("the id {id:?} of a disk: it takes up to 20 bytes of printable ASCII")]
     BlockId { id: String },
+    #[error("an MTU of {mtu} bytes: it takes 68 to 65535")]
+    Mtu { mtu: u16 },
+    #[error("the hardware address {mac}: it takes one of a single station, not of a group")]
+    Mac { mac: MacAddress },
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -157,6 +164,14 @@ impl VmConfig {
         self
     }
 
+    /// Adds a network interface. The guest finds them in the order in which they were added, as
+    /// eth0, eth1, … None unless set.
+    #[must_use]
+    pub fn network(mut self, network: NetConfig) -> Self {
+        self.machine.networks.push(network);
+        self
+    }
+
     /// Gives the guest a virtio entropy device that is fed by the host's random source. Off
     /// unless set: a guest's CPU has a random instruction of its own.
     #[must_use]
@@ -193,6 +208,7 @@ pub(crate) struct MachineConfig {
     #[serde(skip)]
     pub(crate) console_writer: Option<ConsoleOutput>,
     pub(crate) blocks: Vec<BlockConfig>,
+    pub(crate) networks: Vec<NetConfig>,
     pub(crate) entropy: bool,
     pub(crate) kvm_device: PathBuf,
 }
@@ -206,6 +222,7 @@ impl Default for MachineConfig {
             console_tail_bytes: 16 << 10,
             console_writer: None,
             blocks: Vec::new(),
+            networks: Vec::new(),
             entropy: false,
             kvm_device: Path::new("/dev/kvm").to_owned(),
         }
@@ -224,7 +241,7 @@ impl MachineConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(ConfigError::Vcpus { count: self.vcpus });
         }
-        let count = self.blocks.len() + usize::from(self.entropy);
+        let count = self.blocks.len() + self.networks.len() + usize::from(self.entropy);
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
         }
@@ -232,6 +249,7 @@ impl MachineConfig {
         if let Some(block) = self.blocks.iter().find(|block| !good_id(&block.id)) {
             return Err(ConfigError::BlockId { id: block.id.clone() });
         }
+        self.networks.iter().try_for_each(NetConfig::check)?;
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
         }

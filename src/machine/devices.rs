@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::MachineError;
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice};
-use crate::config::{BlockConfig, MachineConfig};
+use crate::config::{BlockConfig, MachineConfig, NetBackend, NetConfig};
 use crate::console::ConsoleSink;
 use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput};
 use crate::error::Error;
@@ -18,8 +18,10 @@ use crate::event_loop::{Answered, Subscription, Wake, Watch};
 use crate::exit::ExitLatch;
 use crate::kvm::Vm;
 use crate::metrics::DeviceMetrics;
+use crate::tap::{Tap, TapError};
 use crate::virtio::{
-    Block, DeviceHandle, Interrupt, MmioTransport, QUEUE_NOTIFY, Rng, Served, VirtioDevice,
+    Backend, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt, QUEUE_NOTIFY, Rng, Served,
+    Stream, VirtioDevice,
 };
 
 /// The devices on their bus, and what the machine keeps of them.
@@ -42,6 +44,9 @@ impl Devices {
         let mut virtio = Assembly { bus: &mut bus, vm, slots: Vec::new() };
         for block in &config.blocks {
             virtio.add(disk(block)?)?;
+        }
+        for network in &config.networks {
+            virtio.add(interface(network)?)?;
         }
         if config.entropy {
             virtio.add(Rng::new().map_err(MachineError::Entropy)?)?;
@@ -78,6 +83,22 @@ fn disk(config: &BlockConfig) -> Result<Block, MachineError> {
     let failed = |source| MachineError::Disk { path: config.path.clone(), source };
     let file = File::options().read(true).write(!config.read_only).open(&config.path);
     file.and_then(|file| Block::new(file, config.read_only, &config.id)).map_err(failed)
+}
+
+fn interface(config: &NetConfig) -> Result<Net, Error> {
+    let backend = match &config.backend {
+        NetBackend::Tap(name) => Backend::Tap(Tap::open(name)?),
+        NetBackend::TapFd(fd) => {
+            let fd = fd.try_clone().map_err(TapError::Clone)?;
+            Backend::Tap(Tap::from_fd(fd)?)
+        }
+        NetBackend::User(network) => Passt::start(network, config.mtu)?,
+        NetBackend::Socket(socket) => {
+            let stream = socket.try_clone().and_then(Stream::new);
+            Backend::Stream(stream.map_err(MachineError::Socket)?)
+        }
+    };
+    Ok(Net::new(backend, config.mac, config.mtu).map_err(MachineError::Entropy)?)
 }
 
 /// The virtio devices so far, in the order in which the guest finds them.

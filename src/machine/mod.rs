@@ -41,6 +41,8 @@ pub(crate) enum MachineError {
     ThreadGone,
     #[error("cannot open the disk {}", path.display())]
     Disk { path: PathBuf, source: io::Error },
+    #[error("cannot use the network's socket")]
+    Socket(#[source] io::Error),
     #[error("cannot open the host's random source")]
     Entropy(#[source] io::Error),
     #[error("a device has a queue of an impossible size")]

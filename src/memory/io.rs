@@ -10,12 +10,12 @@ use std::os::fd::AsRawFd;
 use vm_memory::{Bytes, VolatileSlice};
 
 /// The most buffers that one system call takes (IOV_MAX).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 
 /// A sequence of bytes of guest RAM, in pieces.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct GuestBytes<'ram> {
-    pieces: Vec<VolatileSlice<'ram>>,
+    pub(super) pieces: Vec<VolatileSlice<'ram>>,
 }
 
 impl<'ram> GuestBytes<'ram> {

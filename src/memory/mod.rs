@@ -4,6 +4,7 @@
 //! the guest or of a loader. Every access from here is bounds-checked by vm-memory and volatile,
 //! because the guest may write at the same time.
 
+mod frames;
 mod io;
 
 pub(crate) use self::io::GuestBytes;

@@ -104,10 +104,7 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
     pub(crate) fn reconfigure<R>(&self, change: impl FnOnce(&mut D) -> R) -> R {
         let mut core = self.lock();
         let result = change(&mut core.device);
-        core.registers.config_generation = core.registers.config_generation.wrapping_add(1);
-        if core.registers.status & DRIVER_OK != 0 {
-            core.interrupt.config_change();
-        }
+        core.config_changed();
         result
     }
 
@@ -231,11 +228,22 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
     ) -> Result<R, QueueError> {
         let active = self.is_active();
         let list = if active { &mut self.queues[..] } else { &mut [] };
-        let result = act(&mut self.device, &mut Queues::new(&self.ram, list));
+        let mut queues = Queues::new(&self.ram, list);
+        let result = act(&mut self.device, &mut queues);
+        if queues.has_config_changed() {
+            self.config_changed();
+        }
         if let Err(error) = &result {
             self.needs_reset(error);
         }
         result
+    }
+
+    fn config_changed(&mut self) {
+        self.registers.config_generation = self.registers.config_generation.wrapping_add(1);
+        if self.registers.status & DRIVER_OK != 0 {
+            self.interrupt.config_change();
+        }
     }
 
     fn finish(&mut self) {

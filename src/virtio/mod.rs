@@ -11,6 +11,7 @@ pub mod fuzzing;
 mod handle;
 mod interrupt;
 mod mmio;
+mod net;
 mod queue;
 mod rng;
 mod state;
@@ -23,6 +24,7 @@ pub(crate) use self::block::Block;
 pub(crate) use self::handle::DeviceHandle;
 pub(crate) use self::interrupt::Interrupt;
 pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
+pub(crate) use self::net::{Backend, Net, Passt, Stream};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
 pub(crate) use self::rng::Rng;
 pub(crate) use self::state::{DeviceState, RestoreError};
@@ -31,6 +33,7 @@ pub(crate) use self::state::{DeviceState, RestoreError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum DeviceType {
+    Network = 1,
     Block = 2,
     Entropy = 4,
 }
@@ -133,6 +136,7 @@ pub(crate) trait VirtioDevice: Send {
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
         match state {
             DeviceState::Stateless => Ok(()),
+            _ => Err(RestoreError::Kind),
         }
     }
 }

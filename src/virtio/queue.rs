@@ -3,12 +3,14 @@
 //!
 //! Source: virtio 1.2 §2.7. The rings are virtio-queue's.
 
+use std::num::Wrapping;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error as ThisError;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::Interrupt;
 use super::state::QueueState;
@@ -16,6 +18,12 @@ use crate::memory::{GuestBytes, GuestRam};
 
 /// Requests that one doorbell gets served before other devices get their turn.
 const MAX_REQUESTS: usize = 256;
+
+/// A ring begins with its flags and its index (§2.7.6, §2.7.8).
+const RING_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
+/// The driver wants no interrupt.
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// How a driver broke its queue.
 #[derive(Debug, ThisError)]
@@ -63,11 +71,21 @@ pub(crate) struct Chain<'ram> {
 pub(crate) struct Queues<'a> {
     ram: &'a Arc<GuestRam>,
     list: &'a mut [VirtQueue],
+    config_changed: bool,
 }
 
 impl<'a> Queues<'a> {
     pub(super) fn new(ram: &'a Arc<GuestRam>, list: &'a mut [VirtQueue]) -> Self {
-        Self { ram, list }
+        Self { ram, list, config_changed: false }
+    }
+
+    /// Has the driver told that the configuration space changed in this turn.
+    pub(crate) fn config_changed(&mut self) {
+        self.config_changed = true;
+    }
+
+    pub(super) fn has_config_changed(&self) -> bool {
+        self.config_changed
     }
 
     /// The RAM, which outlives a borrow of a queue.
@@ -122,13 +140,13 @@ impl<'a> Queues<'a> {
 pub(crate) struct VirtQueue {
     pub(super) queue: Queue,
     interrupt: Arc<Interrupt>,
-    /// Whether something was used since the driver was last told.
-    unsignalled: bool,
+    /// How much was used since the driver was last told.
+    unsignalled: u16,
 }
 
 impl VirtQueue {
     pub(super) fn new(max_size: u16, interrupt: Arc<Interrupt>) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size)?, interrupt, unsignalled: false })
+        Ok(Self { queue: Queue::new(max_size)?, interrupt, unsignalled: 0 })
     }
 
     /// Whether the driver's choice of size and addresses can be used.
@@ -166,16 +184,58 @@ impl VirtQueue {
         written: u32,
     ) -> Result<(), QueueError> {
         self.queue.add_used(ram.inner(), head, written)?;
-        self.unsignalled = true;
+        self.unsignalled = self.unsignalled.saturating_add(1);
         Ok(())
+    }
+
+    /// Gives several requests back, each with so many bytes written to it: the driver sees all
+    /// of them or none. It is not told yet.
+    pub(crate) fn add_used_together(
+        &mut self,
+        ram: &GuestRam,
+        used: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let Some((&(last, written), others)) = used.split_last() else { return Ok(()) };
+        // The elements come first; the index that makes them valid moves with the last one.
+        let mut next = Wrapping(self.queue.next_used());
+        for &(head, written) in others {
+            let mut element = [0; USED_ELEMENT_BYTES as usize];
+            element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+            element[4..].copy_from_slice(&written.to_le_bytes());
+            let place = u64::from(next.0 % self.queue.size());
+            let address = self.queue.used_ring() + RING_HEADER_BYTES + place * USED_ELEMENT_BYTES;
+            ram.write(&element, GuestAddress(address)).map_err(|_| QueueError::Chain)?;
+            next += 1;
+        }
+        self.queue.set_next_used(next.0);
+        self.unsignalled = self.unsignalled.saturating_add(others.len() as u16);
+        self.add_used(ram, last, written)
     }
 
     /// Tells the driver, if it wants to know, of what was used since it was last told.
     pub(crate) fn signal(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.unsignalled) && self.queue.needs_notification(ram.inner())? {
+        let added = std::mem::take(&mut self.unsignalled);
+        if added > 0 && self.wants_signal(ram, added)? {
             self.interrupt.used_buffer();
         }
         Ok(())
+    }
+
+    /// Whether the driver wants to know that so much more was used (§2.7.7.2, §2.7.10).
+    fn wants_signal(&self, ram: &GuestRam, added: u16) -> Result<bool, QueueError> {
+        // What was used is there before the driver's wish is read: it may be asleep after this.
+        fence(Ordering::SeqCst);
+        let load = |address: u64| {
+            let loaded = ram.inner().load(GuestAddress(address), Ordering::Relaxed);
+            loaded.map(u16::from_le).map_err(|_| QueueError::Chain)
+        };
+        let ring = self.queue.avail_ring();
+        if !self.queue.event_idx_enabled() {
+            return Ok(load(ring)? & AVAIL_F_NO_INTERRUPT == 0);
+        }
+        let used_event = load(ring + RING_HEADER_BYTES + 2 * u64::from(self.queue.size()))?;
+        let since = Wrapping(self.queue.next_used()) - Wrapping(used_event) - Wrapping(1);
+        Ok(since.0 < added)
     }
 
     /// Asks for the doorbell at the driver's next request. True where one came meanwhile.
@@ -215,7 +275,7 @@ impl VirtQueue {
             return false;
         }
         self.queue = queue;
-        self.unsignalled = false;
+        self.unsignalled = 0;
         true
     }
 }

@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
+use crate::config::MacAddress;
+
 /// Why a state cannot be restored.
 #[derive(Debug, ThisError)]
 pub(crate) enum RestoreError {
@@ -15,6 +17,8 @@ pub(crate) enum RestoreError {
     Queue { index: usize },
     #[error("the driver's features {found:#x} are not among those of the device, {offered:#x}")]
     Features { found: u64, offered: u64 },
+    #[error("the state is of another kind of device")]
+    Kind,
 }
 
 /// A device with its queues and registers.
@@ -56,4 +60,6 @@ pub(crate) struct QueueState {
 pub(crate) enum DeviceState {
     /// Nothing: its file, or its peer, has it all.
     Stateless,
+    /// A network interface: what its driver knows of it.
+    Net { mac: MacAddress, link_up: bool },
 }

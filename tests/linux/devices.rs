@@ -5,12 +5,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use dormouse::{BlockConfig, Cmdline, ExitStatus, VmConfig};
+use dormouse::{BlockConfig, Cmdline, ExitStatus, InitramfsBuilder, VmConfig};
 
 use crate::{Release, guest_root, initramfs, run};
 
 /// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
 fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
+    let archive = with_modules(release, modules, script);
+    VmConfig::new(release.kernel())
+        .initramfs(archive.build().unwrap())
+        .cmdline(Cmdline::default().push("quiet").unwrap())
+}
+
+/// An initramfs that has these modules, and whose init loads them before it runs `script`.
+pub fn with_modules(release: Release, modules: &[&str], script: &str) -> InitramfsBuilder {
     let mut load = String::new();
     let mut files = Vec::new();
     for module in modules {
@@ -23,13 +31,9 @@ fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
         load += &format!("insmod /{plain} || echo no {module}\n");
         files.push((name, path));
     }
-    let archive =
-        files.into_iter().fold(initramfs(&format!("{load}{script}")), |archive, (name, path)| {
-            archive.host_file(&name, path)
-        });
-    VmConfig::new(release.kernel())
-        .initramfs(archive.build().unwrap())
-        .cmdline(Cmdline::default().push("quiet").unwrap())
+    files.into_iter().fold(initramfs(&format!("{load}{script}")), |archive, (name, path)| {
+        archive.host_file(&name, path)
+    })
 }
 
 /// Finds a module of the release under its directory in the guest root.

@@ -7,6 +7,7 @@ mod console;
 mod cpu;
 mod devices;
 mod ends;
+mod network;
 
 use std::env;
 use std::fs;

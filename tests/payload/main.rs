@@ -4,6 +4,7 @@ mod bad_input;
 mod guest;
 mod lifecycle;
 mod limits;
+mod network;
 mod resources;
 
 use std::io::{self, Write};

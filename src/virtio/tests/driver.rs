@@ -82,6 +82,8 @@ unsafe impl Hal for TestHal {
 /// device's sources by the device thread.
 pub(super) struct TestTransport {
     registers: RefCell<MmioTransport>,
+    /// Features that the test knows to use and the driver does not.
+    more_features: u64,
     _watch: Watch,
 }
 
@@ -103,7 +105,12 @@ impl TestTransport {
         });
         let watch = Watch::new(Subscription { doorbells: Vec::new(), sources, answer }).unwrap();
         let registers = RefCell::new(MmioTransport::new(handle.erase()));
-        (Self { registers, _watch: watch }, handle)
+        (Self { registers, more_features: 0, _watch: watch }, handle)
+    }
+
+    /// Accepts these features too.
+    pub(super) fn with_features(self, features: u64) -> Self {
+        Self { more_features: features, ..self }
     }
 
     pub(super) fn read(&self, register: u64) -> u32 {
@@ -137,6 +144,7 @@ impl Transport for TestTransport {
     }
 
     fn write_driver_features(&mut self, features: u64) {
+        let features = features | self.more_features;
         self.write(0x24, 0);
         self.write(0x20, features as u32);
         self.write(0x24, 1);

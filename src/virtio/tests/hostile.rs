@@ -11,30 +11,36 @@ const SIZE: u16 = 16;
 const TABLE: u64 = 0x1000_0000 - 0x10_0000;
 const AVAIL: u64 = TABLE + 0x1000;
 const USED: u64 = TABLE + 0x2000;
-const BUFFERS: u64 = TABLE + 0x3000;
+pub(super) const BUFFERS: u64 = TABLE + 0x3000;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 const NEEDS_RESET: u32 = 64;
 
 /// A driver of one queue, for descriptors of any content.
 pub(super) struct RawDriver {
-    transport: TestTransport,
+    pub(super) transport: TestTransport,
+    queue: u16,
     next: u16,
 }
 
+/// A descriptor: address, length, flags, next.
 #[derive(Clone, Copy)]
-struct Raw(u64, u32, u16, u16);
+pub(super) struct Raw(pub(super) u64, pub(super) u32, pub(super) u16, pub(super) u16);
 
 impl RawDriver {
     pub(super) fn new(device: impl VirtioDevice + 'static) -> Self {
-        let mut driver = Self { transport: TestTransport::new(device), next: 0 };
+        Self::over(TestTransport::new(device), 0)
+    }
+
+    pub(super) fn over(transport: TestTransport, queue: u16) -> Self {
+        let mut driver = Self { transport, queue, next: 0 };
         driver.begin();
         driver
     }
 
-    fn begin(&mut self) {
+    pub(super) fn begin(&mut self) {
         let transport = &mut self.transport;
         transport.set_status(DeviceStatus::empty());
         transport.set_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER);
@@ -45,13 +51,13 @@ impl RawDriver {
         for page in [AVAIL, USED] {
             ram().write(&[0; 0x1000], GuestAddress(page)).unwrap();
         }
-        transport.queue_set(0, SIZE.into(), TABLE, AVAIL, USED);
+        transport.queue_set(self.queue, SIZE.into(), TABLE, AVAIL, USED);
         transport.set_status(ok | DeviceStatus::DRIVER_OK);
         self.next = 0;
     }
 
     /// Writes descriptors, makes the first one available, and rings.
-    fn submit(&mut self, descriptors: &[Raw]) {
+    pub(super) fn submit(&mut self, descriptors: &[Raw]) {
         for (at, Raw(address, len, flags, next)) in (0u64..).zip(descriptors) {
             let mut bytes = address.to_le_bytes().to_vec();
             bytes.extend(len.to_le_bytes());
@@ -60,7 +66,7 @@ impl RawDriver {
             ram().write(&bytes, GuestAddress(TABLE + at * 16)).unwrap();
         }
         self.offer(0);
-        self.transport.write(0x50, 0);
+        self.transport.write(0x50, self.queue.into());
     }
 
     fn offer(&mut self, head: u16) {
@@ -70,11 +76,11 @@ impl RawDriver {
         ram().write(&self.next.to_le_bytes(), GuestAddress(AVAIL + 2)).unwrap();
     }
 
-    fn used(&self) -> u16 {
+    pub(super) fn used(&self) -> u16 {
         ram().inner().read_obj(GuestAddress(USED + 2)).unwrap()
     }
 
-    fn needs_reset(&self) -> bool {
+    pub(super) fn needs_reset(&self) -> bool {
         self.transport.read(0x70) & NEEDS_RESET != 0
     }
 

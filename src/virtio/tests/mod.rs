@@ -4,6 +4,8 @@
 mod block;
 mod driver;
 mod hostile;
+mod net;
 mod queue;
 mod rng;
 mod state;
+mod tap;

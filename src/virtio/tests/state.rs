@@ -5,7 +5,8 @@ use virtio_drivers::device::rng::VirtIORng;
 
 use super::driver::{TestHal, TestTransport};
 use super::hostile::disk;
-use crate::virtio::state::TransportState;
+use super::net::{Driver, cable};
+use crate::virtio::state::{DeviceState, TransportState};
 use crate::virtio::{DeviceHandle, Rng, VirtioDevice};
 
 /// What a device is after a driver has worked with it, through JSON.
@@ -35,6 +36,18 @@ fn restore_of_state_is_the_identity_for_every_device() {
     let mut driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     driver.request_entropy(&mut [0; 16]).unwrap();
     is_the_identity(&rng, Rng::new().unwrap());
+
+    let (net, _peer) = cable(None);
+    let (transport, handle) = TestTransport::with_handle(net);
+    let driver = Driver::new(transport).unwrap();
+    let (other, _its_peer) = cable(None);
+    let state = is_the_identity(&handle, other);
+    let DeviceState::Net { mac, link_up: true } = state.device else { panic!("{state:?}") };
+    assert_eq!(mac.0, driver.mac_address(), "the address is the one that the driver knows");
+
+    let (transport, rng) = TestTransport::with_handle(Rng::new().unwrap());
+    rng.restore(&TransportState { device: state.device, ..rng.state() }).unwrap_err();
+    drop(transport);
 }
 
 #[test]

@@ -1,0 +1,59 @@
+//! A guest fetches a page from a server on the host's loopback, through passt, with no rights.
+
+use std::io::{self, Read, Write};
+use std::net::TcpListener;
+use std::path::PathBuf;
+
+use dormouse::{Cmdline, Error, Initramfs, Kernel, MicroVm, NetConfig, UserNetwork, VmConfig};
+
+/// The driver and what it needs, as far as the kernel has them as modules.
+const MODULES: &str = "drivers/virtio/virtio drivers/virtio/virtio_ring drivers/virtio/virtio_mmio \
+                       net/core/failover drivers/net/net_failover drivers/net/virtio_net";
+
+/// The guest's first and only program.
+const INIT: &str = "#!/bin/busybox sh
+/bin/busybox --install -s /bin
+for module in /modules/*.xz; do unxz $module; done 2>/dev/null
+for module in /modules/*; do insmod $module; done
+ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.0.2.2
+wget -q -O - http://10.0.2.2:$port/
+poweroff -f
+";
+
+fn main() -> Result<(), Error> {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    std::thread::spawn(move || {
+        for mut guest in listener.incoming().flatten() {
+            let _ = guest.read(&mut [0; 1024]);
+            let _ = guest.write_all(b"HTTP/1.0 200 OK\r\n\r\nhello from the host\n");
+        }
+    });
+
+    // Where a kernel and busybox are installed: here, or where the environment says.
+    let root = std::env::var_os("DORMOUSE_GUEST_ROOT").map_or("/".into(), PathBuf::from);
+    let kernel = Kernel::installed_in(&root)?;
+    let modules = kernel.modules_dir().unwrap_or(&root).to_owned();
+    let busybox = root.join("bin/busybox");
+    let mut initramfs =
+        Initramfs::builder().host_file("bin/busybox", busybox).file("init", 0o755, INIT);
+    for (at, module) in MODULES.split(' ').enumerate() {
+        for end in ["ko", "ko.xz"] {
+            let file = modules.join("kernel").join(module).with_extension(end);
+            if file.is_file() {
+                initramfs = initramfs.host_file(&format!("modules/{at}.{end}"), file);
+            }
+        }
+    }
+
+    let network = UserNetwork::new().program(root.join("usr/bin/passt"));
+    let network = network.address([10, 0, 2, 15]).gateway([10, 0, 2, 2]).host_loopback(true);
+    let config = VmConfig::new(kernel)
+        .initramfs(initramfs.build()?)
+        .cmdline(Cmdline::default().push("quiet")?.push(&format!("port={port}"))?)
+        .network(NetConfig::user(network))
+        .memory_mib(256)
+        .console(io::stdout());
+    println!("{}", MicroVm::create(config)?.start()?.wait().exit_status());
+    Ok(())
+}

@@ -1,0 +1,219 @@
+//! The network device: frames between the driver's buffers and whatever is at the cable's other
+//! end.
+//!
+//! Source: virtio 1.2 §5.1. One pair of queues, no control queue. A frame is lost where the
+//! specification and Ethernet let it be, and counted then; frames that arrive do so whole and in
+//! order. Where the driver gives buffers too slowly, frames wait at the other end.
+
+mod backend;
+mod header;
+mod passt;
+mod receive;
+mod stream;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+
+pub(crate) use self::backend::Backend;
+use self::backend::Moved;
+use self::header::{
+    F_MAC, F_MRG_RXBUF, F_MTU, F_STATUS, HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES,
+};
+pub(crate) use self::passt::Passt;
+pub(crate) use self::stream::Stream;
+use super::{
+    Answer, Chain, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served, VirtioDevice,
+};
+use crate::config::MacAddress;
+use crate::metrics::{DeviceMetrics, NetMetrics};
+
+/// Queues (§5.1.2).
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const QUEUE_SIZE: u16 = 256;
+
+/// Bit of the configuration space's status.
+const LINK_UP: u16 = 1;
+
+/// The device.
+#[derive(Debug)]
+pub(crate) struct Net {
+    backend: Backend,
+    mac: MacAddress,
+    mtu: Option<u16>,
+    link_up: bool,
+    /// What the driver has chosen.
+    features: u64,
+    /// The most receive buffers that there were at once.
+    most_buffers: usize,
+    metrics: NetMetrics,
+}
+
+impl Net {
+    /// An interface with this address, or with a random one.
+    pub(crate) fn new(
+        backend: Backend,
+        mac: Option<MacAddress>,
+        mtu: Option<u16>,
+    ) -> io::Result<Self> {
+        let mac = match mac {
+            Some(mac) => mac,
+            None => {
+                let mut bytes = [0; 6];
+                File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+                MacAddress::local(bytes)
+            }
+        };
+        let link_up = backend.is_up();
+        Ok(Self {
+            backend,
+            mac,
+            mtu,
+            link_up,
+            features: 0,
+            most_buffers: 0,
+            metrics: NetMetrics::default(),
+        })
+    }
+
+    /// Sends what the driver has for the other end, until that takes no more.
+    fn transmit(&mut self, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        match self.backend.flush() {
+            Ok(true) => {}
+            Ok(false) => return Ok(Served::All),
+            Err(error) => self.link_lost(&error),
+        }
+        queues.serve(TRANSMIT, |chain| match self.send(chain) {
+            true => Answer::Used(0),
+            false => Answer::PutBack,
+        })
+    }
+
+    /// Sends one frame, or drops it. False where it has to wait.
+    fn send(&mut self, chain: Chain<'_>) -> bool {
+        let len = chain.readable.len().saturating_sub(HEADER_BYTES);
+        let is_frame = (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&len);
+        let sent = if is_frame && self.link_up {
+            self.backend.send(chain.readable)
+        } else {
+            Ok(Moved::Dropped)
+        };
+        match sent {
+            Ok(Moved::Nothing) => return false,
+            Ok(Moved::Frame(_)) => {
+                self.metrics.tx_frames += 1;
+                self.metrics.tx_bytes += len;
+            }
+            Ok(Moved::Dropped) => self.metrics.tx_dropped += 1,
+            Err(error) => {
+                self.metrics.tx_dropped += 1;
+                self.link_lost(&error);
+            }
+        }
+        true
+    }
+
+    fn link_lost(&mut self, error: &io::Error) {
+        if self.link_up {
+            tracing::info!(mac = %self.mac, %error, "the link is down");
+            self.link_up = false;
+            self.metrics.link_changes += 1;
+        }
+    }
+
+    /// One turn: looks whether a link that was down is up again, does `work`, and tells the
+    /// driver if the link changed.
+    fn turn(
+        &mut self,
+        queues: &mut Queues<'_>,
+        work: impl FnOnce(&mut Self, &mut Queues<'_>) -> Result<Served, QueueError>,
+    ) -> Result<Served, QueueError> {
+        let changes = self.metrics.link_changes;
+        if !self.link_up && self.backend.is_up() {
+            self.link_up = true;
+            self.metrics.link_changes += 1;
+        }
+        let served = work(self, queues);
+        if self.metrics.link_changes != changes {
+            queues.config_changed();
+        }
+        served
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Network
+    }
+
+    fn features(&self) -> u64 {
+        let mtu = if self.mtu.is_some() { F_MTU } else { 0 };
+        F_MAC | F_STATUS | F_MRG_RXBUF | mtu | self.backend.features()
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; 2]
+    }
+
+    /// `struct virtio_net_config` (§5.1.4).
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.mac.0.to_vec();
+        config.extend(if self.link_up { LINK_UP } else { 0 }.to_le_bytes());
+        config.extend(1u16.to_le_bytes()); // max_virtqueue_pairs
+        config.extend(self.mtu.unwrap_or(0).to_le_bytes());
+        config
+    }
+
+    fn sources(&self) -> io::Result<Vec<OwnedFd>> {
+        Ok(vec![self.backend.source()?])
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.features = features;
+        self.most_buffers = 0;
+        self.backend.activate(features);
+    }
+
+    fn reset(&mut self) {
+        self.features = 0;
+        self.backend.activate(0);
+    }
+
+    fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        match index {
+            RECEIVE => self.turn(queues, Self::receive),
+            _ => self.turn(queues, Self::transmit),
+        }
+    }
+
+    fn ready(&mut self, _: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        self.turn(queues, |net, queues| {
+            if net.link_up && !net.backend.is_up() {
+                net.link_lost(&io::ErrorKind::NetworkDown.into());
+            }
+            let (received, sent) = (net.receive(queues)?, net.transmit(queues)?);
+            Ok(if received == Served::Some { received } else { sent })
+        })
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        DeviceMetrics::Net(self.metrics)
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Net { mac: self.mac, link_up: self.link_up }
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Net { mac, link_up } => {
+                self.mac = *mac;
+                // What the driver was told last; the first turn tells it what has changed.
+                self.link_up = *link_up;
+                Ok(())
+            }
+            _ => Err(RestoreError::Kind),
+        }
+    }
+}

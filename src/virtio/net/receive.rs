@@ -1,0 +1,140 @@
+//! The receive queue: buffers of the driver, filled with frames one after the other.
+
+use std::collections::VecDeque;
+
+use super::backend::Moved;
+use super::header::{F_MRG_RXBUF, HEADER_BYTES, NUM_BUFFERS_AT};
+use super::{Net, RECEIVE};
+use crate::memory::{GuestBytes, GuestRam};
+use crate::virtio::{Chain, QueueError, Queues, Served, VirtQueue};
+
+/// Frames that are received before other devices get their turn.
+const MAX_FRAMES: usize = 256;
+
+/// Buffers that were taken from the queue and are empty yet, in the queue's order.
+#[derive(Default)]
+struct Buffers<'ram> {
+    chains: VecDeque<Chain<'ram>>,
+    bytes: u64,
+}
+
+impl Net {
+    /// Gives the driver the frames that are there, as far as it has buffers.
+    pub(super) fn receive(&mut self, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
+        let ram = queues.ram();
+        let Some(queue) = queues.get(RECEIVE) else { return Ok(Served::All) };
+        let mut buffers = Buffers::default();
+        let served = self.fill(queue, ram, &mut buffers);
+        // What is still empty stays where it was.
+        for _ in buffers.chains {
+            queue.put_back();
+        }
+        queue.signal(ram)?;
+        served
+    }
+
+    fn fill<'ram>(
+        &mut self,
+        queue: &mut VirtQueue,
+        ram: &'ram GuestRam,
+        buffers: &mut Buffers<'ram>,
+    ) -> Result<Served, QueueError> {
+        for _ in 0..MAX_FRAMES {
+            if !self.link_up {
+                return Ok(Served::All);
+            }
+            let room = match self.backend.next() {
+                Ok(Some(room)) => room,
+                Ok(None) => return Ok(Served::All),
+                Err(error) => {
+                    self.link_lost(&error);
+                    return Ok(Served::All);
+                }
+            };
+            if !self.gather(queue, ram, buffers, room)? {
+                return Ok(Served::All);
+            }
+            let space = buffers.space();
+            match self.backend.receive(&space) {
+                Ok(Moved::Frame(bytes)) => {
+                    queue.add_used_together(ram, &buffers.take(&space, bytes))?;
+                    self.metrics.rx_frames += 1;
+                    self.metrics.rx_bytes += bytes.saturating_sub(HEADER_BYTES);
+                }
+                Ok(Moved::Dropped) => self.metrics.rx_dropped += 1,
+                Ok(Moved::Nothing) => return Ok(Served::All),
+                Err(error) => {
+                    self.link_lost(&error);
+                    return Ok(Served::All);
+                }
+            }
+        }
+        Ok(Served::Some)
+    }
+
+    /// Takes buffers until there is so much room, or all that the driver ever gave at once. False
+    /// where it has to give more first: its doorbell will say so.
+    fn gather<'ram>(
+        &mut self,
+        queue: &mut VirtQueue,
+        ram: &'ram GuestRam,
+        buffers: &mut Buffers<'ram>,
+        room: u64,
+    ) -> Result<bool, QueueError> {
+        let is_mergeable = self.features & F_MRG_RXBUF != 0;
+        let wanted = if is_mergeable { room } else { 1 };
+        loop {
+            while buffers.bytes < wanted && (is_mergeable || buffers.chains.is_empty()) {
+                match queue.next(ram)? {
+                    Some(chain) => buffers.push(chain),
+                    None => break,
+                }
+            }
+            let count = buffers.chains.len();
+            let is_all = count > 0 && (!is_mergeable || count >= self.most_buffers);
+            self.most_buffers = self.most_buffers.max(count);
+            if buffers.bytes >= wanted || is_all {
+                return Ok(true);
+            }
+            // All of them were taken, so the next one that comes rings.
+            if !queue.wait_for_more(ram)? {
+                return Ok(false);
+            }
+        }
+    }
+}
+
+impl<'ram> Buffers<'ram> {
+    fn push(&mut self, chain: Chain<'ram>) {
+        self.bytes += chain.writable.len();
+        self.chains.push_back(chain);
+    }
+
+    /// All of them as one.
+    fn space(&self) -> GuestBytes<'ram> {
+        let mut space = GuestBytes::default();
+        for chain in &self.chains {
+            space.append(&chain.writable);
+        }
+        space
+    }
+
+    /// Takes out those that a frame of so many bytes has filled, with their shares, and writes
+    /// how many they are into the frame's header.
+    fn take(&mut self, space: &GuestBytes<'ram>, bytes: u64) -> Vec<(u16, u32)> {
+        let mut used = Vec::new();
+        let mut rest = bytes;
+        while rest > 0
+            && let Some(chain) = self.chains.pop_front()
+        {
+            let len = chain.writable.len();
+            self.bytes -= len;
+            used.push((chain.head, rest.min(len) as u32));
+            rest = rest.saturating_sub(len);
+        }
+        if let Some((_, field)) = space.clone().split_at(NUM_BUFFERS_AT) {
+            field.copy_from(&(used.len() as u16).to_le_bytes());
+        }
+        used
+    }
+}

@@ -1,0 +1,280 @@
+//! Network interfaces under the drivers of stock kernels, over taps, passt and between two VMs.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use dormouse::{
+    Cmdline, DeviceMetrics, ExitStatus, Initramfs, InitramfsBuilder, MicroVm, NetConfig,
+    NetMetrics, Running, UserNetwork, VmConfig,
+};
+
+use crate::devices::with_modules;
+use crate::{PATIENCE, Release, Transcript, guest_root};
+
+const MODULES_6_1: &[&str] =
+    &["virtio", "virtio_ring", "virtio_mmio", "failover", "net_failover", "virtio_net"];
+const MODULES_6_12: &[&str] = &["virtio_mmio", "failover", "net_failover", "virtio_net"];
+
+fn modules(release: Release) -> &'static [&'static str] {
+    match release {
+        Release::Linux6_1 => MODULES_6_1,
+        Release::Linux6_12 => MODULES_6_12,
+    }
+}
+
+/// A VM whose init runs `script` when the network's driver is there.
+fn config(release: Release, script: &str) -> VmConfig {
+    finished(release, with_modules(release, modules(release), script))
+}
+
+fn finished(release: Release, archive: InitramfsBuilder) -> VmConfig {
+    let archive: Initramfs = archive.build().unwrap();
+    VmConfig::new(release.kernel())
+        .initramfs(archive)
+        .cmdline(Cmdline::default().push("quiet").unwrap())
+        .memory_mib(256)
+}
+
+/// Runs the machine's own busybox, which has to succeed.
+fn busybox(arguments: &str) {
+    let status = Command::new(guest_root().join("bin/busybox"))
+        .args(arguments.split_whitespace())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{arguments}");
+}
+
+/// Gives an interface of this machine an address.
+fn set_up(tap: &str, address: &str) {
+    busybox(&format!("ip addr add {address} dev {tap}"));
+    busybox(&format!("ip link set {tap} up"));
+}
+
+/// Removes an interface of this machine (RTM_DELLINK).
+fn delete(name: &str) {
+    let index: u32 = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    let mut message = Vec::new();
+    message.extend(32u32.to_ne_bytes());
+    message.extend(libc::RTM_DELLINK.to_ne_bytes());
+    message.extend((libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    message.extend([0; 12]); // sequence, port, family, type
+    message.extend(index.to_ne_bytes());
+    message.extend([0; 8]); // flags, change
+    // SAFETY: the new descriptor is nobody else's; the message is borrowed for the call.
+    let sent = unsafe {
+        let socket = libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE);
+        assert!(socket >= 0);
+        let socket = OwnedFd::from_raw_fd(socket);
+        libc::send(socket.as_raw_fd(), message.as_ptr().cast(), message.len(), 0)
+    };
+    assert_eq!(sent, 32);
+    assert!(!Path::new("/sys/class/net").join(name).exists());
+}
+
+/// A VM, and what it says.
+fn start(config: VmConfig) -> (MicroVm<Running>, Transcript) {
+    let transcript = Transcript::default();
+    let vm = MicroVm::create(config.console(transcript.clone())).unwrap();
+    (vm.start().unwrap(), transcript)
+}
+
+fn counters(vm: &MicroVm<Running>) -> NetMetrics {
+    match vm.metrics()[0] {
+        DeviceMetrics::Net(metrics) => metrics,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn ends(vm: MicroVm<Running>, transcript: &Transcript) -> String {
+    let ended = vm.wait_timeout(PATIENCE);
+    let text = transcript.text();
+    match ended {
+        Ok(vm) => assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}"),
+        Err(failed) => panic!("{}\n{text}", failed.error),
+    }
+    text
+}
+
+/// iperf3, from the package, and its libraries: where each is here, by its place in a guest.
+fn iperf3() -> Vec<(String, PathBuf)> {
+    let program = guest_root().join("usr/bin/iperf3");
+    let output = Command::new("ldd")
+        .arg(&program)
+        .env("LD_LIBRARY_PATH", libraries())
+        .output()
+        .expect("ldd");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(!text.contains("not found"), "{text}");
+    let mut files = vec![("bin/iperf3".to_owned(), program)];
+    for path in text.split_whitespace().filter(|word| word.starts_with('/')) {
+        let path = Path::new(path);
+        let name = path.file_name().unwrap().to_str().unwrap();
+        // The loader has its place in every program; the others are found beside it.
+        let folder = if name.starts_with("ld-") { "lib64" } else { "lib" };
+        files.push((format!("{folder}/{name}"), path.canonicalize().unwrap()));
+    }
+    files
+}
+
+fn libraries() -> PathBuf {
+    guest_root().join("usr/lib/x86_64-linux-gnu")
+}
+
+/// A process that ends with the test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn iperf3_over_a_tap(release: Release, tap: &str, net: &str) {
+    let script = format!(
+        r#"
+mkdir /tmp; export LD_LIBRARY_PATH=/lib
+echo "mac=$(cat /sys/class/net/eth0/address) mtu=$(cat /sys/class/net/eth0/mtu)"
+ip addr add {net}.2/24 dev eth0; ip link set eth0 up
+ping -c 1 -W 10 {net}.1 > /dev/null && echo reached
+iperf3 -c {net}.1 -t 3 > /out 2>&1 && echo sent && grep receiver /out || cat /out
+iperf3 -c {net}.1 -t 3 -R > /out 2>&1 && echo received && grep receiver /out || cat /out
+ping -q -A -c 10000 {net}.1 | grep transmitted
+poweroff -f"#
+    );
+    let archive = iperf3()
+        .into_iter()
+        .fold(with_modules(release, modules(release), &script), |archive, (place, path)| {
+            archive.host_file(&place, path)
+        });
+    let network = NetConfig::tap(tap).mac([2, 0, 0, 0xab, 0xcd, 0xef]).mtu(1400);
+    let config = finished(release, archive).vcpus(2).network(network);
+    let transcript = Transcript::default();
+    let vm = MicroVm::create(config.console(transcript.clone())).unwrap();
+    set_up(tap, &format!("{net}.1/24"));
+    let server = Command::new(guest_root().join("usr/bin/iperf3"))
+        .args(["-s", "-B", &format!("{net}.1")])
+        .env("LD_LIBRARY_PATH", libraries())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _server = Process(server);
+    let vm = vm.start().unwrap();
+    transcript.wait_for("packets transmitted");
+    let metrics = counters(&vm);
+    let text = ends(vm, &transcript);
+    println!("{text}\n{metrics:?}");
+    assert!(text.contains("mac=02:00:00:ab:cd:ef mtu=1400\n"), "{text}");
+    for word in ["reached", "sent", "received"] {
+        assert!(text.contains(&format!("{word}\n")), "{text}");
+    }
+    let lossless = "10000 packets transmitted, 10000 packets received, 0% packet loss";
+    assert!(text.contains(lossless), "{text}");
+    assert!(metrics.rx_bytes > 1 << 20 && metrics.tx_bytes > 1 << 20, "{metrics:?}");
+    assert_eq!(metrics.rx_dropped, 0, "{metrics:?}");
+    assert!(!Path::new("/sys/class/net").join(tap).exists(), "the tap outlives its VM");
+}
+
+#[test]
+fn iperf3_and_pings_over_a_tap_under_linux_6_1() {
+    iperf3_over_a_tap(Release::Linux6_1, "dm61", "10.61.0");
+}
+
+#[test]
+fn iperf3_and_pings_over_a_tap_under_linux_6_12() {
+    iperf3_over_a_tap(Release::Linux6_12, "dm612", "10.62.0");
+}
+
+#[test]
+fn two_machines_ping_one_another_over_a_pair() {
+    let script = |own: &str, other: &str, then: &str| {
+        format!(
+            "ip addr add {own}/24 dev eth0; ip link set eth0 up\n\
+             cat /sys/class/net/eth0/address\n\
+             until ping -c 1 -W 1 {other} > /dev/null; do true; done\n\
+             ping -q -A -c 1000 -s 1400 {other} | grep transmitted\n\
+             {then}\npoweroff -f"
+        )
+    };
+    // The first one leaves when the other's end of the cable is gone.
+    let first = "while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done";
+    let (one, other) = NetConfig::pair().unwrap();
+    let first = config(Release::Linux6_1, &script("10.9.0.1", "10.9.0.2", first)).network(one);
+    let second =
+        config(Release::Linux6_12, &script("10.9.0.2", "10.9.0.1", "sleep 5")).network(other);
+    let (first, first_said) = start(first);
+    let (second, second_said) = start(second);
+    let second = ends(second, &second_said);
+    let first = ends(first, &first_said);
+    for text in [&first, &second] {
+        let lossless = "1000 packets transmitted, 1000 packets received, 0% packet loss";
+        assert!(text.contains(lossless), "{text}");
+    }
+    let mac = |text: &str| text.lines().next().unwrap().to_owned();
+    assert_ne!(mac(&first), mac(&second), "random addresses differ");
+}
+
+#[test]
+fn a_second_interface_works_and_a_tap_may_be_removed_under_the_guest() {
+    let script = r#"
+ip addr add 10.70.0.2/24 dev eth0; ip link set eth0 up
+ip addr add 10.71.0.2/24 dev eth1; ip link set eth1 up
+ping -c 3 -W 10 -q 10.70.0.1 | grep transmitted; ping -c 3 -q 10.71.0.1 | grep transmitted
+echo remove it
+while [ "$(cat /sys/class/net/eth0/carrier)" = 1 ]; do sleep 0.1; done
+echo "carriers $(cat /sys/class/net/eth0/carrier) $(cat /sys/class/net/eth1/carrier)"
+ping -c 3 -q 10.71.0.1 | grep transmitted; ping -c 1 -W 1 10.70.0.1 > /dev/null || echo gone
+poweroff -f"#;
+    let config = config(Release::Linux6_12, script)
+        .network(NetConfig::tap("dm70"))
+        .network(NetConfig::tap("dm71"));
+    let transcript = Transcript::default();
+    let vm = MicroVm::create(config.console(transcript.clone())).unwrap();
+    set_up("dm70", "10.70.0.1/24");
+    set_up("dm71", "10.71.0.1/24");
+    let vm = vm.start().unwrap();
+    transcript.wait_for("remove it");
+    delete("dm70");
+    transcript.wait_for("gone");
+    let text = ends(vm, &transcript);
+    assert_eq!(text.matches("3 packets received, 0% packet loss").count(), 3, "{text}");
+    assert!(text.contains("carriers 0 1"), "{text}");
+}
+
+#[test]
+fn a_guest_reaches_the_loopback_of_the_host_through_passt() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = std::thread::spawn(move || {
+        let (mut connection, _) = listener.accept().unwrap();
+        // What is not read by the end resets the connection.
+        assert!(connection.read(&mut [0; 1024]).unwrap() > 0);
+        let body = vec![b'.'; 1 << 20];
+        write!(connection, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).unwrap();
+        connection.write_all(&body).unwrap();
+    });
+    let script = format!(
+        r#"
+ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.0.2.2
+wget -q -O /page http://10.0.2.2:{port}/ && echo "page of $(wc -c < /page)"
+echo "mtu=$(cat /sys/class/net/eth0/mtu)"
+poweroff -f"#
+    );
+    let network = UserNetwork::new()
+        .program(guest_root().join("usr/bin/passt"))
+        .address([10, 0, 2, 15])
+        .gateway([10, 0, 2, 2])
+        .host_loopback(true);
+    let config = config(Release::Linux6_12, &script).network(NetConfig::user(network));
+    let (vm, transcript) = start(config);
+    let text = ends(vm, &transcript);
+    assert!(text.contains("page of 1048576"), "{text}");
+    server.join().unwrap();
+}
