@@ -17,7 +17,7 @@ use dormouse::{Kernel, MicroVm, VmConfig};
 use guest::Program;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
-use report::{Metric, report};
+use report::{Metric, Unit, micros, report};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 const WARM_UP: usize = 10;
@@ -28,18 +28,22 @@ fn main() {
     for (size, memory_mib) in [("128 MiB", 128), ("4 GiB", 4096)] {
         let Samples { ours, floor, drops } = startup(memory_mib);
         let name = format!("create → first instruction, {size}");
-        metrics.push(Metric { name, ours, floor });
+        metrics.push(metric(name, ours, floor));
         let name = format!("drop of a running VM, {size}");
-        metrics.push(Metric { name, ours: drops, floor: Vec::new() });
+        metrics.push(metric(name, drops, Vec::new()));
     }
-    report(&metrics);
+    report(&metrics, "raw KVM");
+}
+
+fn metric(name: String, ours: Vec<f64>, floor: Vec<f64>) -> Metric {
+    Metric { name, unit: Unit::Micros, ours, floor, bar: None }
 }
 
 #[derive(Default)]
 struct Samples {
-    ours: Vec<Duration>,
-    floor: Vec<Duration>,
-    drops: Vec<Duration>,
+    ours: Vec<f64>,
+    floor: Vec<f64>,
+    drops: Vec<f64>,
 }
 
 /// Measures ours and the floor in turn, so that both see the same machine.
@@ -55,9 +59,9 @@ fn startup(memory_mib: u32) -> Samples {
         let floor = raw_kvm(&code, &cpuid, u64::from(memory_mib) << 20);
         settle();
         if round >= WARM_UP {
-            samples.ours.push(ours);
-            samples.floor.push(floor);
-            samples.drops.push(drop);
+            samples.ours.push(micros(ours));
+            samples.floor.push(micros(floor));
+            samples.drops.push(micros(drop));
         }
     }
     samples

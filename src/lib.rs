@@ -110,6 +110,9 @@ pub use microvm::{
 };
 pub use phase::Phase;
 pub use timings::{Timing, Timings};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use virtio::fuzzing;
 pub use vsock::{Connecting, Vsock, VsockListener, VsockStream};
 
 /// The README's code compiles.

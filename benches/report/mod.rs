@@ -1,6 +1,7 @@
 //! What a benchmark prints: a table, or JSON lines (`--json`), and a picture (`--svg FILE`).
 
 use std::env;
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,13 +11,37 @@ use plotters::prelude::*;
 /// What was measured, and the same work without the library, measured in turn.
 pub struct Metric {
     pub name: String,
-    pub ours: Vec<Duration>,
+    pub unit: Unit,
+    pub ours: Vec<f64>,
     /// Empty where there is nothing to compare with.
-    pub floor: Vec<Duration>,
+    pub floor: Vec<f64>,
+    /// What the ratio of the medians, or the median where there is no floor, is to be.
+    pub bar: Option<Bar>,
 }
 
-/// Prints `metrics` as the command line wishes.
-pub fn report(metrics: &[Metric]) {
+/// What samples are, and so which of them are good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(dead_code, reason = "benchmarks measure different things")]
+pub enum Unit {
+    /// Microseconds: few are good.
+    Micros,
+    /// Requests in a second, in thousands: many are good.
+    ThousandsPerSecond,
+    /// MiB in a second: many are good.
+    MibPerSecond,
+    /// Events in a second that nobody wanted.
+    PerSecond,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[allow(dead_code, reason = "benchmarks have different bars")]
+pub enum Bar {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+/// Prints `metrics` as the command line wishes. `floor` says what they are compared with.
+pub fn report(metrics: &[Metric], floor: &str) {
     let arguments: Vec<String> = env::args().collect();
     let machine = machine();
     if arguments.iter().any(|argument| argument == "--json") {
@@ -24,55 +49,133 @@ pub fn report(metrics: &[Metric]) {
             println!("{}", metric.json());
         }
     } else {
-        print_table(metrics);
-        println!("\n{machine}");
+        print_tables(metrics);
+        println!("{machine}");
     }
     if let Some(at) = arguments.iter().position(|argument| argument == "--svg") {
         let path = PathBuf::from(arguments.get(at + 1).expect("--svg FILE"));
-        draw(metrics, &machine, &path).expect("the picture is drawn");
+        draw(metrics, floor, &machine, &path).expect("the picture is drawn");
         eprintln!("{} is drawn", path.display());
     }
 }
 
+#[allow(dead_code, reason = "not every benchmark measures times")]
+pub fn micros(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e6
+}
+
 impl Metric {
     fn ratio(&self) -> Option<f64> {
-        let floor = percentile(&self.floor, 50)?;
-        Some(percentile(&self.ours, 50)? / floor)
+        Some(self.percentile(&self.ours, 50)? / self.percentile(&self.floor, 50)?)
+    }
+
+    /// What so many percent of the samples are not worse than.
+    fn percentile(&self, samples: &[f64], percent: usize) -> Option<f64> {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        if self.unit.many_are_good() {
+            sorted.reverse();
+        }
+        let last = sorted.len().checked_sub(1)?;
+        Some(sorted[last * percent / 100])
+    }
+
+    /// Whether the bar is met.
+    fn is_met(&self) -> Option<bool> {
+        let value = self.ratio().or_else(|| self.percentile(&self.ours, 50))?;
+        Some(match self.bar? {
+            Bar::AtLeast(bar) => value >= bar,
+            Bar::AtMost(bar) => value <= bar,
+        })
     }
 
     fn json(&self) -> serde_json::Value {
         serde_json::json!({
             "metric": self.name,
-            "unit": "us",
+            "unit": self.unit.short(),
             "n": self.ours.len(),
-            "p50": percentile(&self.ours, 50),
-            "p99": percentile(&self.ours, 99),
-            "floor_p50": percentile(&self.floor, 50),
+            "p50": self.percentile(&self.ours, 50),
+            "p99": self.percentile(&self.ours, 99),
+            "floor_p50": self.percentile(&self.floor, 50),
             "ratio": self.ratio(),
+            "bar": self.bar.map(|bar| bar.to_string()),
+            "met": self.is_met(),
         })
     }
 }
 
-fn print_table(metrics: &[Metric]) {
-    println!("| µs | n | p50 | p99 | floor p50 | ratio |");
-    println!("| --- | --- | --- | --- | --- | --- |");
-    for metric in metrics {
-        let number = |value: Option<f64>| value.map_or(String::new(), |us| format!("{us:.0}"));
-        println!(
-            "| {} | {} | {} | {} | {} | {} |",
-            metric.name,
-            metric.ours.len(),
-            number(percentile(&metric.ours, 50)),
-            number(percentile(&metric.ours, 99)),
-            number(percentile(&metric.floor, 50)),
-            metric.ratio().map_or(String::new(), |ratio| format!("{ratio:.2}")),
-        );
+impl Unit {
+    fn many_are_good(self) -> bool {
+        matches!(self, Self::ThousandsPerSecond | Self::MibPerSecond)
+    }
+
+    fn short(self) -> &'static str {
+        match self {
+            Self::Micros => "us",
+            Self::ThousandsPerSecond => "k/s",
+            Self::MibPerSecond => "MiB/s",
+            Self::PerSecond => "1/s",
+        }
     }
 }
 
-/// One panel a metric: which share of the samples was done within a time.
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Micros => "µs",
+            Self::ThousandsPerSecond => "1,000 a second",
+            Self::MibPerSecond => "MiB a second",
+            Self::PerSecond => "a second",
+        })
+    }
+}
+
+impl fmt::Display for Bar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtLeast(bar) => write!(f, "≥ {bar:.2}"),
+            Self::AtMost(bar) => write!(f, "≤ {bar:.2}"),
+        }
+    }
+}
+
+/// A table for each unit; a column of bars where there are any.
+fn print_tables(metrics: &[Metric]) {
+    for table in metrics.chunk_by(|one, other| one.unit == other.unit) {
+        let bars = table.iter().any(|metric| metric.bar.is_some());
+        let (head, rule) = if bars { (" bar |", " --- |") } else { ("", "") };
+        println!("| {} | n | p50 | p99 | floor p50 | ratio |{head}", table[0].unit);
+        println!("| --- | --- | --- | --- | --- | --- |{rule}");
+        for metric in table {
+            let number = |value: Option<f64>| match value {
+                Some(value) if value > 0.0 && value < 10.0 => format!("{value:.1}"),
+                Some(value) => format!("{value:.0}"),
+                None => String::new(),
+            };
+            let bar = match (metric.bar, metric.is_met()) {
+                (Some(bar), Some(false)) => format!(" {bar}, missed |"),
+                (Some(bar), _) => format!(" {bar} |"),
+                (None, _) if bars => "  |".to_owned(),
+                (None, _) => String::new(),
+            };
+            println!(
+                "| {} | {} | {} | {} | {} | {} |{bar}",
+                metric.name,
+                metric.ours.len(),
+                number(metric.percentile(&metric.ours, 50)),
+                number(metric.percentile(&metric.ours, 99)),
+                number(metric.percentile(&metric.floor, 50)),
+                metric.ratio().map_or(String::new(), |ratio| format!("{ratio:.2}")),
+            );
+        }
+        println!();
+    }
+}
+
+/// One panel a metric: which share of the samples was done within a time, or below a rate.
 fn draw(
     metrics: &[Metric],
+    floor: &str,
     machine: &str,
     path: &PathBuf,
 ) -> Result<(), Box<dyn std::error::Error>> {
@@ -83,12 +186,15 @@ fn draw(
     let (panels, foot) = root.split_vertically(height - 30);
     for (metric, panel) in metrics.iter().zip(panels.split_evenly((metrics.len(), 1))) {
         let samples = metric.ours.iter().chain(&metric.floor);
-        let last = samples.map(|sample| micros(*sample)).fold(1.0, f64::max);
-        // The last few percent would leave the rest no room.
-        let end = [&metric.ours, &metric.floor].map(|s| percentile(s, 95).unwrap_or(0.0));
-        let end = end[0].max(end[1]).min(last) * 1.1;
+        let last = samples.copied().fold(1.0, f64::max);
+        // The slowest few percent would leave the rest no room.
+        let worst = [&metric.ours, &metric.floor].map(|s| metric.percentile(s, 95).unwrap_or(0.0));
+        let end = match metric.unit {
+            Unit::Micros => worst[0].max(worst[1]).min(last) * 1.1,
+            _ => last * 1.1,
+        };
         let mut chart = ChartBuilder::on(&panel)
-            .caption(format!("{} (µs)", metric.name), ("sans-serif", 15))
+            .caption(format!("{} ({})", metric.name, metric.unit), ("sans-serif", 15))
             .margin(8)
             .x_label_area_size(26)
             .y_label_area_size(44)
@@ -102,7 +208,7 @@ fn draw(
             .light_line_style(WHITE)
             .draw()?;
         for (name, samples, color) in
-            [("dormouse", &metric.ours, BLUE), ("raw KVM", &metric.floor, RED)]
+            [("dormouse", &metric.ours, BLUE), (floor, &metric.floor, RED)]
         {
             if samples.is_empty() {
                 continue;
@@ -126,23 +232,12 @@ fn draw(
     Ok(())
 }
 
-fn distribution(samples: &[Duration], end: f64) -> Vec<(f64, f64)> {
-    let mut sorted: Vec<f64> = samples.iter().map(|sample| micros(*sample)).collect();
+fn distribution(samples: &[f64], end: f64) -> Vec<(f64, f64)> {
+    let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     let share = |rank: usize| 100.0 * (rank + 1) as f64 / sorted.len() as f64;
-    let points = sorted.iter().enumerate().map(|(rank, us)| (*us, share(rank)));
-    points.take_while(|(us, _)| *us <= end).collect()
-}
-
-fn percentile(samples: &[Duration], percent: usize) -> Option<f64> {
-    let mut sorted = samples.to_vec();
-    sorted.sort_unstable();
-    let last = sorted.len().checked_sub(1)?;
-    Some(micros(sorted[last * percent / 100]))
-}
-
-fn micros(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e6
+    let points = sorted.iter().enumerate().map(|(rank, sample)| (*sample, share(rank)));
+    points.take_while(|(sample, _)| *sample <= end).collect()
 }
 
 /// Kernel, processor and kind of KVM that the figures belong to.

@@ -7,6 +7,8 @@
 
 mod balloon;
 mod block;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handle;
 mod interrupt;
 mod mmio;

@@ -154,6 +154,12 @@ impl VirtQueue {
         self.queue.is_valid(ram.inner())
     }
 
+    /// How many descriptors the driver gave it.
+    #[cfg(fuzzing)]
+    pub(crate) fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Takes the driver's next request, if there is one.
     pub(crate) fn next<'ram>(
         &mut self,

@@ -29,6 +29,9 @@ dm_start:
     mov rbx, [rax]
     and rbx, -4096
     or qword ptr [rbx], 4
+    # The GiB with the registers of virtio devices, where the program drives any.
+    mov rdx, [rip + dm_devices]
+    mov [rbx + 24], rdx
     mov rcx, [rbx]
     and rcx, -4096
     mov rdx, [rip + dm_pages]
@@ -172,6 +175,7 @@ dm_gdtr: .word 55
 dm_program: .quad 0
 dm_pages:   .quad 64
 dm_ram:     .quad 0
+dm_devices: .quad 0
 dm_script:  .space 2048, 0xff
 dm_end:
     .set dm_stack, dm_end + 0x8000
@@ -186,6 +190,7 @@ unsafe extern "C" {
     static dm_program: u8;
     static dm_pages: u8;
     static dm_ram: u8;
+    static dm_devices: u8;
     static dm_script: u8;
     static dm_heartbeat: u8;
     static dm_play: u8;
@@ -216,17 +221,25 @@ pub enum Program {
     Fault,
     /// Writes `text` with one string instruction, then switches the machine off.
     String,
+    /// Runs this image, which is loaded at [`DRIVER_ADDRESS`] and entered at its first byte, with
+    /// the registers of virtio devices mapped where they are.
+    Driver(Vec<u8>),
 }
 
 /// Where the code is loaded and entered.
 pub const ADDRESS: u64 = 0x100_0000;
 /// Zeros behind the code: the stack and the TSS.
 const ZERO_BYTES: u64 = 0x2_0000;
+/// Where a [`Program::Driver`] is. The page before it maps the registers of virtio devices.
+pub const DRIVER_ADDRESS: u64 = ADDRESS + 0x4_1000;
+/// The 2 MiB with the registers of virtio devices.
+const DEVICES: u64 = 0xd000_0000;
 
 /// The guest as code, to be put at [`ADDRESS`].
 pub fn code(program: &Program) -> Vec<u8> {
     let start = &raw const dm_start;
     let offset = |symbol: *const u8| symbol as usize - start as usize;
+    let mut driver = Vec::new();
     // SAFETY: both symbols delimit the section above, which is part of this program's image.
     let mut code = unsafe { slice::from_raw_parts(start, offset(&raw const dm_end)) }.to_vec();
     let mut patch = |symbol: *const u8, bytes: &[u8]| {
@@ -253,6 +266,17 @@ pub fn code(program: &Program) -> Vec<u8> {
         }
         Program::Fault => Some(&raw const dm_fault),
         Program::String => Some(&raw const dm_string),
+        Program::Driver(image) => {
+            let mut directory = vec![0; 0x1000];
+            // Present, writable, for users, never cached, and a page of 2 MiB.
+            let at = (DEVICES >> 21 & 0x1ff) as usize * 8;
+            directory[at..][..8].copy_from_slice(&(DEVICES | 0x97).to_le_bytes());
+            driver = [directory, image.clone()].concat();
+            let devices = (DRIVER_ADDRESS - 0x1000) | 7;
+            patch(&raw const dm_devices, &devices.to_le_bytes());
+            patch(&raw const dm_program, &(DRIVER_ADDRESS - ADDRESS).to_le_bytes());
+            None
+        }
     };
     // An available 64-bit TSS of 64 KiB, all zeros: its permission map begins at 0, and 0 allows.
     let tss = ADDRESS + offset(&raw const dm_tss) as u64;
@@ -260,6 +284,10 @@ pub fn code(program: &Program) -> Vec<u8> {
     patch(&raw const dm_tss_descriptor, &descriptor.to_le_bytes());
     if let Some(entry) = entry {
         patch(&raw const dm_program, &(offset(entry) as u64).to_le_bytes());
+    }
+    if !driver.is_empty() {
+        code.resize((DRIVER_ADDRESS - ADDRESS) as usize - 0x1000, 0);
+        code.extend(driver);
     }
     code
 }

@@ -6,6 +6,7 @@ mod block;
 mod driver;
 mod hostile;
 mod net;
+mod queue;
 mod rng;
 mod state;
 mod tap;

@@ -1,0 +1,69 @@
+//! What idle VMs cost: how often the library's threads wake up for them.
+
+use std::fs;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use dormouse::{BlockConfig, Kernel, MicroVm, Running, VmConfig};
+
+use crate::guest::{self, Program};
+use crate::report::{Bar, Metric, Unit};
+
+const VMS: usize = 100;
+
+/// Wake-ups of all threads of the library, for 100 VMs with devices that halted.
+pub fn metric() -> Metric {
+    let disk = Path::new(env!("CARGO_TARGET_TMPDIR")).join("idle.disk");
+    fs::write(&disk, vec![0; 1 << 20]).expect("a disk image");
+    let kernel = Kernel::bytes(guest::elf(&Program::Halt));
+    let vms: Vec<MicroVm<Running>> = (0..VMS)
+        .map(|_| {
+            let block = BlockConfig::new(&disk).read_only();
+            let config = VmConfig::new(kernel.clone()).memory_mib(32).block(block).entropy(true);
+            MicroVm::create(config).expect("create").start().expect("start")
+        })
+        .collect();
+    // Until every guest has halted.
+    sleep(Duration::from_secs(1));
+    let begin = Instant::now();
+    let before = switches();
+    sleep(Duration::from_secs(2));
+    let after = switches();
+    let rate = (after.count - before.count) as f64 / begin.elapsed().as_secs_f64();
+    // A zero that was read from no threads would be none: a vCPU's each, and the device thread.
+    assert_eq!((before.threads, after.threads), (VMS + 1, VMS + 1));
+    assert!(before.count > 0);
+    drop(vms);
+    let _ = fs::remove_file(&disk);
+    Metric {
+        name: format!("wake-ups of {VMS} idle VMs with disk and entropy"),
+        unit: Unit::PerSecond,
+        ours: vec![rate],
+        floor: Vec::new(),
+        bar: Some(Bar::AtMost(0.0)),
+    }
+}
+
+/// How often so many threads were switched from so far.
+#[derive(Default)]
+struct Switches {
+    threads: usize,
+    count: u64,
+}
+
+/// Those of the library.
+fn switches() -> Switches {
+    let mut all = Switches::default();
+    for task in fs::read_dir("/proc/self/task").expect("/proc").flatten() {
+        // A thread may be gone by now.
+        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        if status.starts_with("Name:\tdormouse-") {
+            let counts = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+            let counts = counts.map(|(_, count)| count.trim().parse::<u64>().expect("a count"));
+            all.count += counts.sum::<u64>();
+            all.threads += 1;
+        }
+    }
+    all
+}

@@ -1,0 +1,151 @@
+//! Ways in for the fuzz targets, which are a crate of their own: bytes are what a guest does.
+//!
+//! Not a part of the public interface: it is there under cargo-fuzz alone. There is no KVM, and
+//! no thread: a doorbell is served where it is rung, and each source after each action.
+
+#![allow(clippy::expect_used, clippy::panic, reason = "what a fuzz target finds is a panic")]
+
+mod guest;
+mod input;
+mod queue;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use vmm_sys_util::tempfile::TempFile;
+
+pub use self::queue::virtqueue;
+
+use self::guest::Guest;
+use self::input::Input;
+use super::state::{QueueState, Registers, TransportState};
+use super::{Block, DeviceState, Rng, VirtioDevice};
+use crate::config::{BlockConfig, RateLimit};
+use crate::disk::Disk;
+use crate::machine::disk_io;
+use crate::memory::FileIo;
+
+const DISK_BYTES: usize = 64 << 10;
+
+/// Requests of a driver that keeps to the rules of the queue, but not to those of a disk.
+pub fn block_request(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let read_only = input.byte() & 1 != 0;
+    let (device, file) = disk(read_only);
+    let before = content(&file);
+    let mut guest = Guest::new(device);
+    guest.begin(0, &mut input);
+    while !input.is_empty() {
+        if let Some(status) = guest.block_request(&mut input) {
+            assert!(status <= 2, "there is no status {status:#x}");
+        }
+    }
+    guest.end();
+    let after = content(&file);
+    assert_eq!(after.len(), before.len(), "a disk changes no size");
+    assert!(!read_only || after == before, "a read-only disk was written");
+}
+
+/// Any accesses to the registers of any device, with writes to RAM and doorbells between them.
+pub fn transport_registers(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    match input.byte() % DEVICES {
+        0 => registers(disk(false).0, input),
+        1 => registers(disk(true).0, input),
+        _ => registers(entropy(), input),
+    }
+}
+
+/// A device that goes on from any state, and whatever its guest does then.
+pub fn transport_state(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    match input.byte() % DEVICES {
+        0 => state(|| disk(false).0, input),
+        1 => state(|| disk(true).0, input),
+        _ => state(entropy, input),
+    }
+}
+
+/// How many kinds of devices there are to choose from.
+const DEVICES: u8 = 3;
+
+fn registers(device: impl VirtioDevice + 'static, mut input: Input<'_>) {
+    let mut guest = Guest::new(device);
+    while !input.is_empty() {
+        guest.act(&mut input);
+    }
+    guest.end();
+}
+
+fn state<D: VirtioDevice + 'static>(device: impl Fn() -> D, mut input: Input<'_>) {
+    let mut guest = Guest::new(device());
+    let queues = guest.queue_count();
+    let state = TransportState {
+        registers: Registers {
+            status: input.u32(),
+            driver_features: input.u64(),
+            device_features_sel: input.u32(),
+            driver_features_sel: input.u32(),
+            queue_sel: input.u32(),
+            config_generation: input.u32(),
+        },
+        interrupt_status: input.u32(),
+        queues: (0..queues).map(|_| queue_state(&mut input)).collect(),
+        device: DeviceState::Stateless,
+    };
+    guest.pause();
+    if guest.restore(&state).is_err() {
+        return;
+    }
+    // What was taken is what is written, and is taken again.
+    let taken = guest.state();
+    let mut again = Guest::new(device());
+    again.pause();
+    assert!(again.restore(&taken).is_ok(), "{taken:?} is refused");
+    assert_eq!(again.state(), taken);
+    guest.resume();
+    while !input.is_empty() {
+        guest.act(&mut input);
+    }
+    guest.end();
+}
+
+/// A state whose addresses are often good ones.
+fn queue_state(input: &mut Input<'_>) -> QueueState {
+    QueueState {
+        size: match input.byte() {
+            power @ 0..=15 => 1 << power,
+            _ => input.u16(),
+        },
+        ready: input.byte() & 1 != 0,
+        event_idx: input.byte() & 1 != 0,
+        next_avail: input.u16(),
+        next_used: input.u16(),
+        descriptor_table: input.address(),
+        available_ring: input.address(),
+        used_ring: input.address(),
+    }
+}
+
+fn entropy() -> Rng {
+    Rng::new(RateLimit::default()).expect("/dev/urandom")
+}
+
+/// A disk of 64 KiB, and its file.
+fn disk(read_only: bool) -> (Block, File) {
+    let file = TempFile::new_in("/dev/shm".as_ref()).expect("a temporary file");
+    file.as_file().write_all_at(&[0x5a; DISK_BYTES], 0).expect("a disk's content");
+    let config = BlockConfig::new(file.as_path()).id("fuzzed");
+    let config = if read_only { config.read_only() } else { config };
+    let io = disk_io::queue().and_then(|queue| Ok(FileIo::new(&queue).expect("an eventfd")));
+    let disk = Disk::open(&config).expect("a disk");
+    let block = Block::new(disk, io.expect("an I/O queue"), &config).expect("a timer");
+    (block, file.into_file())
+}
+
+fn content(file: &File) -> Vec<u8> {
+    let len = file.metadata().expect("the disk's size").len();
+    let mut content = vec![0; len as usize];
+    file.read_exact_at(&mut content, 0).expect("the disk's content");
+    content
+}
