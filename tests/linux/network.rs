@@ -147,7 +147,7 @@ ip addr add {net}.2/24 dev eth0; ip link set eth0 up
 ping -c 1 -W 10 {net}.1 > /dev/null && echo reached
 iperf3 -c {net}.1 -t 3 > /out 2>&1 && echo sent && grep receiver /out || cat /out
 iperf3 -c {net}.1 -t 3 -R > /out 2>&1 && echo received && grep receiver /out || cat /out
-ping -q -i 0.002 -c {pings} {net}.1 | grep -E 'transmitted|round-trip'
+ping -q -i 0.01 -c {pings} {net}.1 | grep -E 'transmitted|round-trip'
 poweroff -f"#
     );
     let archive = iperf3()
