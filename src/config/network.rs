@@ -139,8 +139,9 @@ impl NetConfig {
 
 /// How a guest sees the host's network through passt.
 ///
-/// The guest may connect to wherever the host may, but for the host itself. Nobody reaches the
-/// guest, but through forwarded ports.
+/// The guest may connect to wherever this user's programs may, but for the host's loopback
+/// addresses. Nobody reaches the guest, but through forwarded ports. What passt has to say, such
+/// as that the host has no default route, is in the system's log.
 ///
 /// ```
 /// use dormouse::UserNetwork;
