@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, RateLimit};
 use crate::error::{Error, ErrorKind};
 
 /// The smallest MTU of IPv4 (RFC 791), and the greatest that a virtio device can name.
@@ -39,6 +39,10 @@ pub struct NetConfig {
     pub(crate) mac: Option<MacAddress>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mtu: Option<u16>,
+    #[serde(default)]
+    pub(crate) receive_limit: RateLimit,
+    #[serde(default)]
+    pub(crate) transmit_limit: RateLimit,
 }
 
 /// What is at the other end.
@@ -122,14 +126,35 @@ impl NetConfig {
         self
     }
 
+    /// How fast the guest may receive; not limited unless set. Bytes are those of frames,
+    /// operations are frames, of up to 64 KiB each over a tap. What is too much waits at the
+    /// other end. It can be changed while the guest runs, see
+    /// [`MicroVm::set_network_rate_limits`](crate::MicroVm::set_network_rate_limits).
+    #[must_use]
+    pub fn receive_rate_limit(mut self, limit: RateLimit) -> Self {
+        self.receive_limit = limit;
+        self
+    }
+
+    /// How fast the guest may transmit; as [`receive_rate_limit`](Self::receive_rate_limit).
+    /// What is too much waits in the guest.
+    #[must_use]
+    pub fn transmit_rate_limit(mut self, limit: RateLimit) -> Self {
+        self.transmit_limit = limit;
+        self
+    }
+
     fn with(backend: NetBackend) -> Self {
-        Self { backend, mac: None, mtu: None }
+        let limit = RateLimit::default();
+        Self { backend, mac: None, mtu: None, receive_limit: limit, transmit_limit: limit }
     }
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         if let Some(mtu) = self.mtu.filter(|mtu| !MTUS.contains(mtu)) {
             return Err(ConfigError::Mtu { mtu });
         }
+        self.receive_limit.check()?;
+        self.transmit_limit.check()?;
         match self.mac {
             Some(mac) if !mac.is_of_a_station() => Err(ConfigError::Mac { mac }),
             _ => Ok(()),

@@ -41,6 +41,8 @@ pub(super) struct Devices {
 pub(crate) struct Controls {
     /// In the order of the configuration.
     pub(crate) disks: Vec<DeviceHandle<Block>>,
+    /// In the order of the configuration.
+    pub(crate) networks: Vec<DeviceHandle<Net>>,
     pub(crate) entropy: Option<DeviceHandle<Rng>>,
     pub(crate) balloon: Option<DeviceHandle<Balloon>>,
 }
@@ -60,7 +62,7 @@ impl Devices {
             controls.disks.push(virtio.add(disk(block)?)?);
         }
         for network in &config.networks {
-            virtio.add(interface(network)?)?;
+            controls.networks.push(virtio.add(interface(network)?)?);
         }
         if config.entropy {
             let rng = Rng::new(config.entropy_rate_limit).map_err(MachineError::Entropy)?;
@@ -124,7 +126,7 @@ fn interface(config: &NetConfig) -> Result<Net, Error> {
             Backend::Stream(stream.map_err(MachineError::Socket)?)
         }
     };
-    Ok(Net::new(backend, config.mac, config.mtu).map_err(MachineError::Entropy)?)
+    Ok(Net::new(backend, config).map_err(MachineError::Entropy)?)
 }
 
 /// The virtio devices so far, in the order in which the guest finds them.

@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::event_loop::{Answered, Subscription, Watch};
 use crate::kvm::block_signals;
 use crate::memory::IoQueue;
+use crate::seccomp::Confinement;
 
 /// How many operations wait at once where there is no io_uring.
 const WORKERS: usize = 4;
@@ -56,6 +57,9 @@ pub(crate) fn with_workers() -> Result<Arc<IoQueue>, Error> {
         let workers = Arc::clone(&workers);
         let work = move || {
             block_signals();
+            if let Err(error) = Confinement::Device.apply() {
+                tracing::warn!(%error, "a disk thread runs without a seccomp filter");
+            }
             workers.work();
         };
         let thread = thread::Builder::new().name("dormouse-disk".into());

@@ -15,6 +15,8 @@ enum DeviceError {
     NoEntropy,
     #[error("there is no disk {index}: the VM has {count}, counted from 0")]
     NoDisk { index: usize, count: usize },
+    #[error("there is no network interface {index}: the VM has {count}, counted from 0")]
+    NoNetwork { index: usize, count: usize },
     #[error("the VM has no memory balloon")]
     NoBalloon,
     #[error("a balloon of {mib} MiB: the guest has {memory_mib} MiB of memory")]
@@ -29,6 +31,7 @@ impl From<DeviceError> for Error {
             DeviceError::BalloonTooLarge { .. } => {
                 "leave the guest what it needs, some 64 MiB for a distribution's kernel"
             }
+            DeviceError::NoNetwork { .. } => "create it with as many `VmConfig::network(…)`",
             DeviceError::NoDisk { .. } => "create it with as many `VmConfig::block(…)`",
         };
         Error::new(ErrorKind::Config, error).fix(fix)
@@ -54,6 +57,28 @@ impl MicroVm<Running> {
         let disks = &self.state.machine.controls().disks;
         let no_disk = DeviceError::NoDisk { index, count: disks.len() };
         disks.get(index).ok_or(no_disk)?.with(|disk| disk.set_rate_limit(limit));
+        Ok(())
+    }
+
+    /// Changes how fast the guest may receive and transmit through an interface, from the next
+    /// frame on; `RateLimit::default()` lifts a limit. Interfaces are counted from 0, in the order
+    /// of the configuration. Waits for the turn that the interface is at.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] where the VM has no such interface, or a limit is refused.
+    pub fn set_network_rate_limits(
+        &self,
+        index: usize,
+        receive: RateLimit,
+        transmit: RateLimit,
+    ) -> Result<(), Error> {
+        receive.check()?;
+        transmit.check()?;
+        let networks = &self.state.machine.controls().networks;
+        let no_network = DeviceError::NoNetwork { index, count: networks.len() };
+        let network = networks.get(index).ok_or(no_network)?;
+        network.with(|network| network.set_rate_limits(receive, transmit));
         Ok(())
     }
 

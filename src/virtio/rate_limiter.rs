@@ -43,14 +43,29 @@ impl RateLimiter {
     /// Pays for an operation of so many bytes. Where it may not be done yet nothing is paid, and
     /// the source will be ready when it may.
     pub(crate) fn take(&mut self, bytes: u64) -> bool {
-        let taken = match self.buckets.is_unlimited() {
-            true => Ok(()),
-            false => self.buckets.take(Instant::now(), bytes),
-        };
-        if let Err(wait) = taken {
+        self.wait_for(|buckets| buckets.take(Instant::now(), bytes))
+    }
+
+    /// Whether an operation may be done of which nobody knows the size before; it is
+    /// [paid for](Self::pay) afterwards. Where it may not, the source will be ready when it may.
+    pub(crate) fn may_begin(&mut self) -> bool {
+        self.wait_for(|buckets| match buckets.wait(Instant::now(), 0) {
+            Duration::ZERO => Ok(()),
+            wait => Err(wait),
+        })
+    }
+
+    /// Pays for an operation of so many bytes that was done.
+    pub(crate) fn pay(&mut self, bytes: u64) {
+        self.buckets.pay(bytes);
+    }
+
+    fn wait_for(&mut self, ask: impl FnOnce(&mut Buckets) -> Result<(), Duration>) -> bool {
+        let answer = if self.buckets.is_unlimited() { Ok(()) } else { ask(&mut self.buckets) };
+        if let Err(wait) = answer {
             self.wake_after(wait);
         }
-        self.waits = taken.is_err();
+        self.waits = answer.is_err();
         !self.waits
     }
 
@@ -101,19 +116,28 @@ impl Buckets {
 
     /// Pays for an operation, or says how long it has to wait.
     fn take(&mut self, now: Instant, bytes: u64) -> Result<(), Duration> {
-        let wait = |bucket: &mut Option<TokenBucket>, cost| {
-            bucket.as_mut().map_or(Duration::ZERO, |bucket| bucket.wait(now, cost))
-        };
-        let wait = wait(&mut self.bytes, bytes).max(wait(&mut self.operations, 1));
+        let wait = self.wait(now, bytes);
         if !wait.is_zero() {
             return Err(wait);
         }
+        self.pay(bytes);
+        Ok(())
+    }
+
+    /// How long an operation has to wait.
+    fn wait(&mut self, now: Instant, bytes: u64) -> Duration {
+        let wait = |bucket: &mut Option<TokenBucket>, cost| {
+            bucket.as_mut().map_or(Duration::ZERO, |bucket| bucket.wait(now, cost))
+        };
+        wait(&mut self.bytes, bytes).max(wait(&mut self.operations, 1))
+    }
+
+    fn pay(&mut self, bytes: u64) {
         for (bucket, cost) in [(&mut self.bytes, bytes), (&mut self.operations, 1)] {
             if let Some(bucket) = bucket {
                 bucket.pay(cost);
             }
         }
-        Ok(())
     }
 
     /// Takes over what was saved or owed: one limit after another forgives no debt, and gives no
@@ -171,7 +195,7 @@ impl TokenBucket {
 
     /// Pays, and goes into debt for what the bucket does not hold.
     fn pay(&mut self, cost: u64) {
-        self.level -= i128::from(cost) * TOKEN;
+        self.level = self.level.saturating_sub(i128::from(cost) * TOKEN);
     }
 }
 

@@ -22,10 +22,10 @@ use self::header::{
 pub(crate) use self::passt::Passt;
 pub(crate) use self::stream::Stream;
 use super::{
-    Answer, Chain, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served, Source,
-    VirtioDevice,
+    Answer, Chain, DeviceState, DeviceType, QueueError, Queues, RateLimiter, RestoreError, Served,
+    Source, VirtioDevice,
 };
-use crate::config::MacAddress;
+use crate::config::{MacAddress, NetConfig, RateLimit};
 use crate::metrics::{DeviceMetrics, NetMetrics};
 
 /// Queues (§5.1.2).
@@ -40,6 +40,8 @@ const LINK_UP: u16 = 1;
 #[derive(Debug)]
 pub(crate) struct Net {
     backend: Backend,
+    receive_limiter: RateLimiter,
+    transmit_limiter: RateLimiter,
     mac: MacAddress,
     mtu: Option<u16>,
     link_up: bool,
@@ -51,13 +53,9 @@ pub(crate) struct Net {
 }
 
 impl Net {
-    /// An interface with this address, or with a random one.
-    pub(crate) fn new(
-        backend: Backend,
-        mac: Option<MacAddress>,
-        mtu: Option<u16>,
-    ) -> io::Result<Self> {
-        let mac = match mac {
+    /// An interface of a configuration, with the address that it says or with a random one.
+    pub(crate) fn new(backend: Backend, config: &NetConfig) -> io::Result<Self> {
+        let mac = match config.mac {
             Some(mac) => mac,
             None => {
                 let mut bytes = [0; 6];
@@ -68,13 +66,20 @@ impl Net {
         let link_up = backend.is_up();
         Ok(Self {
             backend,
+            receive_limiter: RateLimiter::new(config.receive_limit)?,
+            transmit_limiter: RateLimiter::new(config.transmit_limit)?,
             mac,
-            mtu,
+            mtu: config.mtu,
             link_up,
             features: 0,
             most_buffers: 0,
             metrics: NetMetrics::default(),
         })
+    }
+
+    pub(crate) fn set_rate_limits(&mut self, receive: RateLimit, transmit: RateLimit) {
+        self.receive_limiter.set(receive);
+        self.transmit_limiter.set(transmit);
     }
 
     fn choose(&mut self, features: u64) {
@@ -101,6 +106,9 @@ impl Net {
     /// Sends one frame, or drops it. False where it has to wait.
     fn send(&mut self, chain: Chain<'_>) -> bool {
         let len = chain.readable.len().saturating_sub(HEADER_BYTES);
+        if !self.transmit_limiter.may_begin() {
+            return false;
+        }
         let is_frame = (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&len);
         let sent = if is_frame && self.link_up {
             self.backend.send(chain.readable)
@@ -112,6 +120,7 @@ impl Net {
             Ok(Moved::Frame(_)) => {
                 self.metrics.tx_frames += 1;
                 self.metrics.tx_bytes += len;
+                self.transmit_limiter.pay(len);
             }
             Ok(Moved::Dropped) => self.metrics.tx_dropped += 1,
             Err(error) => {
@@ -174,7 +183,8 @@ impl VirtioDevice for Net {
     }
 
     fn sources(&self) -> io::Result<Vec<Source>> {
-        Ok(vec![Box::new(self.backend.source()?)])
+        let limiters = (self.receive_limiter.source()?, self.transmit_limiter.source()?);
+        Ok(vec![Box::new(self.backend.source()?), Box::new(limiters.0), Box::new(limiters.1)])
     }
 
     fn activate(&mut self, features: u64) {

@@ -70,6 +70,7 @@ impl Passt {
 
     /// Ends the process, if it has not ended. Takes some 100 µs, once.
     pub(super) fn end(&mut self) {
+        // The device thread may not wait for children; the end of the VM does it then.
         // One that has ended cannot be killed, and one that was waited for is not waited for
         // again: neither is a fault.
         let _ = self.child.kill();

@@ -40,7 +40,7 @@ impl Net {
         buffers: &mut Buffers<'ram>,
     ) -> Result<Served, QueueError> {
         for _ in 0..MAX_FRAMES {
-            if !self.link_up {
+            if !self.link_up || !self.receive_limiter.may_begin() {
                 return Ok(Served::All);
             }
             let room = match self.backend.next() {
@@ -59,7 +59,9 @@ impl Net {
                 Ok(Moved::Frame(bytes)) => {
                     queue.add_used_together(ram, &buffers.take(&space, bytes))?;
                     self.metrics.rx_frames += 1;
-                    self.metrics.rx_bytes += bytes.saturating_sub(HEADER_BYTES);
+                    let bytes = bytes.saturating_sub(HEADER_BYTES);
+                    self.metrics.rx_bytes += bytes;
+                    self.receive_limiter.pay(bytes);
                 }
                 Ok(Moved::Dropped) => self.metrics.rx_dropped += 1,
                 Ok(Moved::Nothing) => return Ok(Served::All),

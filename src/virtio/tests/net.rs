@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::driver::{TestHal, TestTransport, ram};
 use super::hostile::{BUFFERS, NEXT, Raw, RawDriver, WRITE};
 use crate::bus::BusDevice;
-use crate::config::{MacAddress, NetBackend, NetConfig};
+use crate::config::{MacAddress, NetBackend, NetConfig, RateLimit};
 use crate::metrics::{DeviceMetrics, NetMetrics};
 use crate::virtio::{Backend, DeviceHandle, MmioTransport, Net, Stream};
 
@@ -27,7 +27,10 @@ pub(super) fn cable(mac: Option<MacAddress>) -> (Net, Peer) {
 }
 
 fn net(socket: UnixStream, mac: Option<MacAddress>) -> Net {
-    Net::new(Backend::Stream(Stream::new(socket).unwrap()), mac, None).unwrap()
+    // What the backend is made of is not asked here.
+    let config = NetConfig::tap("");
+    let config = mac.iter().fold(config, |config, mac| config.mac(mac.0));
+    Net::new(Backend::Stream(Stream::new(socket).unwrap()), &config).unwrap()
 }
 
 pub(super) fn counters(handle: &DeviceHandle<Net>) -> NetMetrics {
@@ -360,4 +363,39 @@ fn a_storm_of_doorbells_does_nothing() {
     driver.submit(&[Raw(BUFFERS, 112, 0, 0)]);
     assert_eq!(peer.receive().len(), 100);
     assert!(!driver.needs_reset());
+}
+
+#[test]
+fn a_limited_interface_passes_all_frames_each_when_its_time_comes() {
+    let (near, far) = UnixStream::pair().unwrap();
+    let limit = RateLimit::default()
+        .bytes_per_second(1 << 20)
+        .burst_bytes(1500)
+        .operations_per_second(1000)
+        .burst_operations(2);
+    let config = NetConfig::tap("").receive_rate_limit(limit).transmit_rate_limit(limit);
+    let net = Net::new(Backend::Stream(Stream::new(near).unwrap()), &config).unwrap();
+    let (transport, handle) = TestTransport::with_handle(net);
+    let mut driver = Driver::new(transport).unwrap();
+    let mut peer = Peer(far);
+    for number in 0..30 {
+        let frame = frame(number, 1500);
+        driver.send(&frame).unwrap();
+        assert_eq!(peer.receive(), frame);
+        peer.send(&frame);
+        let mut packet = vec![0; 2048];
+        driver.receive_wait(&mut packet).unwrap();
+        assert_eq!(packet[HEADER..HEADER + 1500], frame);
+    }
+    // A limit that is lifted is lifted for what waits.
+    let slow = RateLimit::default().bytes_per_second(1);
+    handle.with(|net| net.set_rate_limits(slow, slow));
+    peer.send(&frame(1, 1500));
+    peer.send(&frame(2, 1500));
+    let mut packet = vec![0; 2048];
+    handle.with(|net| net.set_rate_limits(RateLimit::default(), RateLimit::default()));
+    for number in [1, 2] {
+        driver.receive_wait(&mut packet).unwrap();
+        assert_eq!(packet[HEADER..HEADER + 1500], frame(number, 1500));
+    }
 }

@@ -10,6 +10,7 @@ use vm_memory::GuestAddress;
 use super::driver::{TestTransport, ram};
 use super::hostile::{BUFFERS, Raw, RawDriver};
 use super::net::{Driver, HEADER, MAC, counters, frame, give, take, until};
+use crate::config::NetConfig;
 use crate::error::{Error, ErrorKind};
 use crate::tap::Tap;
 use crate::virtio::{Backend, Net};
@@ -143,7 +144,7 @@ fn is_marked(packet: &[u8]) -> bool {
 }
 
 fn net(tap: Tap) -> Net {
-    Net::new(Backend::Tap(tap), Some(MAC), None).unwrap()
+    Net::new(Backend::Tap(tap), &NetConfig::tap("").mac(MAC.0)).unwrap()
 }
 
 #[test]
