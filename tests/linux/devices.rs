@@ -1,17 +1,18 @@
 //! Virtio devices under the drivers of stock kernels.
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
 use dormouse::{
-    BlockConfig, Cmdline, DeviceMetrics, ExitStatus, InitramfsBuilder, MicroVm, RateLimit, Running,
-    VmConfig,
+    BalloonConfig, BlockConfig, Cmdline, DeviceMetrics, ExitStatus, InitramfsBuilder, MicroVm,
+    NetConfig, RateLimit, Running, VmConfig, VsockConfig,
 };
 
-use crate::{PATIENCE, Release, Transcript, guest_root, initramfs, run};
+use crate::{PATIENCE, Release, Transcript, guest_root, guest_tool, initramfs, run};
 
 /// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
 pub fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
@@ -160,4 +161,68 @@ poweroff -f"#;
     assert!(given(&vm) >= bytes + (1 << 20));
     let vm = vm.wait_timeout(PATIENCE).unwrap();
     assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff);
+}
+
+#[test]
+fn two_disks_two_networks_and_vsock_are_one_machine_under_linux_6_12() {
+    let disks = [Image::new("first", 16), Image::new("second", 16)];
+    let (left, right) = NetConfig::pair().unwrap();
+    let script = r#"
+ls /sys/bus/virtio/devices | wc -l
+for device in /sys/bus/virtio/devices/*; do basename $(readlink $device/driver); done | sort | uniq -c
+ip addr add 10.1.0.1/24 dev eth0; ip link set eth0 up; ip link set eth1 up
+cat /sys/class/net/eth0/address /sys/class/net/eth1/address
+for disk in vda vdb; do dd if=/dev/urandom of=/dev/$disk bs=1M count=16 conv=fsync 2>/dev/null; done
+guest-tool vsock-run 77 /bin/cat
+poweroff -f"#;
+    let modules = [DISK, &["virtio_net", "vmw_vsock_virtio_transport", "virtio-rng"]].concat();
+    let config = config_with(
+        Release::Linux6_12,
+        &[&modules[..], &["virtio_balloon"]].concat(),
+        script,
+        |archive| archive.host_file("bin/guest-tool", guest_tool()),
+    );
+    let config = disks.iter().fold(config, |config, disk| config.block(BlockConfig::new(&disk.0)));
+    let config = config
+        .network(left.mac([2, 0, 0, 0, 0, 1]))
+        .network(right.mac([2, 0, 0, 0, 0, 2]))
+        .vsock(VsockConfig::default())
+        .balloon(BalloonConfig::default())
+        .entropy(true)
+        .memory_mib(256)
+        .vcpus(2);
+    let transcript = Transcript::default();
+    let vm = MicroVm::create(config.console(transcript.clone())).unwrap();
+    let listener = vm.listen(77).unwrap();
+    let vm = vm.start().unwrap();
+    let echo = listener.accept_timeout(PATIENCE).unwrap();
+    let message: Vec<u8> = (0..200_000u32).map(|at| (at * 7 + at / 251) as u8).collect();
+    let mut back = vec![0; message.len()];
+    std::thread::scope(|scope| {
+        scope.spawn(|| (&echo).write_all(&message).unwrap());
+        (&echo).read_exact(&mut back).unwrap();
+    });
+    assert!(back == message);
+    drop(echo);
+    let kinds: Vec<_> = vm
+        .metrics()
+        .iter()
+        .map(|metrics| match metrics {
+            DeviceMetrics::Block(disk) => format!("block {}", disk.written_bytes >> 20),
+            DeviceMetrics::Net(_) => "net".into(),
+            DeviceMetrics::Entropy(_) => "entropy".into(),
+            DeviceMetrics::Balloon(_) => "balloon".into(),
+            DeviceMetrics::Vsock(vsock) => format!("vsock {}", vsock.opened_by_guest),
+            other => format!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(kinds, ["block 16", "block 16", "net", "net", "entropy", "balloon", "vsock 1"]);
+    let vm = vm.wait_timeout(PATIENCE).unwrap();
+    let text = transcript.text();
+    assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}");
+    assert!(text.contains("\n7\n") || text.starts_with("7\n"), "{text}");
+    for line in ["2 virtio_blk", "2 virtio_net", "1 virtio_rng", "1 virtio_balloon"] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    assert!(text.contains("02:00:00:00:00:01\n02:00:00:00:00:02\n"), "{text}");
 }
