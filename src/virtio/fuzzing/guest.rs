@@ -14,9 +14,8 @@ use crate::virtio::{DeviceHandle, Interrupt, MmioTransport, Served, VirtioDevice
 /// Two regions with a hole between them, and nothing at the end of the address space.
 pub(super) const RAM: [(u64, usize); 2] = [(0, 0x1_0000), (0x2_0000, 0x1_0000)];
 
-/// Where the queues of a driver that keeps to the rules are; each has its own 16 KiB.
-const QUEUES: u64 = 0x2_0000;
-const QUEUE_BYTES: u64 = 0x4000;
+/// Where the queue of a driver that keeps to the rules is.
+const QUEUE: u64 = 0x2_0000;
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 /// Where its requests are.
@@ -38,9 +37,11 @@ pub(super) struct Guest<D: VirtioDevice + 'static> {
     device: DeviceHandle<D>,
     registers: MmioTransport,
     sources: usize,
-    /// How many requests the driver has made available in queue 0.
+    /// How many requests the driver has made available.
     available: u16,
     size: u16,
+    /// The queue that the driver brought up last.
+    queue: u32,
 }
 
 impl<D: VirtioDevice + 'static> Guest<D> {
@@ -49,7 +50,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         let ram = Arc::new(ram());
         let device = DeviceHandle::new(device, &ram, interrupt()).expect("a device");
         let registers = MmioTransport::new(device.erase());
-        Self { ram, device, registers, sources, available: 0, size: 0 }
+        Self { ram, device, registers, sources, available: 0, size: 0, queue: 0 }
     }
 
     pub(super) fn queue_count(&self) -> u32 {
@@ -116,7 +117,8 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         let features: u32 = if choices & 1 != 0 { 1 << 29 } else { 0 } | 1 << 28;
         self.size = 1 << (choices >> 1 & 7);
         self.available = 0;
-        let base = (QUEUES + u64::from(queue % 4) * QUEUE_BYTES) as u32;
+        self.queue = queue;
+        let base = QUEUE as u32;
         for at in [AVAILABLE, USED] {
             let _ = self.ram.write(&[0; 0x1000], GuestAddress(u64::from(base) + at));
         }
@@ -144,7 +146,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         }
     }
 
-    /// Any descriptors in any order, as a request in queue 0.
+    /// Any descriptors in any order, as a request.
     fn chain(&mut self, input: &mut Input<'_>) {
         let (count, head) = (u64::from(input.byte() % 8), input.byte());
         for at in 0..count {
@@ -157,7 +159,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
             self.descriptor(at, address, len, flags, next);
         }
         self.offer(u16::from(head & 7));
-        self.serve(0);
+        self.serve(self.queue as usize);
     }
 
     /// A request to a disk: a header, buffers and a status, and mostly as it should be. The
@@ -194,7 +196,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         }
         self.descriptor(last, STATUS, 1, 2, 0);
         self.offer(0);
-        self.serve(0);
+        self.serve(self.queue as usize);
         self.settle();
         (self.used() != used && direction == 0)
             .then(|| self.ram.inner().read_obj(GuestAddress(STATUS)).expect("in RAM"))
@@ -208,7 +210,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
     }
 
     fn used(&self) -> Option<u16> {
-        self.ram.inner().read_obj(GuestAddress(QUEUES + USED + 2)).ok()
+        self.ram.inner().read_obj(GuestAddress(QUEUE + USED + 2)).ok()
     }
 
     fn write(&mut self, register: u64, data: &[u8]) {
@@ -222,12 +224,12 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         bytes.extend(len.to_le_bytes());
         bytes.extend(flags.to_le_bytes());
         bytes.extend(next.to_le_bytes());
-        let _ = self.ram.write(&bytes, GuestAddress(QUEUES + at * 16));
+        let _ = self.ram.write(&bytes, GuestAddress(QUEUE + at * 16));
     }
 
     fn offer(&mut self, head: u16) {
         let slot = u64::from(self.available % self.size.max(1));
-        let available = QUEUES + AVAILABLE;
+        let available = QUEUE + AVAILABLE;
         let _ = self.ram.write(&head.to_le_bytes(), GuestAddress(available + 4 + slot * 2));
         self.available = self.available.wrapping_add(1);
         let _ = self.ram.write(&self.available.to_le_bytes(), GuestAddress(available + 2));
@@ -243,7 +245,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
     }
 
     /// What came from the host's side is served, and what is in flight is finished.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         for _ in 0..10_000 {
             for source in 0..self.sources {
                 let _ = self.device.ready(source);

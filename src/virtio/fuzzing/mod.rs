@@ -10,7 +10,9 @@ mod input;
 mod queue;
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::tempfile::TempFile;
 
@@ -19,8 +21,9 @@ pub use self::queue::virtqueue;
 use self::guest::Guest;
 use self::input::Input;
 use super::state::{QueueState, Registers, TransportState};
-use super::{Block, DeviceState, Rng, VirtioDevice};
-use crate::config::{BlockConfig, RateLimit};
+
+use super::{Backend, Block, DeviceState, Net, Rng, Stream, VirtioDevice};
+use crate::config::{BlockConfig, NetConfig, RateLimit};
 use crate::disk::Disk;
 use crate::machine::disk_io;
 use crate::memory::FileIo;
@@ -46,12 +49,41 @@ pub fn block_request(bytes: &[u8]) {
     assert!(!read_only || after == before, "a read-only disk was written");
 }
 
+/// Bytes from the other end of the network's cable, and whatever the guest does meanwhile.
+pub fn net_frame(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let (device, mut peer) = network();
+    let mut guest = Guest::new(device);
+    let queue = input.byte() & 1;
+    guest.begin(queue.into(), &mut input);
+    while !input.is_empty() {
+        match input.byte() % 4 {
+            0 => {
+                // A frame as it should be, but for what the guest has room for.
+                let len = usize::from(input.u16());
+                let mut frame = (len as u32).to_be_bytes().to_vec();
+                frame.resize(4 + len, 0x5a);
+                let _ = peer.write(&frame);
+            }
+            1 => {
+                let len = input.byte().into();
+                let _ = peer.write(input.bytes(len));
+            }
+            2 => drop(peer.read(&mut [0; 4096])),
+            _ => guest.act(&mut input),
+        }
+        guest.settle();
+    }
+    guest.end();
+}
+
 /// Any accesses to the registers of any device, with writes to RAM and doorbells between them.
 pub fn transport_registers(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     match input.byte() % DEVICES {
         0 => registers(disk(false).0, input),
         1 => registers(disk(true).0, input),
+        2 => registers(network().0, input),
         _ => registers(entropy(), input),
     }
 }
@@ -62,12 +94,13 @@ pub fn transport_state(bytes: &[u8]) {
     match input.byte() % DEVICES {
         0 => state(|| disk(false).0, input),
         1 => state(|| disk(true).0, input),
+        2 => state(|| network().0, input),
         _ => state(entropy, input),
     }
 }
 
 /// How many kinds of devices there are to choose from.
-const DEVICES: u8 = 3;
+const DEVICES: u8 = 4;
 
 fn registers(device: impl VirtioDevice + 'static, mut input: Input<'_>) {
     let mut guest = Guest::new(device);
@@ -80,6 +113,13 @@ fn registers(device: impl VirtioDevice + 'static, mut input: Input<'_>) {
 fn state<D: VirtioDevice + 'static>(device: impl Fn() -> D, mut input: Input<'_>) {
     let mut guest = Guest::new(device());
     let queues = guest.queue_count();
+    let own = match guest.state().device {
+        DeviceState::Net { mac, .. } if input.byte() != 0 => {
+            DeviceState::Net { mac, link_up: input.byte() & 1 != 0 }
+        }
+        // One of another kind of device is refused.
+        _ => DeviceState::Stateless,
+    };
     let state = TransportState {
         registers: Registers {
             status: input.u32(),
@@ -91,7 +131,7 @@ fn state<D: VirtioDevice + 'static>(device: impl Fn() -> D, mut input: Input<'_>
         },
         interrupt_status: input.u32(),
         queues: (0..queues).map(|_| queue_state(&mut input)).collect(),
-        device: DeviceState::Stateless,
+        device: own,
     };
     guest.pause();
     if guest.restore(&state).is_err() {
@@ -129,6 +169,14 @@ fn queue_state(input: &mut Input<'_>) -> QueueState {
 
 fn entropy() -> Rng {
     Rng::new(RateLimit::default()).expect("/dev/urandom")
+}
+
+/// An interface, and the other end of its cable.
+fn network() -> (Net, UnixStream) {
+    let (one, other) = UnixStream::pair().expect("a pair of sockets");
+    other.set_nonblocking(true).expect("a socket");
+    let stream = Stream::new(one).expect("a stream");
+    (Net::new(Backend::Stream(stream), &NetConfig::tap("")).expect("/dev/urandom"), other)
 }
 
 /// A disk of 64 KiB, and its file.
