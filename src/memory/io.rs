@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use vm_memory::{Bytes, VolatileSlice};
 
 use super::GuestRam;
@@ -18,7 +19,8 @@ pub(super) const MAX_IOVECS: usize = 1024;
 /// A sequence of bytes of guest RAM, in pieces.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct GuestBytes<'ram> {
-    pub(super) pieces: Vec<VolatileSlice<'ram>>,
+    /// Most requests have few, which need no allocation.
+    pub(super) pieces: SmallVec<[VolatileSlice<'ram>; 2]>,
 }
 
 impl<'ram> GuestBytes<'ram> {
@@ -138,9 +140,9 @@ impl<'ram> GuestBytes<'ram> {
         flags: libc::c_int,
         call: impl Fn(libc::c_int, *mut libc::msghdr, libc::c_int) -> isize,
     ) -> io::Result<u64> {
-        let guards: Vec<_> =
+        let guards: SmallVec<[_; 4]> =
             self.pieces.iter().take(MAX_IOVECS).map(|piece| piece.ptr_guard_mut()).collect();
-        let mut iovecs: Vec<libc::iovec> = guards
+        let mut iovecs: SmallVec<[libc::iovec; 4]> = guards
             .iter()
             .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
             .collect();
@@ -189,9 +191,9 @@ impl<'ram> GuestBytes<'ram> {
 
     /// One system call that does not wait; returns how many bytes it moved.
     fn transfer(&self, file: &File, at: u64, direction: Direction) -> io::Result<u64> {
-        let guards: Vec<_> =
+        let guards: SmallVec<[_; 4]> =
             self.pieces.iter().take(MAX_IOVECS).map(|piece| piece.ptr_guard_mut()).collect();
-        let iovecs: Vec<libc::iovec> = guards
+        let iovecs: SmallVec<[libc::iovec; 4]> = guards
             .iter()
             .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
             .collect();

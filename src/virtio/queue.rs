@@ -7,6 +7,7 @@ use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use smallvec::SmallVec;
 use thiserror::Error as ThisError;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -24,6 +25,13 @@ const RING_HEADER_BYTES: u64 = 4;
 const USED_ELEMENT_BYTES: u64 = 8;
 /// The driver wants no interrupt.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// Requests that are taken from the rings together, and given back together unless they are
+/// large: as many bytes as are worth a look of the driver's.
+const BATCH: usize = 16;
+const BATCH_BYTES: u64 = 128 << 10;
+
+type Batch<'ram> = SmallVec<[Chain<'ram>; BATCH]>;
 
 /// How a driver broke its queue.
 #[derive(Debug, ThisError)]
@@ -107,32 +115,29 @@ impl<'a> Queues<'a> {
         let ram = self.ram;
         let Some(queue) = self.get(index) else { return Ok(Served::All) };
         let mut requests = 0;
-        let served = 'all: loop {
+        let served = loop {
             queue.queue.disable_notification(ram.inner())?;
-            while requests < MAX_REQUESTS
-                && let Some(chain) = queue.next(ram)?
-            {
-                let head = chain.head;
-                match answer(chain) {
-                    Answer::Used(written) => queue.add_used(ram, head, written)?,
-                    Answer::InFlight => {}
-                    Answer::PutBack => {
-                        queue.put_back();
-                        break 'all Served::All;
-                    }
-                }
-                requests += 1;
+            let taken = queue.answer_some(ram, MAX_REQUESTS - requests, &mut answer)?;
+            requests += taken.count;
+            if taken.put_back {
+                break Served::All;
             }
             if requests == MAX_REQUESTS {
                 break Served::Some;
             }
-            if !queue.wait_for_more(ram)? {
+            if taken.count == 0 && !queue.wait_for_more(ram)? {
                 break Served::All;
             }
         };
         queue.signal(ram)?;
         Ok(served)
     }
+}
+
+/// What became of requests that were taken together.
+struct Taken {
+    count: usize,
+    put_back: bool,
 }
 
 /// A queue of an active device.
@@ -170,6 +175,62 @@ impl VirtQueue {
             Some(chain) => check(ram.inner(), chain, size).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// Answers the next requests, a batch at most. The driver, which may be looking at the rings
+    /// all the time from another CPU, is bothered once a batch.
+    fn answer_some<'ram>(
+        &mut self,
+        ram: &'ram GuestRam,
+        max: usize,
+        answer: &mut impl FnMut(Chain<'ram>) -> Answer,
+    ) -> Result<Taken, QueueError> {
+        let (batch, broken) = self.next_batch(ram, max.min(BATCH))?;
+        let left = batch.len();
+        let mut taken = Taken { count: 0, put_back: false };
+        let (mut used, mut bytes) = (SmallVec::<[(u16, u32); BATCH]>::new(), 0);
+        for chain in batch {
+            let head = chain.head;
+            bytes += chain.readable.len() + chain.writable.len();
+            match answer(chain) {
+                Answer::Used(written) => used.push((head, written)),
+                Answer::InFlight => {}
+                Answer::PutBack => {
+                    taken.put_back = true;
+                    break;
+                }
+            }
+            taken.count += 1;
+            // Large requests are given back one by one: the driver goes on meanwhile.
+            if bytes >= BATCH_BYTES {
+                self.add_used_together(ram, &used)?;
+                used.clear();
+                bytes = 0;
+            }
+        }
+        self.add_used_together(ram, &used)?;
+        for _ in taken.count..left {
+            self.put_back();
+        }
+        broken.map_or(Ok(taken), Err)
+    }
+
+    /// Takes the next requests as far as they are good, and says what is wrong with the one after
+    /// them.
+    fn next_batch<'ram>(
+        &mut self,
+        ram: &'ram GuestRam,
+        max: usize,
+    ) -> Result<(Batch<'ram>, Option<QueueError>), QueueError> {
+        let size = self.queue.size();
+        let mut batch = Batch::new();
+        for chain in self.queue.iter(ram.inner())?.take(max) {
+            match check(ram.inner(), chain, size) {
+                Ok(chain) => batch.push(chain),
+                Err(error) => return Ok((batch, Some(error))),
+            }
+        }
+        Ok((batch, None))
     }
 
     /// Undoes the last [`next`](Self::next).
@@ -298,8 +359,15 @@ fn check<'ram>(
             (false, Some(before)) if before.is_write_only() => return Err(QueueError::Chain),
             (false, _) => &mut buffers.readable,
         };
-        for slice in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-            target.push(slice.map_err(|_| QueueError::Chain)?);
+        let (address, len) = (descriptor.addr(), descriptor.len() as usize);
+        // A buffer is nearly always inside of one region, and that is looked up faster.
+        match memory.get_slice(address, len) {
+            Ok(slice) => target.push(slice),
+            Err(_) => {
+                for slice in memory.get_slices(address, len) {
+                    target.push(slice.map_err(|_| QueueError::Chain)?);
+                }
+            }
         }
         last = Some(descriptor);
     }
