@@ -10,4 +10,5 @@ mod queue;
 mod rng;
 mod state;
 mod tap;
+mod threads;
 mod vsock;
