@@ -39,9 +39,9 @@ pub struct NetConfig {
     pub(crate) mac: Option<MacAddress>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mtu: Option<u16>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "RateLimit::is_unlimited")]
     pub(crate) receive_limit: RateLimit,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "RateLimit::is_unlimited")]
     pub(crate) transmit_limit: RateLimit,
 }
 

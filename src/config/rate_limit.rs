@@ -30,6 +30,10 @@ pub struct RateLimit {
 }
 
 impl RateLimit {
+    pub(crate) fn is_unlimited(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// Bytes in a second, 1 or more.
     #[must_use]
     pub fn bytes_per_second(mut self, rate: u64) -> Self {

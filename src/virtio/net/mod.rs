@@ -97,10 +97,15 @@ impl Net {
             Ok(false) => return Ok(Served::All),
             Err(error) => self.link_lost(&error),
         }
-        queues.serve(TRANSMIT, |chain| match self.send(chain) {
+        let served = queues.serve(TRANSMIT, |chain| match self.send(chain) {
             true => Answer::Used(0),
             false => Answer::PutBack,
-        })
+        });
+        // What the other end does not take now it takes when its descriptor says so.
+        if let Err(error) = self.backend.flush() {
+            self.link_lost(&error);
+        }
+        served
     }
 
     /// Sends one frame, or drops it. False where it has to wait.

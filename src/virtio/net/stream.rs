@@ -15,6 +15,9 @@ use crate::memory::GuestBytes;
 const PREFIX_BYTES: usize = 4;
 /// Room for some small frames, or for the largest one and the beginning of the next.
 const BUFFER_BYTES: usize = 128 << 10;
+/// Frames up to here are gathered and sent together: a copy costs less than a system call each.
+const SMALL_BYTES: u64 = 4096;
+const GATHERED_BYTES: usize = 64 << 10;
 
 /// One end of the stream.
 #[derive(Debug)]
@@ -25,7 +28,7 @@ pub(crate) struct Stream {
     received: Vec<u8>,
     begin: usize,
     end: usize,
-    /// The rest of a frame that the socket took in part.
+    /// Small frames of this turn, or what the socket did not take of those before.
     unsent: Vec<u8>,
 }
 
@@ -116,7 +119,7 @@ impl Stream {
 
     /// Reads on behind what is there. False where there is no more for now.
     fn read(&mut self) -> io::Result<bool> {
-        // A guest without traffic costs no buffer.
+        // A guest that never had traffic costs no buffer.
         self.received.resize(BUFFER_BYTES, 0);
         self.received.copy_within(self.begin..self.end, 0);
         self.end -= self.begin;
@@ -128,24 +131,24 @@ impl Stream {
                 self.end += read;
                 Ok(true)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if self.end == 0 {
-                    self.received = Vec::new();
-                }
-                Ok(false)
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
             Err(error) => Err(error),
         }
     }
 
     fn send_frame(&mut self, packet: GuestBytes<'_>) -> io::Result<Moved> {
-        if !self.send_rest()? {
-            return Ok(Moved::Nothing);
-        }
         let Some((_, frame)) = packet.split_at(HEADER_BYTES) else { return Ok(Moved::Dropped) };
         let len = frame.len();
         let prefix = (len as u32).to_be_bytes();
+        let is_small = len <= SMALL_BYTES;
+        if (!is_small || self.unsent.len() >= GATHERED_BYTES) && !self.send_rest()? {
+            return Ok(Moved::Nothing);
+        }
+        if is_small {
+            self.gather(&prefix, &frame);
+            return Ok(Moved::Frame(HEADER_BYTES + len));
+        }
         let sent = match frame.send_frame(self.socket.as_fd(), &prefix) {
             Ok(sent) => sent,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Moved::Nothing),
@@ -155,15 +158,21 @@ impl Stream {
         let whole = PREFIX_BYTES + len as usize;
         if sent < whole {
             // The frame is the socket's now, and the driver's buffer the driver's again.
-            let mut bytes = prefix.to_vec();
-            bytes.resize(whole, 0);
-            frame.copy_to(bytes.get_mut(PREFIX_BYTES..).unwrap_or_default());
-            self.unsent = bytes.split_off(sent);
+            self.gather(&prefix, &frame);
+            self.unsent.drain(..sent);
         }
         Ok(Moved::Frame(HEADER_BYTES + len))
     }
 
-    /// Sends what is left of a frame. False where the socket does not take it all.
+    /// Takes a copy of a frame, to be sent with the next flush.
+    fn gather(&mut self, prefix: &[u8; PREFIX_BYTES], frame: &GuestBytes<'_>) {
+        self.unsent.extend(prefix);
+        let at = self.unsent.len();
+        self.unsent.resize(at + frame.len() as usize, 0);
+        frame.copy_to(self.unsent.get_mut(at..).unwrap_or_default());
+    }
+
+    /// Sends what was gathered, or left over. False where the socket does not take it all.
     fn send_rest(&mut self) -> io::Result<bool> {
         while !self.unsent.is_empty() {
             match GuestBytes::default().send_frame(self.socket.as_fd(), &self.unsent) {
@@ -172,7 +181,6 @@ impl Stream {
                 Err(error) => return Err(error),
             }
         }
-        self.unsent = Vec::new();
         Ok(true)
     }
 }
