@@ -16,6 +16,8 @@ mod block;
 mod idle;
 #[path = "devices/net.rs"]
 mod net;
+#[path = "devices/tap.rs"]
+mod tap;
 
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -30,7 +32,14 @@ const WARM_UP: usize = 2;
 const ROUNDS: usize = 20;
 
 fn main() {
+    let taps = tap::enter_network();
     let mut metrics = block::metrics();
+    match taps.and_then(|()| tap::metrics()) {
+        Ok(taps) => metrics.extend(taps),
+        Err(error) => {
+            eprintln!("no taps are measured, which takes the right to make them: {error}")
+        }
+    }
     metrics.extend(net::metrics());
     metrics.push(idle::metric());
     report(&metrics, "without a VM");

@@ -13,6 +13,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use thiserror::Error as ThisError;
 
 use self::delta::Delta;
@@ -101,6 +102,9 @@ pub(crate) struct Part<'a, 'ram> {
     pub(crate) cached: bool,
 }
 
+/// The parts of a request, in order. Without a delta there is one.
+pub(crate) type Parts<'a, 'ram> = SmallVec<[Part<'a, 'ram>; 1]>;
+
 /// A flush under way: groups of operations, each begun when those before it have ended.
 #[derive(Debug, Default)]
 pub(crate) struct Flush {
@@ -155,9 +159,12 @@ impl Disk {
     }
 
     /// Where the bytes that are to be read are.
-    pub(crate) fn read<'ram>(&self, offset: u64, bytes: GuestBytes<'ram>) -> Vec<Part<'_, 'ram>> {
-        let Some(delta) = &self.delta else { return vec![self.part(offset, bytes)] };
-        let mut parts = Vec::new();
+    pub(crate) fn read<'ram>(&self, offset: u64, bytes: GuestBytes<'ram>) -> Parts<'_, 'ram> {
+        let mut parts = Parts::new();
+        let Some(delta) = &self.delta else {
+            parts.push(self.part(offset, bytes));
+            return parts;
+        };
         let mut rest = bytes;
         let mut at = offset;
         for run in delta.runs(offset, rest.len()) {
@@ -227,10 +234,17 @@ impl Disk {
 }
 
 fn open(path: &Path, writable: bool, flags: i32) -> Result<File, DiskError> {
-    // O_NONBLOCK: a FIFO would be waited for.
-    let mut options = File::options();
-    options.read(true).write(writable).custom_flags(flags | libc::O_NONBLOCK);
-    options.open(path).map_err(|source| match source.raw_os_error() {
+    let open = |flags| {
+        // O_NONBLOCK: a FIFO would be waited for.
+        let mut options = File::options();
+        options.read(true).write(writable).custom_flags(flags | libc::O_NONBLOCK).open(path)
+    };
+    // A guest's reads are no business of the file's time of access. Only its owner may say so.
+    let opened = open(flags | libc::O_NOATIME).or_else(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => open(flags),
+        _ => Err(error),
+    });
+    opened.map_err(|source| match source.raw_os_error() {
         Some(libc::EINVAL) if flags & libc::O_DIRECT != 0 => {
             DiskError::NoDirect { path: path.to_owned() }
         }
