@@ -9,6 +9,8 @@ mod guest;
 mod report;
 #[path = "../tests/payload/virtio_guest.rs"]
 mod virtio_guest;
+#[path = "../tests/payload/vsock_guest.rs"]
+mod vsock_guest;
 
 #[path = "devices/block.rs"]
 mod block;
@@ -18,12 +20,14 @@ mod idle;
 mod net;
 #[path = "devices/tap.rs"]
 mod tap;
+#[path = "devices/vsock.rs"]
+mod vsock;
 
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use dormouse::{Kernel, MicroVm, Paused, VmConfig};
+use dormouse::{Created, Kernel, MicroVm, Paused, VmConfig};
 use guest::Program;
 use report::{Bar, Metric, Unit, report};
 use virtio_guest::Driver;
@@ -41,6 +45,7 @@ fn main() {
         }
     }
     metrics.extend(net::metrics());
+    metrics.extend(vsock::metrics());
     metrics.push(idle::metric());
     report(&metrics, "without a VM");
 }
@@ -54,12 +59,23 @@ struct Guest {
 impl Guest {
     /// `configure` adds the devices.
     fn new(driver: &Driver, configure: impl FnOnce(VmConfig) -> VmConfig) -> Self {
-        let kernel = Kernel::bytes(guest::elf(&Program::Driver(driver.image())));
+        Self::prepared(driver.image(), configure, |_| ()).0
+    }
+
+    /// The same for any driver, and what `prepare` makes before it runs.
+    fn prepared<T>(
+        driver: Vec<u8>,
+        configure: impl FnOnce(VmConfig) -> VmConfig,
+        prepare: impl FnOnce(&MicroVm<Created>) -> T,
+    ) -> (Self, T) {
+        let kernel = Kernel::bytes(guest::elf(&Program::Driver(driver)));
         let (sender, output) = channel();
         let config = VmConfig::new(kernel).memory_mib(128).console(Stamped(sender));
-        let vm = MicroVm::create(configure(config)).expect("create").start().expect("start");
+        let vm = MicroVm::create(configure(config)).expect("create");
+        let prepared = prepare(&vm);
+        let vm = vm.start().expect("start");
         assert_eq!(output.recv().expect("the guest's first byte").0, b'B');
-        Self { vm: Some(vm.pause().expect("pause")), output }
+        (Self { vm: Some(vm.pause().expect("pause")), output }, prepared)
     }
 
     /// How long the guest works at a batch, and the host at `meanwhile`, which is called when the

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use dormouse::{BlockConfig, Kernel, MicroVm, Running, VmConfig};
+use dormouse::{BlockConfig, Kernel, MicroVm, NetConfig, Running, VmConfig, VsockConfig};
 
 use crate::guest::{self, Program};
 use crate::report::{Bar, Metric, Unit};
@@ -17,10 +17,14 @@ pub fn metric() -> Metric {
     let disk = Path::new(env!("CARGO_TARGET_TMPDIR")).join("idle.disk");
     fs::write(&disk, vec![0; 1 << 20]).expect("a disk image");
     let kernel = Kernel::bytes(guest::elf(&Program::Halt));
-    let vms: Vec<MicroVm<Running>> = (0..VMS)
-        .map(|_| {
+    // Every two of them are connected.
+    let pairs = (0..VMS / 2).map(|_| NetConfig::pair().expect("a pair of sockets"));
+    let vms: Vec<MicroVm<Running>> = pairs
+        .flat_map(<[NetConfig; 2]>::from)
+        .map(|network| {
             let block = BlockConfig::new(&disk).read_only();
-            let config = VmConfig::new(kernel.clone()).memory_mib(32).block(block).entropy(true);
+            let config = VmConfig::new(kernel.clone()).memory_mib(32).block(block).network(network);
+            let config = config.entropy(true).vsock(VsockConfig::default());
             MicroVm::create(config).expect("create").start().expect("start")
         })
         .collect();
@@ -37,7 +41,7 @@ pub fn metric() -> Metric {
     drop(vms);
     let _ = fs::remove_file(&disk);
     Metric {
-        name: format!("wake-ups of {VMS} idle VMs with disk and entropy"),
+        name: format!("wake-ups of {VMS} idle VMs with disk, network, vsock and entropy"),
         unit: Unit::PerSecond,
         ours: vec![rate],
         floor: Vec::new(),

@@ -143,7 +143,7 @@ unsafe extern "C" {
     static dv_registers: u8;
 }
 
-const REGISTERS: u64 = 0xd000_0000;
+pub const REGISTERS: u64 = 0xd000_0000;
 const QUEUE_SIZE: u16 = 256;
 
 /// Where things are, from the beginning of the image.
@@ -157,11 +157,11 @@ const IMAGE_BYTES: usize = 0xa000;
 /// The buffers are behind everything else, in RAM that no image fills.
 const BUFFERS: u64 = 0x200_0000;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT_TABLE: u16 = 4;
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT_TABLE: u16 = 4;
 /// The driver polls the used ring.
-const NO_INTERRUPT: u16 = 1;
+pub const NO_INTERRUPT: u16 = 1;
 
 /// What a batch does.
 #[derive(Clone, Copy, Debug)]
@@ -242,7 +242,7 @@ impl Driver {
         let offset = |symbol: *const u8| symbol as usize - start as usize;
         // SAFETY: both symbols delimit the section above, which is part of this program's image.
         let code = unsafe { slice::from_raw_parts(start, offset(&raw const dv_end)) };
-        let mut image = Image(vec![0; IMAGE_BYTES]);
+        let mut image = Image::new(IMAGE_BYTES);
         assert!(code.len() <= DESCRIPTORS as usize, "the code is too long");
         image.put(0, code);
         for slot in 0..self.depth {
@@ -266,7 +266,7 @@ impl Driver {
             image.put(at + place * 8, &address.to_le_bytes());
             image.put(at + place * 8 + 4, &value.to_le_bytes());
         }
-        image.0
+        image.into_bytes()
     }
 
     fn base(&self) -> u64 {
@@ -360,14 +360,23 @@ impl Driver {
     }
 }
 
-struct Image(Vec<u8>);
+/// Memory that a guest begins with.
+pub struct Image(Vec<u8>);
 
 impl Image {
-    fn put(&mut self, at: u64, bytes: &[u8]) {
+    pub fn new(bytes: usize) -> Self {
+        Self(vec![0; bytes])
+    }
+
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.0
+    }
+
+    pub fn put(&mut self, at: u64, bytes: &[u8]) {
         self.0[at as usize..][..bytes.len()].copy_from_slice(bytes);
     }
 
-    fn descriptor(&mut self, at: u64, address: u64, len: u32, flags: u16, next: u16) {
+    pub fn descriptor(&mut self, at: u64, address: u64, len: u32, flags: u16, next: u16) {
         self.put(at, &address.to_le_bytes());
         self.put(at + 8, &len.to_le_bytes());
         self.put(at + 12, &flags.to_le_bytes());

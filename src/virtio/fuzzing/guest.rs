@@ -78,6 +78,26 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         }
     }
 
+    /// The host does something with the device.
+    pub(super) fn host<R>(&self, act: impl FnOnce(&mut D) -> R) -> R {
+        self.device.with(act)
+    }
+
+    /// Puts bytes into RAM, where there is some.
+    pub(super) fn poke(&self, address: u64, bytes: &[u8]) {
+        let _ = self.ram.write(bytes, GuestAddress(address));
+    }
+
+    pub(super) fn look(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let _ = self.ram.inner().read(&mut bytes, GuestAddress(address));
+        bytes
+    }
+
+    pub(super) fn peek(&self, address: u64) -> u16 {
+        self.ram.inner().read_obj(GuestAddress(address)).unwrap_or_default()
+    }
+
     /// One action of the guest or the host.
     pub(super) fn act(&mut self, input: &mut Input<'_>) {
         match input.byte() % 12 {
@@ -213,7 +233,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         self.ram.inner().read_obj(GuestAddress(QUEUE + USED + 2)).ok()
     }
 
-    fn write(&mut self, register: u64, data: &[u8]) {
+    pub(super) fn write(&mut self, register: u64, data: &[u8]) {
         // A reset waits for what is in flight, which comes by a source.
         self.settle();
         self.registers.write(register, data);
@@ -236,7 +256,7 @@ impl<D: VirtioDevice + 'static> Guest<D> {
     }
 
     /// A doorbell, and those that the device rings itself.
-    fn serve(&mut self, queue: usize) {
+    pub(super) fn serve(&mut self, queue: usize) {
         let mut turns = 0;
         while self.device.serve(queue) == Served::Some {
             turns += 1;

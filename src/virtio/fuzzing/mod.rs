@@ -8,6 +8,7 @@
 mod guest;
 mod input;
 mod queue;
+mod vsock;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -17,13 +18,14 @@ use std::os::unix::net::UnixStream;
 use vmm_sys_util::tempfile::TempFile;
 
 pub use self::queue::virtqueue;
+pub use self::vsock::vsock_packet;
 
 use self::guest::Guest;
 use self::input::Input;
 use super::state::{QueueState, Registers, TransportState};
 
-use super::{Backend, Block, DeviceState, Net, Rng, Stream, VirtioDevice};
-use crate::config::{BlockConfig, NetConfig, RateLimit};
+use super::{Backend, Balloon, Block, DeviceState, Net, Rng, Stream, VirtioDevice};
+use crate::config::{BalloonConfig, BlockConfig, NetConfig, RateLimit};
 use crate::disk::Disk;
 use crate::machine::disk_io;
 use crate::memory::FileIo;
@@ -84,6 +86,8 @@ pub fn transport_registers(bytes: &[u8]) {
         0 => registers(disk(false).0, input),
         1 => registers(disk(true).0, input),
         2 => registers(network().0, input),
+        3 => registers(vsock::device(), input),
+        4 => registers(balloon(), input),
         _ => registers(entropy(), input),
     }
 }
@@ -95,12 +99,14 @@ pub fn transport_state(bytes: &[u8]) {
         0 => state(|| disk(false).0, input),
         1 => state(|| disk(true).0, input),
         2 => state(|| network().0, input),
+        3 => state(vsock::device, input),
+        4 => state(balloon, input),
         _ => state(entropy, input),
     }
 }
 
 /// How many kinds of devices there are to choose from.
-const DEVICES: u8 = 4;
+const DEVICES: u8 = 6;
 
 fn registers(device: impl VirtioDevice + 'static, mut input: Input<'_>) {
     let mut guest = Guest::new(device);
@@ -117,6 +123,15 @@ fn state<D: VirtioDevice + 'static>(device: impl Fn() -> D, mut input: Input<'_>
         DeviceState::Net { mac, .. } if input.byte() != 0 => {
             DeviceState::Net { mac, link_up: input.byte() & 1 != 0 }
         }
+        DeviceState::Vsock { .. } if input.byte() != 0 => {
+            DeviceState::Vsock { last_port: input.u32() }
+        }
+        DeviceState::Balloon { .. } if input.byte() != 0 => DeviceState::Balloon {
+            num_pages: input.u32(),
+            actual: input.u32(),
+            stats_buffer: (input.byte() & 1 != 0).then(|| input.u16()),
+            stats: None,
+        },
         // One of another kind of device is refused.
         _ => DeviceState::Stateless,
     };
@@ -165,6 +180,11 @@ fn queue_state(input: &mut Input<'_>) -> QueueState {
         available_ring: input.address(),
         used_ring: input.address(),
     }
+}
+
+fn balloon() -> Balloon {
+    let config = BalloonConfig::default().deflate_on_oom().free_page_reporting();
+    Balloon::new(config)
 }
 
 fn entropy() -> Rng {

@@ -124,6 +124,11 @@ impl Connection {
         &self.socket
     }
 
+    #[cfg(fuzzing)]
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.kept.len()
+    }
+
     /// Whether it has begun, for the guest.
     pub(super) fn is_asked(&self) -> bool {
         !matches!(self.phase, Phase::Requested { sent: false, .. })
@@ -331,6 +336,11 @@ pub(super) struct Rest {
 }
 
 impl Rest {
+    #[cfg(fuzzing)]
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.kept.len()
+    }
+
     /// Writes on. False when nothing is left, or nobody reads it.
     pub(super) fn flush(&mut self) -> bool {
         self.kept.flush(&self.socket).is_ok() && !self.kept.is_empty()

@@ -84,6 +84,12 @@ impl Vsock {
         self.muxer.unlisten(port);
     }
 
+    /// Connections, answers and turns that wait, and bytes that are kept.
+    #[cfg(fuzzing)]
+    pub(crate) fn held(&self) -> (usize, usize, usize) {
+        self.muxer.held()
+    }
+
     /// Serves what is there to serve: sockets, then the guest.
     fn turn(&mut self, tx: bool, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let events = self.muxer.poll();

@@ -114,6 +114,15 @@ impl Muxer {
         VsockMetrics { active: self.connections.len() as u64, ..self.metrics }
     }
 
+    /// What it holds for guest and host: connections, packets and turns, bytes.
+    #[cfg(fuzzing)]
+    pub(super) fn held(&self) -> (usize, usize, usize) {
+        let connections = self.connections.values().map(Connection::kept_bytes);
+        let kept = connections.chain(self.rests.values().map(Rest::kept_bytes));
+        let waiting = self.resets.len() + self.turns.len();
+        (self.connections.len() + self.rests.len(), waiting, kept.sum())
+    }
+
     /// Looks at the sockets that became ready. True where there may be more of them.
     pub(super) fn poll(&mut self) -> bool {
         let (events, more) = self.sockets.poll();
@@ -144,9 +153,11 @@ impl Muxer {
         !(self.resets.is_empty() && self.turns.is_empty())
     }
 
-    /// Whether the guest's packets have to wait until it has taken some of ours.
+    /// Whether the guest's packets have to wait until it has taken some of ours. A connection that
+    /// is closed before its turn leaves it behind, to be found out when it comes.
     pub(super) fn is_congested(&self) -> bool {
-        self.resets.len() >= MAX_RESETS
+        let live = self.connections.len();
+        self.resets.len() >= MAX_RESETS || self.turns.len() >= live + MAX_RESETS
     }
 
     /// Writes the next packet for the guest; returns its length, or `None` where there is none

@@ -263,6 +263,31 @@ fn a_flood_of_refused_packets_waits_for_room_and_every_one_is_answered() {
 }
 
 #[test]
+fn a_flood_of_connections_that_end_unanswered_waits_until_the_guest_takes_packets() {
+    let (mut guest, handle, vsock) = guest();
+    let listener = vsock.listen(9).unwrap();
+    // Sixteen answers fit the driver's buffers, and 256 turns of what is gone the device: with
+    // the last one that was answered, which could have had more to say, and 255 that were not.
+    for port in 0..16 + 255 {
+        guest.send(&Packet::of_guest(port, 9, REQUEST));
+        guest.send(&Packet::of_guest(port, 9, RST));
+        listener.accept_timeout(PATIENCE).unwrap();
+    }
+    let header = Packet::of_guest(500, 9, REQUEST).header();
+    // SAFETY: the buffer outlives its use, which ends with `pop_used` below.
+    let token = unsafe { guest.tx.add(&[&header], &mut []) }.unwrap();
+    guest.transport.notify(1);
+    assert!(!guest.tx.can_pop(), "the device remembers connections without end");
+    for port in 0..16 {
+        assert_eq!(guest.expect(RESPONSE).dst_port, port);
+    }
+    assert_eq!(guest.expect(RESPONSE).dst_port, 500);
+    // SAFETY: this is the buffer of that token.
+    unsafe { guest.tx.pop_used(token, &[&header], &mut []) }.unwrap();
+    assert_eq!(metrics(&handle).active, 1);
+}
+
+#[test]
 fn buffers_too_small_for_a_header_go_back_and_nothing_is_written() {
     let (transport, _handle, vsock) = device(&VsockConfig::default());
     let mut guest = RawGuest::new(transport);
