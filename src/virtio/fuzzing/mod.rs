@@ -14,6 +14,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use vmm_sys_util::tempfile::TempFile;
 
@@ -27,8 +29,7 @@ use super::state::{QueueState, Registers, TransportState};
 use super::{Backend, Balloon, Block, DeviceState, Net, Rng, Stream, VirtioDevice};
 use crate::config::{BalloonConfig, BlockConfig, NetConfig, RateLimit};
 use crate::disk::Disk;
-use crate::machine::disk_io;
-use crate::memory::FileIo;
+use crate::memory::{FileIo, IoQueue};
 
 const DISK_BYTES: usize = 64 << 10;
 
@@ -199,15 +200,25 @@ fn network() -> (Net, UnixStream) {
     (Net::new(Backend::Stream(stream), &NetConfig::tap("")).expect("/dev/urandom"), other)
 }
 
+/// What cannot be done at once is done by one thread, for as long as the process lives.
+fn io_queue() -> &'static Arc<IoQueue> {
+    static QUEUE: OnceLock<Arc<IoQueue>> = OnceLock::new();
+    QUEUE.get_or_init(|| {
+        let (queue, workers) = IoQueue::workers().expect("an eventfd");
+        thread::spawn(move || workers.work());
+        Arc::new(queue)
+    })
+}
+
 /// A disk of 64 KiB, and its file.
 fn disk(read_only: bool) -> (Block, File) {
     let file = TempFile::new_in("/dev/shm".as_ref()).expect("a temporary file");
     file.as_file().write_all_at(&[0x5a; DISK_BYTES], 0).expect("a disk's content");
     let config = BlockConfig::new(file.as_path()).id("fuzzed");
     let config = if read_only { config.read_only() } else { config };
-    let io = disk_io::queue().and_then(|queue| Ok(FileIo::new(&queue).expect("an eventfd")));
+    let io = FileIo::new(io_queue()).expect("an eventfd");
     let disk = Disk::open(&config).expect("a disk");
-    let block = Block::new(disk, io.expect("an I/O queue"), &config).expect("a timer");
+    let block = Block::new(disk, io, &config).expect("a timer");
     (block, file.into_file())
 }
 
