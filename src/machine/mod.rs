@@ -7,7 +7,7 @@ mod devices;
 pub(crate) mod disk_io;
 mod vcpu_threads;
 
-use self::vcpu_threads::{EarlyThreads, VcpuThreads};
+use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 
 use std::io;
@@ -92,8 +92,6 @@ impl Machine {
         config: &MachineConfig,
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
-        let confinement = config.seccomp.then_some(Confinement::Vcpu);
-        let threads = EarlyThreads::start(config.vcpus, confinement)?;
         let ram = recorder
             .run(Phase::Memory, || GuestRam::anonymous(&layout::ram_ranges(config.memory_bytes)))?;
         let (kvm, vm) = recorder.run(Phase::Kvm, || {
@@ -125,7 +123,9 @@ impl Machine {
                 })
                 .collect::<Result<Vec<_>, KvmError>>()?;
             let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
-            Ok::<_, Error>((vcpus, threads.join(bus, vm, exit, first_run)))
+            let confinement = config.seccomp.then_some(Confinement::Vcpu);
+            let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
+            Ok::<_, Error>((vcpus, threads))
         })?;
         Ok((Self { exit, console, serial_input, virtio, vsock, controls, vm, threads }, vcpus))
     }

@@ -67,40 +67,16 @@ struct Parked {
     vcpus: Vec<Vcpu>,
 }
 
-/// Threads that have no VM yet. They are started first of all, so that a thread's start and its
-/// confinement, some 100 µs, go on beside the making of the VM. Dropping it ends them.
-pub(crate) struct EarlyThreads(Vec<Sender<(Arc<Shared>, Receiver<Vcpu>)>>);
-
-impl EarlyThreads {
-    /// Starts `count` threads.
-    pub(crate) fn start(count: u8, confinement: Option<Confinement>) -> Result<Self, MachineError> {
-        let mut early = Self(Vec::new());
-        for id in 0..count {
-            let (sender, receiver) = channel::<(Arc<Shared>, Receiver<Vcpu>)>();
-            let life = move || {
-                block_signals();
-                let confined = confinement.map_or(Ok(()), Confinement::apply);
-                if let Ok((shared, inbox)) = receiver.recv() {
-                    shared.serve(&inbox, confined);
-                }
-            };
-            thread::Builder::new()
-                .name(format!("dormouse-vcpu{id}"))
-                .spawn(life)
-                .map_err(|source| MachineError::Thread { id, source })?;
-            early.0.push(sender);
-        }
-        Ok(early)
-    }
-
-    /// Gives the threads their VM; they park.
-    pub(crate) fn join(
-        self,
+impl VcpuThreads {
+    /// Starts `count` threads, which park.
+    pub(crate) fn spawn(
+        count: u8,
+        confinement: Option<Confinement>,
         bus: Bus,
         vm: Arc<Vm>,
         exit: Arc<ExitLatch>,
         first_run: Arc<FirstRun>,
-    ) -> VcpuThreads {
+    ) -> Result<Self, MachineError> {
         let shared = Arc::new(Shared {
             bus,
             _vm: vm,
@@ -110,18 +86,19 @@ impl EarlyThreads {
             came_back: Condvar::new(),
             first_run,
         });
-        let mut all = VcpuThreads { shared, inboxes: Vec::new() };
-        for thread in self.0 {
+        let mut all = Self { shared, inboxes: Vec::new() };
+        for id in 0..count {
             let (inbox, vcpus) = channel();
-            // One that is gone takes no vCPU either, which `run` tells.
-            let _ = thread.send((Arc::clone(&all.shared), vcpus));
+            let shared = Arc::clone(&all.shared);
+            thread::Builder::new()
+                .name(format!("dormouse-vcpu{id}"))
+                .spawn(move || shared.serve(&vcpus, confinement))
+                .map_err(|source| MachineError::Thread { id, source })?;
             all.inboxes.push(inbox);
         }
-        all
+        Ok(all)
     }
-}
 
-impl VcpuThreads {
     /// Gives each thread its vCPU; vCPU 0 is the first of `vcpus`, and so on. Where a thread is
     /// gone, all vCPUs come back.
     pub(crate) fn run(&self, vcpus: Vec<Vcpu>) -> Result<Running, NotRun> {
@@ -178,8 +155,9 @@ impl VcpuThreads {
 
 impl Shared {
     /// A thread's life: vCPU after vCPU, until there will be no more.
-    fn serve(&self, inbox: &Receiver<Vcpu>, confined: Result<(), SeccompError>) {
-        if let Err(error) = confined {
+    fn serve(&self, inbox: &Receiver<Vcpu>, confinement: Option<Confinement>) {
+        block_signals();
+        if let Some(Err(error)) = confinement.map(Confinement::apply) {
             return self.refuse(inbox, &error);
         }
         self.lock().kick.push(KickTarget::current());
