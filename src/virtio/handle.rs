@@ -106,9 +106,7 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
             Served::All
         };
         if core.paused && core.device.in_flight() == 0 {
-            let (lock, drained) = &self.0.drained;
-            let _lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
-            drained.notify_all();
+            self.drained();
         }
         served
     }
@@ -155,6 +153,14 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         let mut core = self.lock();
         core.paused = true;
         core.device.close();
+        // A vCPU's thread may be waiting in a reset, and nothing will come any more.
+        self.drained();
+    }
+
+    fn drained(&self) {
+        let (lock, drained) = &self.0.drained;
+        let _lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        drained.notify_all();
     }
 
     /// The driver starts again from nothing, once nothing is in flight.

@@ -335,6 +335,8 @@ impl VirtioDevice for Block {
 
     fn close(&mut self) {
         self.disk = None;
+        // What is in flight ends in its own time, and nobody waits for it.
+        self.pending = PendingRequests::default();
     }
 
     fn metrics(&self) -> DeviceMetrics {

@@ -6,16 +6,18 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtio_drivers::device::blk::VirtIOBlk;
+use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::block::{Image, block};
 use super::driver::{TestHal, TestTransport};
+use crate::bus::BusDevice;
 use crate::config::{BlockConfig, RateLimit};
-use crate::memory::GuestRam;
+use crate::disk::Disk;
+use crate::memory::{FileIo, GuestRam, IoQueue};
 use crate::virtio::state::QueueState;
-use crate::virtio::{Answer, Interrupt, Queues, VirtQueue};
+use crate::virtio::{Answer, Block, Interrupt, MmioTransport, Queues, VirtQueue, VirtioDevice};
 
 /// Only a failing test waits so long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -58,7 +60,34 @@ fn a_disk_that_the_host_pauses_and_changes_all_the_time_loses_nothing() {
         }
         over.store(true, Ordering::Relaxed);
     });
-    assert_eq!(handle.call(|disk, _| Ok(crate::virtio::VirtioDevice::in_flight(disk))).unwrap(), 0);
+    assert_eq!(handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap(), 0);
+}
+
+#[test]
+fn a_reset_does_not_wait_for_a_disk_whose_machine_is_over() {
+    let image = Image::new("over", 64 * 512);
+    // The queue's operations are never done: no thread works at them.
+    let (queue, _workers) = IoQueue::workers().unwrap();
+    let config = BlockConfig::new(&image.0).direct(true);
+    let io = FileIo::new(&Arc::new(queue)).unwrap();
+    let device = Block::new(Disk::open(&config).unwrap(), io, &config).unwrap();
+    let (transport, handle) = TestTransport::with_handle(device);
+    let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
+    let (mut request, mut response) = (BlkReq::default(), BlkResp::default());
+    let mut bytes = vec![0; 4096];
+    // SAFETY: the buffers are there until the end, and the device never touches them.
+    unsafe { driver.read_blocks_nb(0, &mut request, &mut bytes, &mut response) }.unwrap();
+    let in_flight = || handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap();
+    assert_eq!(in_flight(), 1);
+    let host = handle.clone();
+    let closer = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(20));
+        host.close();
+    });
+    // The driver resets the device by the status register, and would wait for ever.
+    MmioTransport::new(handle.erase()).write(0x70, &[0; 4]);
+    closer.join().unwrap();
+    assert_eq!(in_flight(), 0);
 }
 
 const SIZE: u16 = 8;
