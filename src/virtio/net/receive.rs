@@ -8,8 +8,6 @@ use super::{Net, RECEIVE};
 use crate::memory::{GuestBytes, GuestRam};
 use crate::virtio::{Chain, QueueError, Queues, Served, VirtQueue};
 
-/// The driver sees the frames when they are so many bytes together, or there are no more.
-const PUBLISHED_BYTES: u64 = 24 << 10;
 /// Frames that are received before other devices get their turn.
 const MAX_FRAMES: usize = 256;
 
@@ -20,31 +18,13 @@ struct Buffers<'ram> {
     bytes: u64,
 }
 
-/// Buffers with whole frames that the driver does not see yet: it looks at the ring from another
-/// CPU, and each change of the ring is felt there.
-#[derive(Default)]
-struct Used {
-    buffers: Vec<(u16, u32)>,
-    bytes: u64,
-}
-
-impl Used {
-    fn publish(&mut self, queue: &mut VirtQueue, ram: &GuestRam) -> Result<(), QueueError> {
-        queue.add_used_together(ram, &self.buffers)?;
-        self.buffers.clear();
-        self.bytes = 0;
-        Ok(())
-    }
-}
-
 impl Net {
     /// Gives the driver the frames that are there, as far as it has buffers.
     pub(super) fn receive(&mut self, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let ram = queues.ram();
         let Some(queue) = queues.get(RECEIVE) else { return Ok(Served::All) };
-        let (mut buffers, mut used) = (Buffers::default(), Used::default());
-        let served = self.fill(queue, ram, &mut buffers, &mut used);
-        used.publish(queue, ram)?;
+        let mut buffers = Buffers::default();
+        let served = self.fill(queue, ram, &mut buffers);
         // What is still empty stays where it was.
         for _ in buffers.chains {
             queue.put_back();
@@ -58,7 +38,6 @@ impl Net {
         queue: &mut VirtQueue,
         ram: &'ram GuestRam,
         buffers: &mut Buffers<'ram>,
-        used: &mut Used,
     ) -> Result<Served, QueueError> {
         for _ in 0..MAX_FRAMES {
             if !self.link_up || !self.receive_limiter.may_begin() {
@@ -78,10 +57,7 @@ impl Net {
             let space = buffers.space();
             match self.backend.receive(&space) {
                 Ok(Moved::Frame(bytes)) => {
-                    buffers.take(&space, bytes, used);
-                    if used.bytes >= PUBLISHED_BYTES {
-                        used.publish(queue, ram)?;
-                    }
+                    queue.add_used_together(ram, &buffers.take(&space, bytes))?;
                     self.metrics.rx_frames += 1;
                     let bytes = bytes.saturating_sub(HEADER_BYTES);
                     self.metrics.rx_bytes += bytes;
@@ -147,21 +123,20 @@ impl<'ram> Buffers<'ram> {
 
     /// Takes out those that a frame of so many bytes has filled, with their shares, and writes
     /// how many they are into the frame's header.
-    fn take(&mut self, space: &GuestBytes<'ram>, bytes: u64, used: &mut Used) {
-        let before = used.buffers.len();
-        used.bytes += bytes;
+    fn take(&mut self, space: &GuestBytes<'ram>, bytes: u64) -> Vec<(u16, u32)> {
+        let mut used = Vec::new();
         let mut rest = bytes;
         while rest > 0
             && let Some(chain) = self.chains.pop_front()
         {
             let len = chain.writable.len();
             self.bytes -= len;
-            used.buffers.push((chain.head, rest.min(len) as u32));
+            used.push((chain.head, rest.min(len) as u32));
             rest = rest.saturating_sub(len);
         }
         if let Some((_, field)) = space.clone().split_at(NUM_BUFFERS_AT) {
-            let count = used.buffers.len() - before;
-            field.copy_from(&(count as u16).to_le_bytes());
+            field.copy_from(&(used.len() as u16).to_le_bytes());
         }
+        used
     }
 }
