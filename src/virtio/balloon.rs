@@ -174,30 +174,19 @@ fn read_stats(bytes: &[u8], taken: SystemTime) -> BalloonStats {
             *known = Some(u64::from_le_bytes(*value));
         }
     }
-    let [
-        swap_in,
-        swap_out,
-        majflt,
-        minflt,
-        memfree,
-        memtot,
-        avail,
-        caches,
-        htlb_pgalloc,
-        htlb_pgfail,
-    ] = values;
+    let value = |tag: usize| values.get(tag).copied().flatten();
     BalloonStats {
         taken,
-        swap_in,
-        swap_out,
-        majflt,
-        minflt,
-        memfree,
-        memtot,
-        avail,
-        caches,
-        htlb_pgalloc,
-        htlb_pgfail,
+        swap_in: value(0),
+        swap_out: value(1),
+        majflt: value(2),
+        minflt: value(3),
+        memfree: value(4),
+        memtot: value(5),
+        avail: value(6),
+        caches: value(7),
+        htlb_pgalloc: value(8),
+        htlb_pgfail: value(9),
     }
 }
 

@@ -32,6 +32,21 @@ pub(super) fn interrupt() -> Arc<Interrupt> {
     Arc::new(Interrupt::new(line))
 }
 
+/// What a driver writes to make a queue ready, whose rings are at these distances from `base`.
+pub(super) fn queue_registers(queue: u32, size: u16, base: u32) -> [(u64, u32); 9] {
+    [
+        (0x30, queue),
+        (0x38, size.into()),
+        (0x80, base),
+        (0x84, 0),
+        (0x90, base + AVAILABLE as u32),
+        (0x94, 0),
+        (0xa0, base + USED as u32),
+        (0xa4, 0),
+        (0x44, 1),
+    ]
+}
+
 pub(super) struct Guest<D: VirtioDevice + 'static> {
     ram: Arc<GuestRam>,
     device: DeviceHandle<D>,
@@ -142,28 +157,15 @@ impl<D: VirtioDevice + 'static> Guest<D> {
         for at in [AVAILABLE, USED] {
             let _ = self.ram.write(&[0; 0x1000], GuestAddress(u64::from(base) + at));
         }
-        let size = self.size.into();
-        for (register, value) in [
-            (0x70, 0),
-            (0x70, 3),
-            (0x24, 0),
-            (0x20, features),
-            (0x24, 1),
-            (0x20, 1),
-            (0x70, 11),
-            (0x30, queue),
-            (0x38, size),
-            (0x80, base),
-            (0x84, 0),
-            (0x90, base + AVAILABLE as u32),
-            (0x94, 0),
-            (0xa0, base + USED as u32),
-            (0xa4, 0),
-            (0x44, 1),
-            (0x70, 15),
-        ] {
+        for (register, value) in
+            [(0x70, 0), (0x70, 3), (0x24, 0), (0x20, features), (0x24, 1), (0x20, 1), (0x70, 11)]
+        {
             self.write(register, &u32::to_le_bytes(value));
         }
+        for (register, value) in queue_registers(queue, self.size, base) {
+            self.write(register, &value.to_le_bytes());
+        }
+        self.write(0x70, &15u32.to_le_bytes());
     }
 
     /// Any descriptors in any order, as a request.

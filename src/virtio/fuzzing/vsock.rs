@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::guest::Guest;
+use super::guest::{Guest, queue_registers};
 use super::input::Input;
 use crate::config::VsockConfig;
 use crate::virtio::{ACCEPTED, Arrival, Backlog, Vsock};
@@ -271,18 +271,8 @@ impl Guest<Vsock> {
         }
         for queue in [RX, TX] {
             let (base, writes) = (RINGS[queue] as u32, queue == RX);
-            for (register, value) in [
-                (0x30, queue as u32),
-                (0x38, SIZE.into()),
-                (0x80, base),
-                (0x84, 0),
-                (0x90, base + AVAILABLE as u32),
-                (0x94, 0),
-                (0xa0, base + USED as u32),
-                (0xa4, 0),
-                (0x44, 1),
-            ] {
-                self.write(register, &u32::to_le_bytes(value));
+            for (register, value) in queue_registers(queue as u32, SIZE, base) {
+                self.write(register, &value.to_le_bytes());
             }
             for slot in 0..u64::from(SIZE) {
                 let address = BUFFERS[queue] + slot * BUFFER_BYTES[queue];
