@@ -85,6 +85,7 @@ mod metrics;
 mod microvm;
 mod phase;
 mod seccomp;
+mod snapshot;
 mod tap;
 mod timings;
 mod virtio;

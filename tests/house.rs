@@ -11,6 +11,7 @@ use std::process::Command;
 const LAYERS: &[&[&str]] = &[
     &["lib"],
     &["microvm", "host"],
+    &["snapshot"],
     &["boot", "machine"],
     &["event_loop", "vsock"],
     &["kvm", "devices", "virtio"],
