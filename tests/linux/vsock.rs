@@ -68,6 +68,7 @@ fn connect(vsock: &Vsock, port: u32) -> VsockStream {
 
 /// Sends back what comes. Every tenth takes its time, so that the guest has to wait.
 fn echo(mut stream: VsockStream, at: u32) {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut buffer = vec![0; 16 << 10];
     for reads in 0.. {
         if at.is_multiple_of(10) && reads < 10 {
@@ -84,6 +85,7 @@ fn echo(mut stream: VsockStream, at: u32) {
 fn check_echo(stream: &VsockStream, seed: u32) {
     let len = if seed.is_multiple_of(10) { 768 << 10 } else { 24 << 10 };
     let sent = noise(seed, len);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     thread::scope(|scope| {
         scope.spawn(|| {
             (&mut &*stream).write_all(&sent).unwrap();

@@ -166,6 +166,80 @@ dm_string:
     jmp dm_off
 dm_text: .ascii "text"
 
+    # Does what the serial port says, and answers each with a byte, or more:
+    #   w N V  writes V to the first byte of N pages from 16 MiB + 1 MiB on: `w`
+    #   s N    the sum of those bytes, as four bytes
+    #   f N    fills N MiB from 32 MiB on with what is not zero: `f`
+    #   x      writes dots for ever
+    #   q      switches the machine off
+dm_memory:
+    mov al, '>'
+    call dm_put
+15: call dm_get
+    cmp al, 'w'
+    je 16f
+    cmp al, 's'
+    je 18f
+    cmp al, 'f'
+    je 20f
+    cmp al, 'x'
+    je 22f
+    cmp al, 'q'
+    je dm_off
+    jmp 15b
+16: call dm_get
+    movzx ecx, al
+    call dm_get
+    mov edi, 0x1100000
+17: mov [rdi], al
+    add rdi, 0x1000
+    dec ecx
+    jnz 17b
+    mov al, 'w'
+    call dm_put
+    jmp 15b
+18: call dm_get
+    movzx ecx, al
+    mov edi, 0x1100000
+    xor ebx, ebx
+19: movzx eax, byte ptr [rdi]
+    add ebx, eax
+    add rdi, 0x1000
+    dec ecx
+    jnz 19b
+    mov ecx, 4
+21: mov al, bl
+    call dm_put
+    shr ebx, 8
+    dec ecx
+    jnz 21b
+    jmp 15b
+20: call dm_get
+    movzx ecx, al
+    shl ecx, 17
+    mov edi, 0x2000000
+    mov rax, 0x0123456789abcdef
+    cld
+    rep stosq
+    mov al, 'f'
+    call dm_put
+    jmp 15b
+22: mov al, '.'
+    call dm_put
+    jmp 22b
+dm_get:
+    mov edx, 0x3fd
+    in al, dx
+    test al, 1
+    jz dm_get
+    mov edx, 0x3f8
+    in al, dx
+    ret
+dm_put:
+    mov edx, 0x3f8
+    out dx, al
+    ret
+
     .balign 8
 dm_gdt:  .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cff3000000ffff, 0x00affb000000ffff
 dm_tss_descriptor: .quad 0, 0
@@ -198,6 +272,7 @@ unsafe extern "C" {
     static dm_poke: u8;
     static dm_fault: u8;
     static dm_string: u8;
+    static dm_memory: u8;
     static dm_tss_descriptor: u8;
     static dm_tss: u8;
 }
@@ -221,6 +296,9 @@ pub enum Program {
     Fault,
     /// Writes `text` with one string instruction, then switches the machine off.
     String,
+    /// Writes `>`, and then does what its serial port says: see the code. It needs RAM up to what
+    /// it is told to fill.
+    Memory,
     /// Runs this image, which is loaded at [`DRIVER_ADDRESS`] and entered at its first byte, with
     /// the registers of virtio devices mapped where they are.
     Driver(Vec<u8>),
@@ -266,6 +344,7 @@ pub fn code(program: &Program) -> Vec<u8> {
         }
         Program::Fault => Some(&raw const dm_fault),
         Program::String => Some(&raw const dm_string),
+        Program::Memory => Some(&raw const dm_memory),
         Program::Driver(image) => {
             let mut directory = vec![0; 0x1000];
             // Present, writable, for users, never cached, and a page of 2 MiB.
