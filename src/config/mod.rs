@@ -8,6 +8,7 @@ mod block;
 mod cpu;
 mod network;
 mod rate_limit;
+mod restore;
 mod vsock;
 
 pub use self::balloon::BalloonConfig;
@@ -17,6 +18,7 @@ pub use self::cpu::{CpuTemplate, CpuidRegister};
 pub(crate) use self::network::{MacAddress, NetBackend};
 pub use self::network::{NetConfig, UserNetwork};
 pub use self::rate_limit::RateLimit;
+pub use self::restore::{Clock, RestoreOptions};
 pub use self::vsock::VsockConfig;
 
 use std::io::Write;
@@ -70,6 +72,10 @@ pub(crate) enum ConfigError {
     RateOfNothing,
     #[error("a burst of {burst} without a rate, which it would be a burst of")]
     BurstWithoutRate { burst: u64 },
+    #[error("there is no network interface {index}: the snapshot has {count}, counted from 0")]
+    NoNetwork { index: usize, count: usize },
+    #[error("the snapshot has no vsock device")]
+    NoVsock,
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }

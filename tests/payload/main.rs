@@ -7,6 +7,7 @@ mod limits;
 mod network;
 mod resources;
 mod seccomp;
+mod snapshot;
 mod vsock;
 
 use std::io::{self, Write};

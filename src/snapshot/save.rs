@@ -1,0 +1,147 @@
+//! A stopped machine, written to a directory or kept in memory.
+
+use std::fs;
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use super::directory::{STATE, Staging, disk_name, memory_name};
+use super::error::SnapshotError;
+use super::options::{SaveStage, SnapshotOptions};
+use super::{Inner, Place, Snapshot, State, Temporary, format};
+use crate::arch::layout;
+use crate::error::Error;
+use crate::kvm::Vcpu;
+use crate::machine::Machine;
+use crate::memory::{MAX_LAYERS, MemoryError, MemoryImage, Save, SavedMemory};
+
+/// What becomes of the disks that a guest writes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Disks {
+    /// They are copied: the VM goes on, or others come from it.
+    Copy,
+    /// They stay where they are: the VM sleeps.
+    InPlace,
+}
+
+/// A machine that is stopped, and what it came from.
+#[derive(Clone, Copy)]
+pub(crate) struct Sleeper<'a> {
+    pub(crate) machine: &'a Machine,
+    pub(crate) vcpus: &'a [Vcpu],
+    pub(crate) origin: Option<&'a Snapshot>,
+}
+
+impl Sleeper<'_> {
+    /// Writes a snapshot to a directory, which appears there whole or not at all. The machine
+    /// stays as it is.
+    pub(crate) fn save(
+        self,
+        directory: &Path,
+        disks: Disks,
+        options: &SnapshotOptions,
+    ) -> Result<Snapshot, Error> {
+        let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
+        let mut state = self.state(&staging_disk(&staging), disks, options)?;
+        state.memory = self.save_memory(&staging, options)?;
+        let bytes = format::encode(&state)
+            .map_err(|source| SnapshotError::State { path: staging.path(STATE), source })?;
+        let mut file = staging.create(STATE).map_err(SnapshotError::from)?;
+        file.write_all(&bytes)
+            .map_err(|source| SnapshotError::Write { path: staging.path(STATE), source })?;
+        drop(file);
+        staging.commit(options.sync).map_err(SnapshotError::from)?;
+        Snapshot::open(directory)
+    }
+
+    /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
+    /// memory over what is shared.
+    pub(crate) fn keep(self, disks: Disks) -> Result<Snapshot, Error> {
+        let temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
+        let options = SnapshotOptions::default();
+        let state = self.state(&|index| temporary.0.join(disk_name(index)), disks, &options)?;
+        let image = self.machine.ram().freeze().map_err(SnapshotError::Freeze)?;
+        let place = Place::Memory(temporary);
+        let written = OnceLock::new();
+        Ok(Snapshot(Arc::new(Inner { place, state, image, written })))
+    }
+
+    /// Everything but the memory; what disks there are to copy goes to `path`.
+    fn state(
+        self,
+        path: &dyn Fn(usize) -> std::path::PathBuf,
+        disks: Disks,
+        options: &SnapshotOptions,
+    ) -> Result<State, Error> {
+        let machine = self.machine.state(self.vcpus)?;
+        let controls = self.machine.controls();
+        let mut saved = Vec::new();
+        for (index, disk) in controls.disks.iter().enumerate() {
+            let stage = SaveStage::Disk(index);
+            let report = |done, total| options.report(stage, done, total);
+            let disk = disk.with(|block| match disks {
+                Disks::Copy => block.disk_mut().save(&path(index), &report),
+                Disks::InPlace => block.disk_mut().leave(&path(index), &report),
+            });
+            saved.push(disk.map_err(SnapshotError::from)?);
+        }
+        let since_1970 = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        Ok(State {
+            dormouse: env!("CARGO_PKG_VERSION").to_owned(),
+            id: random_id().map_err(SnapshotError::Random)?,
+            created: since_1970.as_secs(),
+            host: self.machine.profile()?,
+            config: self.machine.config().clone(),
+            machine,
+            memory: Vec::new(),
+            disks: saved,
+        })
+    }
+
+    /// Shares the layers of the snapshot that the machine came from, and adds what it wrote; or
+    /// writes everything.
+    fn save_memory(
+        self,
+        staging: &Staging,
+        options: &SnapshotOptions,
+    ) -> Result<Vec<SavedMemory>, SnapshotError> {
+        let shared = if options.full { None } else { self.share_layers(staging) };
+        let (mut layers, save) = match shared {
+            Some(layers) => (layers, Save::Written),
+            None => (Vec::new(), Save::All),
+        };
+        let name = memory_name(layers.len());
+        let file = staging.create(&name)?;
+        let report = |done, total| options.report(SaveStage::Memory, done, total);
+        let saved = self.machine.ram().save(&file, save, &report);
+        layers.push(saved.map_err(|source| match source {
+            MemoryError::Interrupted => SnapshotError::Interrupted,
+            source => SnapshotError::SaveMemory { path: staging.path(&name), source },
+        })?);
+        Ok(layers)
+    }
+
+    /// Gives the files of the origin's layers a second name; `None` where that is not possible.
+    fn share_layers(self, staging: &Staging) -> Option<Vec<SavedMemory>> {
+        let origin = self.origin?;
+        let Place::Directory(directory) = &origin.0.place else { return None };
+        let layers = &origin.0.state.memory;
+        if layers.len() >= MAX_LAYERS {
+            return None;
+        }
+        for index in 0..layers.len() {
+            let name = memory_name(index);
+            let linked = fs::hard_link(directory.join(&name), staging.path(&name));
+            let same = linked.is_ok() && origin.0.image.is_layer(index, &staging.path(&name));
+            if !same {
+                for index in 0..=index {
+                    let _ = fs::remove_file(staging.path(&memory_name(index)));
+                }
+                return None;
+            }
+        }
+        Some(layers.clone())
+    }
+}
