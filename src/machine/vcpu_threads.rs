@@ -195,6 +195,11 @@ impl Shared {
             let exit = vcpu.run(&self.bus);
             self.after(exit);
         }
+        // A guest that has ended needs no state that one could save.
+        if self.exit.get().is_none() {
+            let exit = vcpu.settle(&self.bus);
+            self.after(exit);
+        }
     }
 
     /// Ends the guest where the exit, or a device that handled it, says so.
