@@ -22,7 +22,7 @@ use crate::metrics::DeviceMetrics;
 use crate::tap::{Tap, TapError};
 use crate::virtio::{
     self, Backend, Balloon, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt,
-    QUEUE_NOTIFY, Rng, Served, Stream, VirtioDevice,
+    QUEUE_NOTIFY, RestoreError, Rng, Served, Stream, TransportState, VirtioDevice,
 };
 use crate::vsock::Vsock;
 
@@ -207,6 +207,16 @@ impl VirtioSlot {
     /// Returns when the device is at no request, and will take none.
     pub(super) fn pause(&self) {
         self.device.pause();
+    }
+
+    /// What a snapshot keeps of the device, which is paused.
+    pub(super) fn state(&self) -> TransportState {
+        self.device.state()
+    }
+
+    /// Goes on from a state, and is paused.
+    pub(super) fn restore(&self, state: &TransportState) -> Result<(), RestoreError> {
+        self.device.restore(state)
     }
 
     /// What the device has done.

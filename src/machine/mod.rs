@@ -3,6 +3,7 @@
 //! [`Machine::new`] is the only assembly, and never writes guest RAM: a boot loads a kernel into
 //! the memory afterwards. The vCPUs are not part of it: whoever may run them owns them.
 
+mod device_state;
 mod devices;
 pub(crate) mod disk_io;
 mod vcpu_threads;
@@ -159,6 +160,7 @@ impl Machine {
         for device in &self.virtio {
             device.resume();
         }
+        self.serial_input.wake();
         self.threads.run(vcpus)
     }
 
