@@ -3,6 +3,7 @@
 //! [`Machine::new`] is the only assembly, and never writes guest RAM: a boot loads a kernel into
 //! the memory afterwards. The vCPUs are not part of it: whoever may run them owns them.
 
+mod device_state;
 mod devices;
 pub(crate) mod disk_io;
 mod vcpu_threads;
@@ -20,7 +21,7 @@ use thiserror::Error as ThisError;
 use crate::arch::{cpuid, layout, msr};
 use crate::config::MachineConfig;
 use crate::console::{Console, ConsoleSink};
-use crate::devices::SerialInput;
+use crate::devices::{SerialInput, VmGenId};
 use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
@@ -77,6 +78,7 @@ pub(crate) struct Machine {
     exit: Arc<ExitLatch>,
     console: Console,
     serial_input: SerialInput,
+    generation: VmGenId,
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
     vsock: Option<Vsock>,
@@ -108,7 +110,7 @@ impl Machine {
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = Console::new(config.console_tail_bytes);
         let sink = ConsoleSink::new(console.clone(), writer);
-        let Devices { bus, serial_input, virtio, vsock, controls } =
+        let Devices { bus, serial_input, generation, virtio, vsock, controls } =
             recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
 
         let first_run = Arc::clone(recorder.first_run());
@@ -127,7 +129,9 @@ impl Machine {
             let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
-        Ok((Self { exit, console, serial_input, virtio, vsock, controls, vm, threads }, vcpus))
+        let machine =
+            Self { exit, console, serial_input, generation, virtio, vsock, controls, vm, threads };
+        Ok((machine, vcpus))
     }
 
     /// The guest's memory.
@@ -156,6 +160,7 @@ impl Machine {
         for device in &self.virtio {
             device.resume();
         }
+        self.serial_input.wake();
         self.threads.run(vcpus)
     }
 
@@ -166,6 +171,12 @@ impl Machine {
             device.pause();
         }
         vcpus
+    }
+
+    /// Makes the guest another one than those that have the same memory; see [`VmGenId::renew`].
+    #[expect(dead_code, reason = "for snapshots, which come next")]
+    pub(crate) fn renew_generation(&self) -> Result<(), Error> {
+        Ok(self.generation.renew()?)
     }
 
     /// Waits until the guest ends by itself.
