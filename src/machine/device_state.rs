@@ -35,7 +35,6 @@ impl From<DevicesError> for Error {
 
 impl Machine {
     /// The state of the devices of a machine that is stopped.
-    #[expect(dead_code, reason = "for snapshots, which come next")]
     pub(crate) fn devices_state(&self) -> DevicesState {
         let legacy = LegacyState { serial: self.serial_input.state() };
         DevicesState { legacy, virtio: self.virtio.iter().map(|slot| slot.state()).collect() }
@@ -44,7 +43,6 @@ impl Machine {
     /// Lets the devices of a new machine go on from a state. They serve nothing before
     /// [`run`](Self::run), which also raises the interrupts that were pending: by then the
     /// interrupt controllers have their state. Where it fails the machine is of no use.
-    #[expect(dead_code, reason = "for snapshots, which come next")]
     pub(crate) fn restore_devices(&self, state: &DevicesState) -> Result<(), DevicesError> {
         let (found, expected) = (state.virtio.len(), self.virtio.len());
         if found != expected {

@@ -6,6 +6,7 @@
 mod device_state;
 mod devices;
 pub(crate) mod disk_io;
+mod state;
 mod vcpu_threads;
 
 use self::vcpu_threads::VcpuThreads;
@@ -33,6 +34,7 @@ use crate::timings::Recorder;
 use crate::virtio::QueueError;
 use crate::vsock::{Vsock, VsockError};
 pub(crate) use devices::Controls;
+pub(crate) use self::state::MachineState;
 use devices::{Devices, VirtioSlot};
 
 /// Why a machine cannot be put together, beyond what its parts say.
@@ -85,6 +87,7 @@ pub(crate) struct Machine {
     controls: Controls,
     vm: Arc<Vm>,
     threads: VcpuThreads,
+    config: MachineConfig,
 }
 
 impl Machine {
@@ -130,13 +133,18 @@ impl Machine {
             Ok::<_, Error>((vcpus, threads))
         })?;
         let machine =
-            Self { exit, console, serial_input, generation, virtio, vsock, controls, vm, threads };
+            Self { exit, console, serial_input, generation, virtio, vsock, controls, vm, threads, config: config.clone() };
         Ok((machine, vcpus))
     }
 
     /// The guest's memory.
     pub(crate) fn ram(&self) -> &GuestRam {
         self.vm.ram()
+    }
+
+    /// What it was made from.
+    pub(crate) fn config(&self) -> &MachineConfig {
+        &self.config
     }
 
     /// How many virtio devices there are; their addresses and interrupts follow from it.
@@ -174,7 +182,6 @@ impl Machine {
     }
 
     /// Makes the guest another one than those that have the same memory; see [`VmGenId::renew`].
-    #[expect(dead_code, reason = "for snapshots, which come next")]
     pub(crate) fn renew_generation(&self) -> Result<(), Error> {
         Ok(self.generation.renew()?)
     }

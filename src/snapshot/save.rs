@@ -1,11 +1,13 @@
 //! A stopped machine, written to a directory or kept in memory.
 
 use std::fs;
-use std::io::{self, Write};
-use std::ops::ControlFlow;
-use std::path::Path;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
+
+use rustix::fs::{AtFlags, CWD, linkat};
 
 use super::directory::{STATE, Staging, disk_name, memory_name};
 use super::error::SnapshotError;
@@ -15,7 +17,7 @@ use crate::arch::layout;
 use crate::error::Error;
 use crate::kvm::Vcpu;
 use crate::machine::Machine;
-use crate::memory::{MAX_LAYERS, MemoryError, MemoryImage, Save, SavedMemory};
+use crate::memory::{MAX_LAYERS, MemoryError, MemoryProgress, Save, SavedMemory};
 
 /// What becomes of the disks that a guest writes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +46,7 @@ impl Sleeper<'_> {
         options: &SnapshotOptions,
     ) -> Result<Snapshot, Error> {
         let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
-        let mut state = self.state(&staging_disk(&staging), disks, options)?;
+        let mut state = self.state(&|index| staging.path(&disk_name(index)), disks, options)?;
         state.memory = self.save_memory(&staging, options)?;
         let bytes = format::encode(&state)
             .map_err(|source| SnapshotError::State { path: staging.path(STATE), source })?;
@@ -71,7 +73,7 @@ impl Sleeper<'_> {
     /// Everything but the memory; what disks there are to copy goes to `path`.
     fn state(
         self,
-        path: &dyn Fn(usize) -> std::path::PathBuf,
+        path: &dyn Fn(usize) -> PathBuf,
         disks: Disks,
         options: &SnapshotOptions,
     ) -> Result<State, Error> {
@@ -107,14 +109,17 @@ impl Sleeper<'_> {
         staging: &Staging,
         options: &SnapshotOptions,
     ) -> Result<Vec<SavedMemory>, SnapshotError> {
-        let shared = if options.full { None } else { self.share_layers(staging) };
+        let origin = self.origin.filter(|_| !options.full);
+        let shared = origin.and_then(|origin| Some((origin, share_layers(origin, staging)?)));
         let (mut layers, save) = match shared {
-            Some(layers) => (layers, Save::Written),
-            None => (Vec::new(), Save::All),
+            Some((origin, layers)) => (layers, Save::Diff(&origin.0.image)),
+            None => (Vec::new(), Save::Full),
         };
         let name = memory_name(layers.len());
         let file = staging.create(&name)?;
-        let report = |done, total| options.report(SaveStage::Memory, done, total);
+        let report = |progress: MemoryProgress| {
+            options.report(SaveStage::Memory, progress.done_bytes, progress.total_bytes)
+        };
         let saved = self.machine.ram().save(&file, save, &report);
         layers.push(saved.map_err(|source| match source {
             MemoryError::Interrupted => SnapshotError::Interrupted,
@@ -122,26 +127,25 @@ impl Sleeper<'_> {
         })?);
         Ok(layers)
     }
+}
 
-    /// Gives the files of the origin's layers a second name; `None` where that is not possible.
-    fn share_layers(self, staging: &Staging) -> Option<Vec<SavedMemory>> {
-        let origin = self.origin?;
-        let Place::Directory(directory) = &origin.0.place else { return None };
-        let layers = &origin.0.state.memory;
-        if layers.len() >= MAX_LAYERS {
+/// Gives the files of an origin's layers a second name; `None` where that is not possible: they
+/// have no name any more, they never had one, or it is in another file system.
+fn share_layers(origin: &Snapshot, staging: &Staging) -> Option<Vec<SavedMemory>> {
+    let layers = &origin.0.state.memory;
+    if layers.is_empty() || layers.len() >= MAX_LAYERS {
+        return None;
+    }
+    for (index, file) in origin.0.image.files().enumerate() {
+        // By what is open, whatever has become of the directory.
+        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let path = staging.path(&memory_name(index));
+        if linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW).is_err() {
+            for linked in 0..index {
+                let _ = fs::remove_file(staging.path(&memory_name(linked)));
+            }
             return None;
         }
-        for index in 0..layers.len() {
-            let name = memory_name(index);
-            let linked = fs::hard_link(directory.join(&name), staging.path(&name));
-            let same = linked.is_ok() && origin.0.image.is_layer(index, &staging.path(&name));
-            if !same {
-                for index in 0..=index {
-                    let _ = fs::remove_file(staging.path(&memory_name(index)));
-                }
-                return None;
-            }
-        }
-        Some(layers.clone())
     }
+    Some(layers.clone())
 }

@@ -1,6 +1,7 @@
 //! Lifecycle, ends, leaks and limits, with bare-metal guests: any /dev/kvm will do.
 
 mod bad_input;
+mod crash;
 mod guest;
 mod lifecycle;
 mod limits;

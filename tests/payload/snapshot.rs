@@ -35,7 +35,7 @@ impl Scratch {
         self.0.join(name)
     }
 
-    fn names(&self) -> Vec<String> {
+    pub fn names(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.0).unwrap();
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let mut names: Vec<_> = names.collect();
@@ -51,41 +51,45 @@ impl Drop for Scratch {
 }
 
 /// A guest that runs, and what it says.
-struct Guest {
-    vm: MicroVm<Running>,
-    output: Output,
+pub struct Guest {
+    pub vm: MicroVm<Running>,
+    pub output: Output,
 }
 
 impl Guest {
-    fn boot() -> Self {
+    pub fn boot() -> Self {
         let (vm, output) = create(&Program::Memory);
         let vm = vm.start().unwrap();
         assert_eq!([output.next(), output.next()], *b"B>");
         Self { vm, output }
     }
 
-    fn restore(snapshot: &Snapshot) -> Self {
+    pub fn restore(snapshot: &Snapshot) -> Self {
         let (options, output) = listening();
         Self { vm: snapshot.restore_with(&options).unwrap().resume().unwrap(), output }
     }
 
     /// Writes a value to the first byte of so many pages.
-    fn write(&self, pages: u8, value: u8) {
+    pub fn write(&self, pages: u8, value: u8) {
         self.vm.console_input([b'w', pages, value]).unwrap();
         assert_eq!(self.output.next(), b'w');
     }
 
     /// The sum of the first bytes of so many pages.
-    fn sum(&self, pages: u8) -> u32 {
+    pub fn sum(&self, pages: u8) -> u32 {
         self.vm.console_input([b's', pages]).unwrap();
         u32::from_le_bytes(std::array::from_fn(|_| self.output.next()))
     }
 
-    fn pause(self) -> (MicroVm<Paused>, Output) {
+    pub fn resumed(vm: MicroVm<Paused>, output: Output) -> Self {
+        Self { vm: vm.resume().unwrap(), output }
+    }
+
+    pub fn pause(self) -> (MicroVm<Paused>, Output) {
         (self.vm.pause().unwrap(), self.output)
     }
 
-    fn off(self) {
+    pub fn off(self) {
         self.vm.console_input("q").unwrap();
         let ended = self.vm.wait_timeout(PATIENCE).unwrap();
         assert_eq!(ended.exit_status(), &ExitStatus::PoweredOff);
@@ -95,10 +99,6 @@ impl Guest {
 fn listening() -> (RestoreOptions, Output) {
     let (writer, output) = output();
     (RestoreOptions::new().console(writer), output)
-}
-
-fn resumed(vm: MicroVm<Paused>, output: Output) -> Guest {
-    Guest { vm: vm.resume().unwrap(), output }
 }
 
 /// A guest in its tenth page of ones, saved to `dir`.
@@ -115,7 +115,7 @@ fn the_original_goes_on_after_a_snapshot_and_the_restored_goes_its_own_way() {
     guest.write(10, 7);
     let (vm, output) = guest.pause();
     let snapshot = vm.snapshot(scratch.join("base")).unwrap();
-    let original = resumed(vm, output);
+    let original = Guest::resumed(vm, output);
     assert_eq!(original.sum(10), 70);
     original.write(10, 9);
     let clone = Guest::restore(&snapshot);
@@ -136,7 +136,7 @@ fn clones_of_a_paused_vm_and_the_vm_itself_never_see_one_another() {
     let (mut vm, output) = guest.pause();
     let clones = vm.fork(5).unwrap();
     let later = vm.fork(1).unwrap();
-    let original = resumed(vm, output);
+    let original = Guest::resumed(vm, output);
     original.write(20, 100);
     let mut guests: Vec<_> = clones
         .into_iter()
@@ -278,7 +278,7 @@ fn a_save_that_is_interrupted_leaves_the_vm_and_the_old_snapshot() {
     assert_eq!(scratch.names(), ["base"]);
     assert_eq!(Guest::restore(&old).sum(10), 10);
     let failed = vm.suspend_with(scratch.join("base"), &options).unwrap_err();
-    let guest = resumed(failed.vm, output);
+    let guest = Guest::resumed(failed.vm, output);
     assert_eq!(guest.sum(10), 20);
 }
 
