@@ -13,7 +13,7 @@ mod vsock;
 
 pub use self::balloon::BalloonConfig;
 pub use self::block::BlockConfig;
-pub(crate) use self::block::Writes;
+pub(crate) use self::block::{FileFacts, Writes};
 pub use self::cpu::{CpuTemplate, CpuidRegister};
 pub(crate) use self::network::{MacAddress, NetBackend};
 pub use self::network::{NetConfig, UserNetwork};
@@ -60,6 +60,10 @@ pub(crate) enum ConfigError {
     BlockId { id: String },
     #[error("{count} queues of a disk: it takes 1 to {MAX_QUEUES}")]
     BlockQueues { count: u16 },
+    #[error("{count} frozen deltas of a disk: it takes up to {max}")]
+    FrozenDeltas { count: usize, max: usize },
+    #[error("writes to the disk {} would go below its deltas", path.display())]
+    WritesBelowDelta { path: PathBuf },
     #[error("vsock CID {cid}: a guest takes 3 to 4294967294")]
     GuestCid { cid: u32 },
     #[error("{count} vsock connections: it takes 1 to {MAX_VSOCK_CONNECTIONS}")]
@@ -341,7 +345,7 @@ impl MachineConfig {
         }
         self.networks.iter().try_for_each(NetConfig::check)?;
         for block in &self.blocks {
-            block.rate_limit.check()?;
+            block.check()?;
         }
         self.entropy_rate_limit.check()?;
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
@@ -404,6 +408,19 @@ mod tests {
         let json = r#"{"kernel": {"source": {"file": "/k"}}, "vsock": {"guest_cid": 9}}"#;
         let written: VmConfig = serde_json::from_str(json).unwrap();
         assert_eq!(written.machine.vsock, Some(VsockConfig::default().guest_cid(9)));
+    }
+
+    #[test]
+    fn writes_below_a_delta_and_too_many_deltas_are_refused() {
+        let over = |count| (0..count).fold(BlockConfig::new("/d"), |block, _| block.over("/delta"));
+        let refused = refusal(config().block(over(1)));
+        assert_eq!(refused, "writes to the disk /d would go below its deltas");
+        let refused = refusal(config().block(over(17).discard_writes()));
+        assert_eq!(refused, "17 frozen deltas of a disk: it takes up to 16");
+        config().block(over(16).delta("/own")).machine.check().unwrap();
+        config().block(over(1).read_only()).machine.check().unwrap();
+        let old: BlockConfig = serde_json::from_str(r#"{"path": "/d"}"#).unwrap();
+        assert_eq!(old, BlockConfig::new("/d"));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{DiskError, Flush, Part, SECTOR_BYTES, lock, open};
+use super::{DiskError, Flush, Part, SECTOR_BYTES, extents, lock, open};
 use crate::memory::{Clear, GuestBytes, Transfer};
 
 const MAGIC: [u8; 8] = *b"DORMDLTA";
@@ -32,6 +32,8 @@ pub(super) struct Delta {
     file: Arc<File>,
     /// As long as the disk needs, in whole pages. Pages that are zero cost no memory.
     bitmap: Vec<u8>,
+    /// Which pages of the bitmap have a bit that is set.
+    used: Vec<bool>,
     /// Which pages of the bitmap the file does not have yet.
     dirty: Vec<bool>,
     sectors_offset: u64,
@@ -65,6 +67,13 @@ impl Delta {
         }
     }
 
+    /// Opens a delta that nobody writes to any more, for reading. Others may have it too.
+    pub(super) fn open_frozen(path: &Path, base: &Path, sectors: u64) -> Result<Self, DiskError> {
+        let file = open(path, false, 0)?;
+        lock(&file, path, false)?;
+        Self::read(file, path, base, sectors)
+    }
+
     /// A delta without a name, in the folder for temporary files: it goes when it is closed.
     pub(super) fn temporary(sectors: u64) -> Result<Self, DiskError> {
         let path = std::env::temp_dir();
@@ -74,7 +83,8 @@ impl Delta {
         file.map_err(|source| DiskError::CreateDelta { path, source })
     }
 
-    fn create(file: File, sectors: u64) -> io::Result<Self> {
+    /// Makes an empty file an empty delta.
+    pub(super) fn create(file: File, sectors: u64) -> io::Result<Self> {
         let delta = Self::empty(file, sectors);
         let mut header = [0; 20];
         header[..8].copy_from_slice(&MAGIC);
@@ -117,6 +127,7 @@ impl Delta {
         Self {
             file: Arc::new(file),
             bitmap: vec![0; pages * PAGE_BYTES],
+            used: vec![false; pages],
             dirty: vec![false; pages],
             sectors_offset: HEADER_BYTES + (pages * PAGE_BYTES) as u64,
         }
@@ -125,15 +136,54 @@ impl Delta {
     /// Reads the parts of the bitmap that are not holes.
     fn read_bitmap(&mut self) -> io::Result<()> {
         let file = Arc::clone(&self.file);
-        for (page, bytes) in self.bitmap.chunks_exact_mut(PAGE_BYTES).enumerate() {
-            let offset = HEADER_BYTES + (page * PAGE_BYTES) as u64;
-            let mut buffer = [0; PAGE_BYTES];
-            file.read_exact_at(&mut buffer, offset)?;
-            // A page that stays untouched costs no memory.
-            if buffer != [0; PAGE_BYTES] {
-                bytes.copy_from_slice(&buffer);
+        let mut at = HEADER_BYTES;
+        while let Some(data) = extents::next(&file, at, self.sectors_offset)? {
+            let first = (data.start - HEADER_BYTES) as usize / PAGE_BYTES;
+            let end = ((data.end - HEADER_BYTES) as usize).div_ceil(PAGE_BYTES);
+            for page in first..end {
+                self.read_page(&file, page)?;
             }
+            at = data.end;
         }
+        Ok(())
+    }
+
+    fn read_page(&mut self, file: &File, page: usize) -> io::Result<()> {
+        let at = page * PAGE_BYTES;
+        let mut buffer = [0; PAGE_BYTES];
+        file.read_exact_at(&mut buffer, HEADER_BYTES + at as u64)?;
+        // A page that stays untouched costs no memory.
+        if buffer != [0; PAGE_BYTES]
+            && let Some(bytes) = self.bitmap.get_mut(at..at + PAGE_BYTES)
+            && let Some(used) = self.used.get_mut(page)
+        {
+            bytes.copy_from_slice(&buffer);
+            *used = true;
+        }
+        Ok(())
+    }
+
+    /// The ranges of the disk outside of which the delta has nothing, in units of 16 MiB: offset
+    /// and length.
+    pub(super) fn used(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let used = self.used.iter().enumerate().filter(|(_, used)| **used);
+        used.map(|(page, _)| {
+            (page as u64 * PAGE_SECTORS * SECTOR_BYTES, PAGE_SECTORS * SECTOR_BYTES)
+        })
+    }
+
+    /// The file, and where in it the disk's bytes at `offset` are.
+    pub(super) fn place(&self, offset: u64) -> (&File, u64) {
+        (&self.file, self.sectors_offset + offset)
+    }
+
+    /// Writes all of the bitmap that the file does not have yet to the page cache.
+    pub(super) fn write_bitmap(&mut self) -> io::Result<()> {
+        for page in self.dirty_pages() {
+            let (offset, bytes) = self.page(page);
+            self.file.write_all_at(bytes, offset)?;
+        }
+        self.dirty.fill(false);
         Ok(())
     }
 
@@ -179,8 +229,11 @@ impl Delta {
             let bit = 1 << (sector % 8);
             if *byte & bit == 0 {
                 *byte |= bit;
-                if let Some(dirty) = self.dirty.get_mut((sector / PAGE_SECTORS) as usize) {
-                    *dirty = true;
+                let page = (sector / PAGE_SECTORS) as usize;
+                for pages in [&mut self.used, &mut self.dirty] {
+                    if let Some(is_set) = pages.get_mut(page) {
+                        *is_set = true;
+                    }
                 }
             }
         }
@@ -228,11 +281,8 @@ impl Delta {
 impl Drop for Delta {
     /// The bits go where the sectors went: to the page cache.
     fn drop(&mut self) {
-        for page in self.dirty_pages() {
-            let (offset, bytes) = self.page(page);
-            if let Err(error) = self.file.write_all_at(bytes, offset) {
-                tracing::error!(%error, "the delta of a disk is not complete");
-            }
+        if let Err(error) = self.write_bitmap() {
+            tracing::error!(%error, "the delta of a disk is not complete");
         }
     }
 }

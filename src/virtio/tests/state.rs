@@ -1,5 +1,7 @@
 //! The state of every device: written, read back, and refused where no driver could have made it.
 
+use std::fs;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use virtio_drivers::device::blk::VirtIOBlk;
@@ -9,13 +11,15 @@ use virtio_drivers::transport::{InterruptStatus, Transport};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::balloon;
+use super::block::{Image, block};
 use super::driver::{TestHal, TestTransport, ram};
 use super::hostile::{BUFFERS, Raw, RawDriver, WRITE, disk};
 use super::net::{Driver, cable};
 use crate::bus::BusDevice;
-use crate::config::{BalloonConfig, MacAddress, RateLimit, VsockConfig};
+use crate::config::{BalloonConfig, BlockConfig, MacAddress, RateLimit, VsockConfig};
 use crate::console::{Console, ConsoleSink};
 use crate::devices::{LegacyState, Serial};
+use crate::disk::DiskError;
 use crate::exit::ExitLatch;
 use crate::virtio::state::TransportState;
 use crate::virtio::{
@@ -119,6 +123,38 @@ fn restore_of_state_is_the_identity_for_every_device() {
     for device in devices {
         device();
     }
+}
+
+#[test]
+fn the_disk_of_a_paused_device_is_saved_and_both_go_on() {
+    let image = Image::new("saved", 64 * 512);
+    let config = BlockConfig::new(&image.0).discard_writes();
+    let (transport, used) = TestTransport::with_handle(block(&config));
+    let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
+    driver.write_blocks(3, &[7; 1024]).unwrap();
+    used.pause();
+    let path = image.0.with_extension("delta");
+    // The device thread may look at the device meanwhile.
+    let mut go_on = |_| {
+        used.ready(0);
+        ControlFlow::Continue(())
+    };
+    let saved = used.save(&path, &mut go_on).unwrap();
+    let state = used.state();
+    used.resume();
+    driver.write_blocks(3, &[8; 512]).unwrap();
+
+    let clone = block(&saved.config(&config, &path, None));
+    fs::remove_file(&path).unwrap();
+    let (transport, restored) = TestTransport::with_handle(clone);
+    restored.restore(&state).unwrap();
+    restored.resume();
+    let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
+    let mut sectors = [0; 1024];
+    driver.read_blocks(3, &mut sectors).unwrap();
+    assert_eq!(sectors, [7; 1024]);
+    used.close();
+    assert!(matches!(used.save(&path, &mut go_on), Err(DiskError::Over)));
 }
 
 /// Requests that a driver rang for, and that the device did not take because it was over its
