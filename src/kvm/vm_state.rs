@@ -57,7 +57,7 @@ impl Vm {
         }
         // First, for the base of the TSCs depends on it.
         for vcpu in vcpus {
-            state.clock.set_frequency(&self.fd, &vcpu.fd)?;
+            state.clock.set_frequency(vcpu)?;
         }
         let shift = state.clock.shift(&self.clock(vcpus)?, policy);
         for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
@@ -85,7 +85,7 @@ impl Vm {
         let tsc = msrs::read(&vcpu.fd, &[IA32_TSC])?.first().map(|tsc| tsc.value);
         let offset = clock::tsc_offset(&vcpu.fd)?;
         let base = tsc.zip(offset).map(|(tsc, offset)| tsc.wrapping_sub(offset));
-        Ok(ClockState::new(&data, base, clock::frequency(&vcpu.fd)?))
+        Ok(ClockState::new(&data, base, vcpu.tsc_khz()?))
     }
 }
 
