@@ -24,7 +24,7 @@ pub struct RestoreOptions {
     console: Option<ConsoleOutput>,
     pub(crate) disks: BTreeMap<usize, DiskOverride>,
     networks: BTreeMap<usize, NetConfig>,
-    vsock_socket: Option<PathBuf>,
+    pub(crate) vsock_socket: Option<PathBuf>,
     seccomp: Option<bool>,
     kvm_device: Option<PathBuf>,
     pub(crate) clock: Clock,

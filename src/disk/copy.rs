@@ -28,6 +28,29 @@ const BUFFER_BYTES: usize = 1 << 20;
 pub(crate) type Progress<'a> = dyn FnMut(u64) -> ControlFlow<()> + 'a;
 
 impl Disk {
+    /// Leaves the disk where it is, for a guest that sleeps; what would be gone with the disk is
+    /// saved.
+    ///
+    /// # Errors
+    ///
+    /// As [`save`](Self::save).
+    pub(crate) fn leave(
+        &self,
+        to: &Path,
+        progress: &mut Progress<'_>,
+    ) -> Result<SavedDisk, DiskError> {
+        let has_name = self.delta.as_ref().is_none_or(|delta| delta.has_name());
+        if self.read_only || !self.frozen.is_empty() || !has_name {
+            return self.save(to, progress);
+        }
+        let failed = |source| DiskError::Save { path: to.to_owned(), source };
+        // The guest's last write is in its time of modification.
+        let metadata = self.file.metadata().map_err(failed)?;
+        let facts = super::facts(&metadata, self.facts.bytes);
+        let path = fs::canonicalize(&self.path).map_err(failed)?;
+        Ok(SavedDisk::Left { base: Base { path, facts } })
+    }
+
     /// Saves the disk as it is now: what the guest wrote is complete, flushed or not. No request
     /// may be under way, and none may come meanwhile.
     ///

@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -72,6 +72,11 @@ impl Delta {
         let file = open(path, false, 0)?;
         lock(&file, path, false)?;
         Self::read(file, path, base, sectors)
+    }
+
+    /// Whether it outlives whoever has it open.
+    pub(super) fn has_name(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.nlink() > 0)
     }
 
     /// A delta without a name, in the folder for temporary files: it goes when it is closed.

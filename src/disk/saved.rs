@@ -19,6 +19,9 @@ pub(crate) enum SavedDisk {
     Raw { data: Checksums },
     /// The saved file is a delta over the disk's file.
     Delta { base: Base, data: Checksums },
+    /// The disk's file, and the delta that it may have, stay where they are: the guest sleeps.
+    /// Nothing was saved.
+    Left { base: Base },
 }
 
 /// The file that a saved disk needs, as it was.
@@ -35,7 +38,6 @@ impl SavedDisk {
     /// the disk that was saved.
     ///
     /// [`Disk::open`](super::Disk::open) refuses it where the file below has changed since.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for snapshots, which come next"))]
     pub(crate) fn config(
         &self,
         original: &BlockConfig,
@@ -52,12 +54,48 @@ impl SavedDisk {
         }
         match self {
             Self::ReadOnly { base } => config.below(base),
+            Self::Left { base } => match &original.writes {
+                Writes::ToDelta(left) => config.below(base).over(left),
+                _ => config.below(base),
+            },
             Self::Delta { base, .. } => config.below(base).over(saved),
             Self::Raw { data } => {
                 let facts = FileFacts { bytes: data.bytes, modified: None, inode: None };
                 config.below(&Base { path: saved.to_owned(), facts })
             }
         }
+    }
+
+    /// The configuration of the same disk when its guest wakes: as it was, with what was saved
+    /// of it at `saved`.
+    pub(crate) fn own_config(&self, original: &BlockConfig, saved: &Path) -> BlockConfig {
+        match self {
+            Self::Left { base } => original.clone().below(base),
+            _ => self.config(original, saved, None),
+        }
+    }
+
+    /// The file of the host that the saved disk needs.
+    pub(crate) fn base(&self) -> Option<&Path> {
+        match self {
+            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base } => {
+                Some(&base.path)
+            }
+            Self::Raw { .. } => None,
+        }
+    }
+
+    /// The same disk, on a file at another place, which is known by its size alone.
+    pub(crate) fn moved(&self, path: &Path) -> Self {
+        let mut moved = self.clone();
+        match &mut moved {
+            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base } => {
+                base.path = path.to_owned();
+                (base.facts.modified, base.facts.inode) = (None, None);
+            }
+            Self::Raw { .. } => {}
+        }
+        moved
     }
 
     /// Reads the saved file whole, and says where it is not what it was. A disk of which nothing
@@ -67,14 +105,13 @@ impl SavedDisk {
     ///
     /// [`DiskError::Damaged`] where a byte has changed; the file cannot be read; or `progress`
     /// breaks off.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for snapshots, which come next"))]
     pub(crate) fn verify(
         &self,
         saved: &Path,
         progress: &mut Progress<'_>,
     ) -> Result<(), DiskError> {
         match self {
-            Self::ReadOnly { .. } => Ok(()),
+            Self::ReadOnly { .. } | Self::Left { .. } => Ok(()),
             Self::Raw { data } | Self::Delta { data, .. } => data.verify(saved, progress),
         }
     }

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::KvmError;
+use super::{KvmError, Vcpu};
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe2, kvm_device_attr);
@@ -101,35 +101,26 @@ impl ClockState {
         }
     }
 
-    /// Whether a TSC of `khz` is the saved one as far as a guest can tell: within 250 ppm, which
-    /// is what Linux's own correction of a clock bears.
-    fn same_frequency(&self, khz: u32) -> bool {
-        let (saved, here) = (u64::from(self.tsc_khz), u64::from(khz));
-        saved.abs_diff(here) * 1_000_000 <= saved * 250
-    }
-
     /// Gives a vCPU the saved frequency of its TSC, where it differs and the host can.
-    pub(super) fn set_frequency(
-        &self,
-        vm: &kvm_ioctls::VmFd,
-        vcpu: &VcpuFd,
-    ) -> Result<(), KvmError> {
-        let host_khz = frequency(vcpu)?;
-        if self.same_frequency(host_khz) {
+    pub(super) fn set_frequency(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
+        let host_khz = vcpu.tsc_khz()?;
+        if same_frequency(self.tsc_khz, host_khz) {
             return Ok(());
         }
         let refused = KvmError::TscFrequency { saved_khz: self.tsc_khz, host_khz };
         // Zero would mean the host's own.
-        if self.tsc_khz == 0 || !vm.check_extension(Cap::TscControl) {
+        if self.tsc_khz == 0 || !vcpu.vm.fd.check_extension(Cap::TscControl) {
             return Err(refused);
         }
-        vcpu.set_tsc_khz(self.tsc_khz).map_err(|_| refused)
+        vcpu.fd.set_tsc_khz(self.tsc_khz).map_err(|_| refused)
     }
 }
 
-/// The frequency of a vCPU's TSC, in kHz (api.rst §4.56).
-pub(super) fn frequency(vcpu: &VcpuFd) -> Result<u32, KvmError> {
-    vcpu.get_tsc_khz().map_err(KvmError::call("KVM_GET_TSC_KHZ"))
+/// Whether a TSC is the saved one as far as a guest can tell: within 250 ppm, which is what Linux's
+/// own correction of a clock bears.
+pub(super) fn same_frequency(saved_khz: u32, host_khz: u32) -> bool {
+    let (saved, host) = (u64::from(saved_khz), u64::from(host_khz));
+    saved.abs_diff(host) * 1_000_000 <= saved * 250
 }
 
 /// The offset of a vCPU's TSC, where KVM tells.
@@ -236,10 +227,10 @@ mod tests {
 
     #[test]
     fn frequencies_are_the_same_within_250_ppm() {
-        assert!(SAVED.same_frequency(2_000_500) && SAVED.same_frequency(1_999_500));
-        assert!(!SAVED.same_frequency(2_000_501) && !SAVED.same_frequency(1_999_499));
-        assert!(!ClockState { tsc_khz: 0, ..SAVED }.same_frequency(2_000_000));
-        assert!(!SAVED.same_frequency(0));
+        let same = |host_khz| same_frequency(2_000_000, host_khz);
+        assert!(same(2_000_500) && same(1_999_500));
+        assert!(!same(2_000_501) && !same(1_999_499) && !same(0));
+        assert!(!same_frequency(0, 2_000_000));
     }
 
     #[test]

@@ -2,7 +2,10 @@
 //!
 //! Source: Linux Documentation/virt/kvm/api.rst; section numbers are given at each call.
 
+#![cfg_attr(not(test), expect(dead_code, unused_imports, reason = "snapshots will use the rest"))]
+
 mod clock;
+mod cpu_profile;
 mod kick;
 mod msrs;
 mod vcpu;
@@ -11,6 +14,7 @@ mod vm;
 mod vm_state;
 
 pub(crate) use self::clock::ClockPolicy;
+pub(crate) use self::cpu_profile::CpuProfile;
 pub(crate) use self::kick::{KickTarget, block_signals};
 pub(crate) use self::vcpu::{Vcpu, VmExit};
 pub(crate) use self::vcpu_state::VcpuState;
@@ -188,6 +192,12 @@ impl Kvm {
     /// Whether an optional capability is there, by its number.
     pub(crate) fn check_extension(&self, capability: Cap) -> bool {
         self.fd.check_extension(capability)
+    }
+
+    /// The size of a vCPU's XSAVE area: that of its registers, and at least the page that it was
+    /// before Linux 5.17.
+    fn xsave_bytes(&self) -> u32 {
+        u32::try_from(self.fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096)
     }
 
     pub(super) fn fd(&self) -> &kvm_ioctls::Kvm {

@@ -70,6 +70,11 @@ impl Vcpu {
         self.fd.set_regs(&entry.regs()).map_err(KvmError::call("KVM_SET_REGS"))
     }
 
+    /// The frequency of its TSC, in kHz (api.rst §4.56).
+    pub(crate) fn tsc_khz(&self) -> Result<u32, KvmError> {
+        self.fd.get_tsc_khz().map_err(KvmError::call("KVM_GET_TSC_KHZ"))
+    }
+
     /// Tells a guest with a paravirtual clock that it was stopped, so that its watchdogs do not
     /// take the pause for a hang (api.rst §4.76). A guest without one is none the wiser.
     pub(crate) fn forgive_pause(&self) {

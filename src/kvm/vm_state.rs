@@ -24,6 +24,19 @@ pub(crate) struct VmState {
 
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
+impl VmState {
+    /// How many vCPUs are saved.
+    pub(crate) fn vcpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// The registers that are saved of the first vCPU, by index.
+    pub(crate) fn msrs(&self) -> Vec<u32> {
+        let first = self.vcpus.first().map_or(&[][..], |vcpu| &vcpu.msrs);
+        first.iter().map(|msr| msr.index).collect()
+    }
+}
+
 impl Vm {
     /// Reads everything of a VM whose vCPUs are all stopped and [settled](Vcpu::settle), and whose
     /// devices raise no interrupt meanwhile. Takes some 100 µs a vCPU.
@@ -57,7 +70,7 @@ impl Vm {
         }
         // First, for the base of the TSCs depends on it.
         for vcpu in vcpus {
-            state.clock.set_frequency(&self.fd, &vcpu.fd)?;
+            state.clock.set_frequency(vcpu)?;
         }
         let shift = state.clock.shift(&self.clock(vcpus)?, policy);
         for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
@@ -85,7 +98,7 @@ impl Vm {
         let tsc = msrs::read(&vcpu.fd, &[IA32_TSC])?.first().map(|tsc| tsc.value);
         let offset = clock::tsc_offset(&vcpu.fd)?;
         let base = tsc.zip(offset).map(|(tsc, offset)| tsc.wrapping_sub(offset));
-        Ok(ClockState::new(&data, base, clock::frequency(&vcpu.fd)?))
+        Ok(ClockState::new(&data, base, vcpu.tsc_khz()?))
     }
 }
 

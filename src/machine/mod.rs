@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use thiserror::Error as ThisError;
 
 use crate::arch::{cpuid, layout, msr};
@@ -25,8 +26,8 @@ use crate::console::{Console, ConsoleSink};
 use crate::devices::{SerialInput, VmGenId};
 use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
-use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
-use crate::memory::GuestRam;
+use crate::kvm::{CpuProfile, Kvm, KvmError, Vcpu, Vm};
+use crate::memory::{GuestRam, MemoryError, MemoryImage};
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
 use crate::seccomp::Confinement;
@@ -74,6 +75,15 @@ fn at(path: Option<&Path>) -> String {
     path.map(|path| format!(" with its UNIX socket {}", path.display())).unwrap_or_default()
 }
 
+/// What a machine begins with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Origin<'a> {
+    /// Memory without content, and the CPU that the host has.
+    Nothing,
+    /// The memory of a guest that was saved, and the CPU that it was shown.
+    Saved { image: &'a MemoryImage, profile: &'a CpuProfile },
+}
+
 /// A machine without its vCPUs.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -88,6 +98,8 @@ pub(crate) struct Machine {
     vm: Arc<Vm>,
     threads: VcpuThreads,
     config: MachineConfig,
+    /// What each vCPU was given.
+    cpuid: Vec<Vec<kvm_cpuid_entry2>>,
 }
 
 impl Machine {
@@ -95,10 +107,18 @@ impl Machine {
     /// its vCPUs, which have their CPUID and the reset values of their registers.
     pub(crate) fn new(
         config: &MachineConfig,
+        origin: Origin<'_>,
+        console: Option<&Console>,
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
-        let ram = recorder
-            .run(Phase::Memory, || GuestRam::fresh(&layout::ram_ranges(config.memory_bytes)))?;
+        let ram = recorder.run(Phase::Memory, || {
+            let ram = GuestRam::reserve(&layout::ram_ranges(config.memory_bytes))?;
+            match origin {
+                Origin::Nothing => ram.map_fresh()?,
+                Origin::Saved { image, .. } => ram.map_image(image)?,
+            }
+            Ok::<_, MemoryError>(ram)
+        })?;
         let (kvm, vm) = recorder.run(Phase::Kvm, || {
             let kvm = Kvm::open(&config.kvm_device)?;
             let max = kvm.capabilities().max_vcpus;
@@ -109,31 +129,55 @@ impl Machine {
             Ok((kvm, vm))
         })?;
 
+        let supported = &kvm.capabilities().supported_cpuid;
+        let cpuid: Vec<_> = match origin {
+            Origin::Nothing => (0..config.vcpus)
+                .map(|id| cpuid::for_vcpu(supported, id, config.vcpus, &config.cpu))
+                .collect(),
+            Origin::Saved { profile, .. } => profile.cpuid()?.to_vec(),
+        };
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
-        let console = Console::new(config.console_tail_bytes);
+        let console = match console {
+            Some(console) => console.clone(),
+            None => Console::new(config.console_tail_bytes),
+        };
         let sink = ConsoleSink::new(console.clone(), writer);
         let Devices { bus, serial_input, generation, virtio, vsock, controls } =
             recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
 
         let first_run = Arc::clone(recorder.first_run());
         let (vcpus, threads) = recorder.run(Phase::Vcpus, || {
-            let vcpus = (0..config.vcpus)
-                .map(|id| {
-                    let supported = &kvm.capabilities().supported_cpuid;
-                    let cpuid = cpuid::for_vcpu(supported, id, config.vcpus, &config.cpu);
+            let vcpus = (0..)
+                .zip(&cpuid)
+                .map(|(id, cpuid)| {
                     let vcpu = vm.create_vcpu(id)?;
-                    vcpu.configure(&cpuid, &msr::at_boot())?;
+                    vcpu.configure(cpuid, &msr::at_boot())?;
                     Ok(vcpu)
                 })
                 .collect::<Result<Vec<_>, KvmError>>()?;
+            if let Origin::Saved { profile, .. } = origin {
+                profile.fits(&kvm, vcpus.first())?;
+            }
             let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
             let confinement = config.seccomp.then_some(Confinement::Vcpu);
             let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
             Ok::<_, Error>((vcpus, threads))
         })?;
-        let machine =
-            Self { exit, console, serial_input, generation, virtio, vsock, controls, vm, threads, config: config.clone() };
+        let config = config.clone();
+        let machine = Self {
+            exit,
+            console,
+            serial_input,
+            generation,
+            virtio,
+            vsock,
+            controls,
+            vm,
+            threads,
+            config,
+            cpuid,
+        };
         Ok((machine, vcpus))
     }
 
@@ -170,6 +214,14 @@ impl Machine {
         }
         self.serial_input.wake();
         self.threads.run(vcpus)
+    }
+
+    /// As [`run`](Self::run). Where a thread is gone, the guest has ended.
+    pub(crate) fn run_or_end(&self, vcpus: Vec<Vcpu>) -> Running {
+        self.run(vcpus).unwrap_or_else(|NotRun { vcpus, error }| {
+            self.exit.report(ExitStatus::Crashed { reason: error.to_string() });
+            self.threads.keep(vcpus)
+        })
     }
 
     /// Stops the guest: its vCPUs, then its devices, each after the request that it is at.

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::device_state::DevicesState;
 use super::Machine;
 use crate::error::Error;
-use crate::kvm::{ClockPolicy, Vcpu, VmState};
+use crate::config::MachineConfig;
+use crate::kvm::{ClockPolicy, CpuProfile, Kvm, Vcpu, VmState};
 
 /// A stopped machine: what KVM knows of it, and its devices.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -22,7 +23,24 @@ impl MachineState {
     }
 }
 
+impl MachineState {
+    /// Whether it is of a machine of this kind: counts, which come from a file.
+    pub(crate) fn check(&self, config: &MachineConfig) -> Result<(), String> {
+        let (found, expected) = (self.vm.vcpus(), usize::from(config.vcpus));
+        if found != expected {
+            return Err(format!("{found} vCPUs are saved of {expected}"));
+        }
+        Ok(())
+    }
+}
+
 impl Machine {
+    /// What its guest was shown of the CPU, and what this host is.
+    pub(crate) fn profile(&self, vcpus: &[Vcpu]) -> Result<CpuProfile, Error> {
+        let kvm = Kvm::open(&self.config.kvm_device)?;
+        Ok(CpuProfile::new(&kvm, self.cpuid.clone(), vcpus.first())?)
+    }
+
     /// The state of a machine whose vCPUs are all here, and so stand still. Takes some 200 µs.
     pub(crate) fn state(&self, vcpus: &[Vcpu]) -> Result<MachineState, Error> {
         let devices = self.devices_state();

@@ -120,6 +120,14 @@ impl VcpuThreads {
         Err(NotRun { vcpus, error: MachineError::ThreadGone })
     }
 
+    /// Keeps vCPUs that do not run, for whoever waits for them.
+    pub(crate) fn keep(&self, vcpus: Vec<Vcpu>) -> Running {
+        for vcpu in vcpus {
+            self.shared.take_back(vcpu);
+        }
+        Running(())
+    }
+
     /// Takes the vCPUs back, wherever they are in the guest. Returns when all have come: after
     /// one exit each, or as long as a console writer blocks.
     pub(crate) fn stop(&self, running: Running) -> Vec<Vcpu> {

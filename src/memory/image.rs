@@ -95,6 +95,11 @@ impl MemoryImage {
         &self.ranges
     }
 
+    /// The layers' files, the lowest first.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Arc<File>> {
+        self.layers.iter().map(|layer| &layer.file)
+    }
+
     pub(super) fn shared_ranges(&self) -> &Arc<[(GuestAddress, usize)]> {
         &self.ranges
     }

@@ -23,14 +23,14 @@ mod written;
 
 use self::backing::Backing;
 pub(crate) use self::backing::Save;
-pub(crate) use self::chunks::{MemoryProgress, OnProgress};
-pub(crate) use self::image::MemoryImage;
+pub(crate) use self::chunks::MemoryProgress;
+pub(crate) use self::image::{MAX_LAYERS, MemoryImage};
 use self::io::MAX_IOVECS;
 pub(crate) use self::io::{GuestBuffers, GuestBytes};
 pub(crate) use self::io_queue::{FileIo, IoQueue};
 use self::mapping::Reservation;
 use self::pages::PAGE_BYTES;
-pub(crate) use self::pages::{PageRun, PageSet};
+pub(crate) use self::pages::PageRun;
 pub(crate) use self::saved::SavedMemory;
 use self::transfer::Progress;
 pub(crate) use self::transfer::{Clear, Transfer};

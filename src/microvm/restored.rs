@@ -3,10 +3,8 @@
 use super::state::Stopped;
 use super::{MicroVm, Paused};
 use crate::config::RestoreOptions;
-use crate::console::Console;
 use crate::error::Error;
-use crate::phase::Phase;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Disks, Snapshot};
 use crate::timings::Recorder;
 
 impl Snapshot {
@@ -30,7 +28,7 @@ impl Snapshot {
     /// names files of it without leave; else as [`MicroVm::create`].
     pub fn restore_with(&self, options: &RestoreOptions) -> Result<MicroVm<Paused>, Error> {
         let mut recorder = Recorder::new();
-        let stopped = Stopped::restored(self, options, None, &mut recorder)?;
+        let stopped = Stopped::restored(self, options, Disks::Copy, None, &mut recorder)?;
         let console = stopped.machine.console().clone();
         Ok(MicroVm { state: Paused { stopped }, console, recorder })
     }

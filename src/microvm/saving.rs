@@ -172,12 +172,14 @@ impl MicroVm<Running> {
     }
 }
 
-/// A VM that could not be suspended goes on. One whose threads are gone has ended.
+/// A VM that could not be suspended goes on.
 fn run_on(vm: MicroVm<Paused>, error: Error) -> TransitionError<Running> {
     let MicroVm { state: Paused { stopped }, console, recorder } = vm;
-    for vcpu in &stopped.vcpus {
+    let Stopped { vcpus, machine, origin } = stopped;
+    for vcpu in &vcpus {
         vcpu.forgive_pause();
     }
-    let state = stopped.run_or_end();
+    let run = machine.run_or_end(vcpus);
+    let state = Running { run, machine, origin };
     TransitionError { vm: MicroVm { state, console, recorder }, error }
 }

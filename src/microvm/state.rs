@@ -95,6 +95,13 @@ impl std::fmt::Debug for Lease {
     }
 }
 
+impl super::MicroVm<Paused> {
+    /// Tells somebody of the VM's end.
+    pub(crate) fn lease(&mut self, lease: Lease) {
+        self.state.stopped.origin.lease = Some(lease);
+    }
+}
+
 impl Stopped {
     /// Gives the vCPUs to their threads, or everything back.
     pub(super) fn run(self) -> Result<Running, (Self, Error)> {

@@ -22,8 +22,6 @@ pub(crate) enum SnapshotError {
     Impossible { path: PathBuf, what: String },
     #[error("the memory of the snapshot in {} cannot be used", directory.display())]
     Memory { directory: PathBuf, source: MemoryError },
-    #[error("the snapshot in {} does not fit this host: {differences}", directory.display())]
-    OtherHost { directory: PathBuf, differences: String },
     #[error(
         "the snapshot's disk {index} stands on {}, which is outside of its directory",
         path.display()
@@ -39,6 +37,8 @@ pub(crate) enum SnapshotError {
     Interrupted,
     #[error("cannot make a directory for disks in the folder for temporary files")]
     Temporary(#[source] io::Error),
+    #[error("cannot read random bytes from the host")]
+    Random(#[source] io::Error),
     #[error("cannot write {}", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error("cannot save the guest's memory to {}", path.display())]
@@ -62,18 +62,19 @@ impl SnapshotError {
 
 impl From<SnapshotError> for Error {
     fn from(error: SnapshotError) -> Self {
+        let error = match error {
+            // Their own words are better.
+            SnapshotError::Disk(error) => return error.into(),
+            error => error,
+        };
         let fix = match &error {
             SnapshotError::Interrupted => return Error::new(ErrorKind::Interrupted, error),
             SnapshotError::Config(_) => return Error::new(ErrorKind::Config, error),
-            SnapshotError::Disk(_) => None,
             SnapshotError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Some("name a directory that `MicroVm::snapshot` or `MicroVm::suspend` wrote")
             }
             SnapshotError::State { source: FormatError::Version { .. }, .. } => {
                 Some("use the version of dormouse that wrote it, or save the VM again")
-            }
-            SnapshotError::OtherHost { .. } => {
-                Some("restore it on a host like the one that it was written on, or boot the VM anew")
             }
             SnapshotError::OutsideDisk { .. } => Some(
                 "name the file with `RestoreOptions::disk_base`, or, where whoever wrote the snapshot \

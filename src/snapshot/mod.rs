@@ -11,7 +11,9 @@ mod restore;
 mod save;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -135,7 +137,10 @@ impl Snapshot {
             directory: directory.to_owned(),
             source,
         })?;
-        let written = read_written(&directory.join(WRITTEN));
+        let written = OnceLock::new();
+        if let Some(runs) = read_written(&directory.join(WRITTEN)) {
+            let _ = written.set(runs);
+        }
         let place = Place::Directory(directory.to_owned());
         Ok(Self(Arc::new(Inner { place, state, image, written })))
     }
@@ -148,12 +153,13 @@ impl Snapshot {
     /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), which names what differs.
     pub fn verify(&self) -> Result<(), Error> {
         let Place::Directory(directory) = &self.0.place else { return Ok(()) };
-        self.0.image.verify().map_err(|source| SnapshotError::Memory {
-            directory: directory.clone(),
-            source,
-        })?;
+        let verified = self.0.image.verify(&|_| ControlFlow::Continue(()));
+        let damaged = |source| SnapshotError::Memory { directory: directory.clone(), source };
+        verified.map_err(damaged)?;
         for (index, disk) in self.0.state.disks.iter().enumerate() {
-            disk.verify(&directory.join(disk_name(index)))?;
+            let path = directory.join(disk_name(index));
+            let verified = disk.verify(&path, &mut |_| ControlFlow::Continue(()));
+            verified.map_err(SnapshotError::from)?;
         }
         Ok(())
     }
@@ -179,12 +185,12 @@ impl Snapshot {
             id: *id,
             dormouse: dormouse.clone(),
             created: SystemTime::UNIX_EPOCH + Duration::from_secs(*created),
-            kernel: host.kernel().to_owned(),
+            kernel: host.host().kernel.clone(),
             memory_bytes: config.memory_bytes,
-            memory_layers: self.0.image.layers(),
+            memory_layers: self.0.image.files().count(),
             vcpus: config.vcpus,
             msrs: machine.msrs(),
-            cpuid: host.cpuid(),
+            cpuid: host.first_cpuid(),
         }
     }
 }
@@ -209,10 +215,9 @@ fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
     input_file::read_bounded(input_file::open(path)?, format::MAX_STATE_BYTES)
 }
 
-/// The pages that are worth having before a guest runs; what cannot be read is none.
-fn read_written(path: &Path) -> Vec<PageRun> {
-    let bytes = read(path).ok().flatten();
-    bytes.and_then(|bytes| format::decode(&bytes).ok()).unwrap_or_default()
+/// The pages that are worth having before a guest runs, where that can be read.
+fn read_written(path: &Path) -> Option<Vec<PageRun>> {
+    format::decode(&read(path).ok()??).ok()
 }
 
 impl std::fmt::Debug for Snapshot {
@@ -224,15 +229,18 @@ impl std::fmt::Debug for Snapshot {
     }
 }
 
+fn random_bytes() -> io::Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// A directory in the folder for temporary files, which goes with this value.
 struct Temporary(PathBuf);
 
 impl Temporary {
     fn new() -> io::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        let mut name = [0; 16];
-        io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut name)?;
-        let name = u128::from_ne_bytes(name);
+        let name = u128::from_ne_bytes(random_bytes()?);
         let path = std::env::temp_dir().join(format!("dormouse-{name:032x}"));
         fs::DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))

@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// use dormouse::SnapshotOptions;
 ///
 /// let options = SnapshotOptions::new().sync(true).progress(|progress| {
-///     println!("{:?}: {} of {} bytes", progress.stage, progress.bytes, progress.total_bytes);
+///     println!("{:?}: {} bytes", progress.stage, progress.bytes);
 ///     ControlFlow::Continue(())
 /// });
 /// ```
@@ -34,8 +34,8 @@ pub struct SaveProgress {
     pub stage: SaveStage,
     /// Bytes that were looked at in this stage.
     pub bytes: u64,
-    /// Bytes that there are to look at in this stage.
-    pub total_bytes: u64,
+    /// Bytes that there are to look at in this stage, where that is known before.
+    pub total_bytes: Option<u64>,
 }
 
 /// A part of a snapshot.
@@ -84,7 +84,12 @@ impl SnapshotOptions {
     }
 
     /// Tells the caller how far a stage is.
-    pub(crate) fn report(&self, stage: SaveStage, bytes: u64, total_bytes: u64) -> ControlFlow<()> {
+    pub(crate) fn report(
+        &self,
+        stage: SaveStage,
+        bytes: u64,
+        total_bytes: Option<u64>,
+    ) -> ControlFlow<()> {
         match &self.progress {
             Some(progress) => progress(SaveProgress { stage, bytes, total_bytes }),
             None => ControlFlow::Continue(()),

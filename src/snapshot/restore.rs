@@ -1,24 +1,23 @@
 //! A machine made from a snapshot.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::directory::disk_name;
 use super::error::SnapshotError;
 use super::save::Disks;
-use super::{Inner, Place, SavedDisk, Snapshot};
+use super::{Inner, Place, Snapshot};
 use crate::config::{Clock, MachineConfig, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
 use crate::kvm::{ClockPolicy, Vcpu};
-use crate::machine::{Machine, Shell};
+use crate::machine::{Machine, Origin};
 use crate::phase::Phase;
 use crate::timings::Recorder;
 
 impl Snapshot {
-    /// A machine that goes on from here, with its vCPUs, on a shell that was prepared for it.
+    /// A machine that goes on from here, with its vCPUs.
     pub(crate) fn machine(
         &self,
-        shell: Option<Shell>,
         options: &RestoreOptions,
         disks: Disks,
         console: Option<&Console>,
@@ -30,11 +29,27 @@ impl Snapshot {
             config.check()?;
             Ok::<_, SnapshotError>(config)
         })?;
-        todo!()
+        let origin = Origin::Saved { image, profile: &state.host };
+        let (machine, vcpus) = Machine::new(&config, origin, console, recorder)?;
+        recorder.run(Phase::Restore, || {
+            let clock = match options.clock {
+                Clock::Advance => ClockPolicy::Advance,
+                Clock::Freeze => ClockPolicy::Freeze,
+            };
+            machine.restore(&vcpus, &state.machine, clock)
+        })?;
+        if let Some(written) = written.get().filter(|_| options.populate) {
+            recorder.timed(Phase::Populate, || machine.ram().populate(written));
+        }
+        Ok((machine, vcpus))
     }
 
     /// The configuration of a machine that goes on from here.
-    fn config(&self, options: &RestoreOptions, disks: Disks) -> Result<MachineConfig, SnapshotError> {
+    fn config(
+        &self,
+        options: &RestoreOptions,
+        disks: Disks,
+    ) -> Result<MachineConfig, SnapshotError> {
         let state = &self.0.state;
         let mut config = state.config.clone();
         options.apply(&mut config)?;
@@ -42,13 +57,41 @@ impl Snapshot {
         if let Some(&index) = options.disks.keys().find(|index| **index >= count) {
             return Err(SnapshotError::NoDisk { index, count });
         }
-        for (index, disk) in state.disks.iter().enumerate() {
-            // TODO
+        for (index, (block, disk)) in config.blocks.iter_mut().zip(&state.disks).enumerate() {
+            let given = options.disks.get(&index);
+            let moved = given.and_then(|given| given.base.as_deref()).map(|base| disk.moved(base));
+            let saved = self.path(&disk_name(index));
+            let delta = given.and_then(|given| given.delta.as_deref());
+            let is_given = moved.is_some();
+            let disk = moved.as_ref().unwrap_or(disk);
+            let base = disk.base().filter(|base| !is_given && !self.may_name(base, options));
+            if let Some(path) = base {
+                return Err(SnapshotError::OutsideDisk { index, path: path.to_owned() });
+            }
+            *block = match disks {
+                Disks::InPlace => disk.own_config(block, &saved),
+                Disks::Copy => disk.config(block, &saved, delta),
+            };
+        }
+        let socket = config.vsock.as_mut().and_then(|vsock| vsock.unix_socket.take());
+        if let (Some(path), Some(vsock)) = (socket, &mut config.vsock) {
+            if options.vsock_socket.as_ref() != Some(&path) && !self.may_name(&path, options) {
+                return Err(SnapshotError::OutsideSocket { path });
+            }
+            vsock.unix_socket = Some(path);
         }
         Ok(config)
     }
 
-    /// Where the files of the snapshot are.
+    /// Whether a snapshot may name a file of this host: one of this process names its own.
+    fn may_name(&self, path: &Path, options: &RestoreOptions) -> bool {
+        match &self.0.place {
+            Place::Directory(directory) => options.outside_paths || path.starts_with(directory),
+            Place::Memory(_) => true,
+        }
+    }
+
+    /// Where a file of the snapshot is.
     fn path(&self, name: &str) -> PathBuf {
         match &self.0.place {
             Place::Directory(directory) => directory.join(name),

@@ -12,8 +12,8 @@ use rustix::fs::{AtFlags, CWD, linkat};
 use super::directory::{STATE, Staging, disk_name, memory_name};
 use super::error::SnapshotError;
 use super::options::{SaveStage, SnapshotOptions};
-use super::{Inner, Place, Snapshot, State, Temporary, format};
-use crate::arch::layout;
+use super::{Inner, Place, Snapshot, State, Temporary, format, random_bytes};
+use crate::disk::DiskError;
 use crate::error::Error;
 use crate::kvm::Vcpu;
 use crate::machine::Machine;
@@ -81,20 +81,26 @@ impl Sleeper<'_> {
         let controls = self.machine.controls();
         let mut saved = Vec::new();
         for (index, disk) in controls.disks.iter().enumerate() {
-            let stage = SaveStage::Disk(index);
-            let report = |done, total| options.report(stage, done, total);
-            let disk = disk.with(|block| match disks {
-                Disks::Copy => block.disk_mut().save(&path(index), &report),
-                Disks::InPlace => block.disk_mut().leave(&path(index), &report),
-            });
-            saved.push(disk.map_err(SnapshotError::from)?);
+            let mut done = 0;
+            let mut report = |bytes| {
+                done += bytes;
+                options.report(SaveStage::Disk(index), done, None)
+            };
+            let disk = match disks {
+                Disks::Copy => disk.save(&path(index), &mut report),
+                Disks::InPlace => disk.leave(&path(index), &mut report),
+            };
+            saved.push(disk.map_err(|error| match error {
+                DiskError::Interrupted => SnapshotError::Interrupted,
+                error => error.into(),
+            })?);
         }
         let since_1970 = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Ok(State {
             dormouse: env!("CARGO_PKG_VERSION").to_owned(),
-            id: random_id().map_err(SnapshotError::Random)?,
+            id: random_bytes().map_err(SnapshotError::Random)?,
             created: since_1970.as_secs(),
-            host: self.machine.profile()?,
+            host: self.machine.profile(self.vcpus)?,
             config: self.machine.config().clone(),
             machine,
             memory: Vec::new(),
@@ -118,7 +124,7 @@ impl Sleeper<'_> {
         let name = memory_name(layers.len());
         let file = staging.create(&name)?;
         let report = |progress: MemoryProgress| {
-            options.report(SaveStage::Memory, progress.done_bytes, progress.total_bytes)
+            options.report(SaveStage::Memory, progress.done_bytes, Some(progress.total_bytes))
         };
         let saved = self.machine.ram().save(&file, save, &report);
         layers.push(saved.map_err(|source| match source {

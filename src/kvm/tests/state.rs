@@ -1,11 +1,14 @@
 //! What a restored vCPU knows, and how its clocks go on.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use super::super::clock::{self, ClockState};
-use super::super::{ClockPolicy, KvmError, VmExit, VmState, msrs};
+use super::super::{ClockPolicy, CpuProfile, Kvm, KvmError, VmExit, VmState, msrs};
 use super::Guest;
+use crate::arch::cpuid;
 use crate::arch::msr::{IA32_TSC, Msr};
+use crate::config::{CpuTemplate, CpuidRegister};
 
 /// `mov dx, 0x100; xor eax, eax; 1: out dx, al; inc eax; jmp 1b`
 const COUNTER: &[u8] = &[0x66, 0xba, 0x00, 0x01, 0x31, 0xc0, 0xee, 0xff, 0xc0, 0xeb, 0xfb];
@@ -183,4 +186,16 @@ fn a_tsc_of_another_frequency_is_refused_with_both() {
     state.clock.tsc_khz = 1;
     let error = restored(&guest, &state, ClockPolicy::Freeze).err().expect("refused");
     assert!(error.to_string().starts_with("the guest's TSC runs at 1 kHz, this host's at "));
+}
+
+#[test]
+fn a_guest_fits_the_host_that_it_was_saved_on() {
+    let Some(guest) = Guest::with_code(1, COUNTER) else { return };
+    let kvm = Kvm::open(Path::new("/dev/kvm")).unwrap();
+    let supported = &kvm.capabilities().supported_cpuid;
+    let template = CpuTemplate::default().set(1, 0, CpuidRegister::Ecx, u32::MAX);
+    let cpuid = vec![cpuid::for_vcpu(supported, 0, 1, &template)];
+    let profile = CpuProfile::new(&kvm, cpuid, guest.vcpus.first()).unwrap();
+    profile.fits(&kvm, None).unwrap();
+    profile.fits(&kvm, guest.vcpus.first()).unwrap();
 }

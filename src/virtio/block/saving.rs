@@ -27,13 +27,28 @@ impl DeviceHandle<Block> {
     /// # Errors
     ///
     /// As [`Disk::save`]; the device can go on in any case.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for snapshots, which come next"))]
     pub(crate) fn save(
         &self,
         to: &Path,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
-        let lent = Lent { device: self, disk: self.with(|block| block.disk.take()) };
-        lent.disk.as_ref().ok_or(DiskError::Over)?.save(to, progress)
+        self.lend().disk.as_ref().ok_or(DiskError::Over)?.save(to, progress)
+    }
+
+    /// Leaves the disk where it is, as [`Disk::leave`] says. The device is paused.
+    ///
+    /// # Errors
+    ///
+    /// As [`Disk::leave`].
+    pub(crate) fn leave(
+        &self,
+        to: &Path,
+        progress: &mut Progress<'_>,
+    ) -> Result<SavedDisk, DiskError> {
+        self.lend().disk.as_ref().ok_or(DiskError::Over)?.leave(to, progress)
+    }
+
+    fn lend(&self) -> Lent<'_> {
+        Lent { device: self, disk: self.with(|block| block.disk.take()) }
     }
 }
