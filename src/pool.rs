@@ -135,12 +135,8 @@ impl Pool {
         if options.max == 0 {
             return Err(PoolError::Sizes { min: options.min, max: options.max }.into());
         }
-        let shared = Arc::new(Shared {
-            snapshot,
-            options,
-            vms: Mutex::default(),
-            changed: Condvar::new(),
-        });
+        let shared =
+            Arc::new(Shared { snapshot, options, vms: Mutex::default(), changed: Condvar::new() });
         let worker = Arc::clone(&shared);
         let builder = thread::Builder::new().name("dormouse-pool".to_owned());
         let thread = builder.spawn(move || worker.keep_ready()).map_err(PoolError::Thread)?;

@@ -75,6 +75,11 @@ impl SavedDisk {
         }
     }
 
+    /// Whether there is a saved file.
+    pub(crate) fn has_file(&self) -> bool {
+        matches!(self, Self::Raw { .. } | Self::Delta { .. })
+    }
+
     /// The file of the host that the saved disk needs.
     pub(crate) fn base(&self) -> Option<&Path> {
         match self {

@@ -2,8 +2,6 @@
 //!
 //! Source: Linux Documentation/virt/kvm/api.rst; section numbers are given at each call.
 
-#![cfg_attr(not(test), expect(dead_code, unused_imports, reason = "snapshots will use the rest"))]
-
 mod clock;
 mod cpu_profile;
 mod kick;

@@ -20,6 +20,7 @@ use std::time::Duration;
 use kvm_bindings::kvm_cpuid_entry2;
 use thiserror::Error as ThisError;
 
+pub(crate) use self::state::MachineState;
 use crate::arch::{cpuid, layout, msr};
 use crate::config::MachineConfig;
 use crate::console::{Console, ConsoleSink};
@@ -35,7 +36,6 @@ use crate::timings::Recorder;
 use crate::virtio::QueueError;
 use crate::vsock::{Vsock, VsockError};
 pub(crate) use devices::Controls;
-pub(crate) use self::state::MachineState;
 use devices::{Devices, VirtioSlot};
 
 /// Why a machine cannot be put together, beyond what its parts say.

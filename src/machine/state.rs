@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::device_state::DevicesState;
 use super::Machine;
-use crate::error::Error;
+use super::device_state::DevicesState;
 use crate::config::MachineConfig;
+use crate::error::Error;
 use crate::kvm::{ClockPolicy, CpuProfile, Kvm, Vcpu, VmState};
 
 /// A stopped machine: what KVM knows of it, and its devices.

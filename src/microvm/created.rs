@@ -38,7 +38,8 @@ impl MicroVm<Created> {
         let archive = recorder
             .run(Phase::Initramfs, || initramfs.map(|initramfs| initramfs.load()).transpose())?;
 
-        let (machine, vcpus) = Machine::new(machine_config, machine::Origin::Nothing, None, &mut recorder)?;
+        let (machine, vcpus) =
+            Machine::new(machine_config, machine::Origin::Nothing, None, &mut recorder)?;
         let boot = Boot {
             kernel: &vmlinux,
             protocol: kernel.boot_protocol(),

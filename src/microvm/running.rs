@@ -24,6 +24,7 @@ impl MicroVm<Running> {
         match machine.exit_status() {
             None => {
                 let stopped = Stopped { vcpus, machine, origin };
+                stopped.note_written();
                 Ok(MicroVm { state: Paused { stopped }, console, recorder })
             }
             Some(status) => {

@@ -64,9 +64,9 @@ impl MicroVm<Paused> {
     ) -> Result<MicroVm<Suspended>, TransitionError<Paused>> {
         let directory = directory.as_ref();
         let stopped = &self.state.stopped;
-        let saved = self.recorder.timed(Phase::Save, || {
-            stopped.sleeper().save(directory, Disks::InPlace, options)
-        });
+        let saved = self
+            .recorder
+            .timed(Phase::Save, || stopped.sleeper().save(directory, Disks::InPlace, options));
         match saved {
             Ok(snapshot) => Ok(self.asleep(snapshot)),
             Err(error) => {

@@ -112,6 +112,13 @@ impl Stopped {
         }
     }
 
+    /// Notes what the guest has written, where nobody did before it.
+    pub(super) fn note_written(&self) {
+        if let Some(snapshot) = &self.origin.snapshot {
+            snapshot.note_written(self.machine.ram());
+        }
+    }
+
     /// What saves it.
     pub(super) fn sleeper(&self) -> Sleeper<'_> {
         let Self { vcpus, machine, origin } = self;

@@ -60,6 +60,16 @@ impl SnapshotError {
     }
 }
 
+impl SnapshotError {
+    /// What a save of the memory says.
+    pub(super) fn save_memory(path: PathBuf) -> impl FnOnce(MemoryError) -> Self {
+        move |source| match source {
+            MemoryError::Interrupted => Self::Interrupted,
+            source => Self::SaveMemory { path, source },
+        }
+    }
+}
+
 impl From<SnapshotError> for Error {
     fn from(error: SnapshotError) -> Self {
         let error = match error {

@@ -12,8 +12,8 @@ mod save;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::DirBuilderExt;
 use std::ops::ControlFlow;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -133,10 +133,8 @@ impl Snapshot {
             layers.push((file, saved.clone()));
         }
         let ranges = layout::ram_ranges(state.config.memory_bytes);
-        let image = MemoryImage::open(&ranges, layers).map_err(|source| SnapshotError::Memory {
-            directory: directory.to_owned(),
-            source,
-        })?;
+        let image = MemoryImage::open(&ranges, layers)
+            .map_err(|source| SnapshotError::Memory { directory: directory.to_owned(), source })?;
         let written = OnceLock::new();
         if let Some(runs) = read_written(&directory.join(WRITTEN)) {
             let _ = written.set(runs);
@@ -162,6 +160,32 @@ impl Snapshot {
             verified.map_err(SnapshotError::from)?;
         }
         Ok(())
+    }
+
+    /// Writes a snapshot of the same VM whose memory is one layer and whose files are no other
+    /// snapshot's. It takes reading and writing all of the memory.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written, and for a
+    /// snapshot in memory.
+    pub fn merge(&self, directory: impl AsRef<Path>) -> Result<Self, Error> {
+        self.merge_with(directory, &SnapshotOptions::default())
+    }
+
+    /// As [`merge`](Self::merge), in a way of one's own.
+    ///
+    /// # Errors
+    ///
+    /// As `merge`; [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted) where the progress
+    /// says so.
+    pub fn merge_with(
+        &self,
+        directory: impl AsRef<Path>,
+        options: &SnapshotOptions,
+    ) -> Result<Self, Error> {
+        self.write_merged(directory.as_ref(), options)?;
+        Self::open(directory)
     }
 
     /// The directory that it is in; none for one in memory.

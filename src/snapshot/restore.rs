@@ -92,7 +92,7 @@ impl Snapshot {
     }
 
     /// Where a file of the snapshot is.
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         match &self.0.place {
             Place::Directory(directory) => directory.join(name),
             Place::Memory(temporary) => temporary.0.join(name),

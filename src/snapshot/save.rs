@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -9,7 +10,7 @@ use std::time::SystemTime;
 
 use rustix::fs::{AtFlags, CWD, linkat};
 
-use super::directory::{STATE, Staging, disk_name, memory_name};
+use super::directory::{STATE, Staging, WRITTEN, disk_name, memory_name};
 use super::error::SnapshotError;
 use super::options::{SaveStage, SnapshotOptions};
 use super::{Inner, Place, Snapshot, State, Temporary, format, random_bytes};
@@ -17,7 +18,7 @@ use crate::disk::DiskError;
 use crate::error::Error;
 use crate::kvm::Vcpu;
 use crate::machine::Machine;
-use crate::memory::{MAX_LAYERS, MemoryError, MemoryProgress, Save, SavedMemory};
+use crate::memory::{GuestRam, MAX_LAYERS, MemoryProgress, Save, SavedMemory};
 
 /// What becomes of the disks that a guest writes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,13 +49,7 @@ impl Sleeper<'_> {
         let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
         let mut state = self.state(&|index| staging.path(&disk_name(index)), disks, options)?;
         state.memory = self.save_memory(&staging, options)?;
-        let bytes = format::encode(&state)
-            .map_err(|source| SnapshotError::State { path: staging.path(STATE), source })?;
-        let mut file = staging.create(STATE).map_err(SnapshotError::from)?;
-        file.write_all(&bytes)
-            .map_err(|source| SnapshotError::Write { path: staging.path(STATE), source })?;
-        drop(file);
-        staging.commit(options.sync).map_err(SnapshotError::from)?;
+        finish(staging, &state, options)?;
         Snapshot::open(directory)
     }
 
@@ -123,16 +118,79 @@ impl Sleeper<'_> {
         };
         let name = memory_name(layers.len());
         let file = staging.create(&name)?;
-        let report = |progress: MemoryProgress| {
-            options.report(SaveStage::Memory, progress.done_bytes, Some(progress.total_bytes))
-        };
-        let saved = self.machine.ram().save(&file, save, &report);
-        layers.push(saved.map_err(|source| match source {
-            MemoryError::Interrupted => SnapshotError::Interrupted,
-            source => SnapshotError::SaveMemory { path: staging.path(&name), source },
-        })?);
+        let saved = self.machine.ram().save(&file, save, &report_memory(options));
+        layers.push(saved.map_err(SnapshotError::save_memory(staging.path(&name)))?);
         Ok(layers)
     }
+}
+
+impl Snapshot {
+    pub(super) fn write_merged(
+        &self,
+        directory: &Path,
+        options: &SnapshotOptions,
+    ) -> Result<(), SnapshotError> {
+        let staging = Staging::begin(directory)?;
+        let name = memory_name(0);
+        let file = staging.create(&name)?;
+        let merged = self.0.image.merge(&file, &report_memory(options));
+        let merged = merged.map_err(SnapshotError::save_memory(staging.path(&name)))?;
+        for (index, disk) in self.0.state.disks.iter().enumerate() {
+            let name = disk_name(index);
+            let (from, to) = (self.path(&name), staging.path(&name));
+            if disk.has_file() {
+                fs::copy(from, &to).map_err(|source| SnapshotError::Write { path: to, source })?;
+            }
+        }
+        let id = random_bytes().map_err(SnapshotError::Random)?;
+        let state = State { id, memory: vec![merged], ..self.0.state.clone() };
+        finish(staging, &state, options)
+    }
+
+    /// Notes which pages a guest that came from here has written until it first stood still, for
+    /// those that come after it. It is of use, and no more: where it fails nothing is noted.
+    pub(crate) fn note_written(&self, ram: &GuestRam) {
+        let Place::Directory(directory) = &self.0.place else { return };
+        if self.0.written.get().is_some() {
+            return;
+        }
+        let Ok(pages) = ram.written_pages() else { return };
+        let runs: Vec<_> = pages.runs().take(MAX_NOTED).collect();
+        let pages = runs.iter().map(|run| run.count).sum::<u64>();
+        if pages > MAX_NOTED as u64 || self.0.written.set(runs.clone()).is_err() {
+            return;
+        }
+        if let Ok(bytes) = format::encode(&runs) {
+            replace_file(&directory.join(WRITTEN), &bytes);
+        }
+    }
+}
+
+/// The most pages that are worth having before a guest runs: 16 MiB, some 8 ms.
+const MAX_NOTED: usize = 4096;
+
+/// Puts a file into its place whole, or not at all.
+fn replace_file(path: &Path, bytes: &[u8]) {
+    let Ok(random) = random_bytes() else { return };
+    let part = path.with_extension(format!("{:032x}", u128::from_ne_bytes(random)));
+    if fs::write(&part, bytes).and_then(|()| fs::rename(&part, path)).is_err() {
+        let _ = fs::remove_file(&part);
+    }
+}
+
+fn report_memory(options: &SnapshotOptions) -> impl Fn(MemoryProgress) -> ControlFlow<()> + Sync {
+    |progress| options.report(SaveStage::Memory, progress.done_bytes, Some(progress.total_bytes))
+}
+
+/// Writes the state, which is the last of a snapshot's files, and puts the directory into place.
+fn finish(staging: Staging, state: &State, options: &SnapshotOptions) -> Result<(), SnapshotError> {
+    let path = staging.path(STATE);
+    let bytes = format::encode(state)
+        .map_err(|source| SnapshotError::State { path: path.clone(), source })?;
+    let mut file = staging.create(STATE)?;
+    file.write_all(&bytes).map_err(|source| SnapshotError::Write { path, source })?;
+    drop(file);
+    Ok(staging.commit(options.sync)?)
 }
 
 /// Gives the files of an origin's layers a second name; `None` where that is not possible: they

@@ -298,7 +298,11 @@ fn disks_of_clones_are_their_own() {
     let config = config(Release::Linux6_12, DISK, SHELL);
     let guest = Guest::boot(disks.into_iter().fold(config, VmConfig::block));
     let write = |value: &str| {
-        let dd = |disk| format!("yes {value} | tr -d '\\n' | head -c 8192 | dd of=/dev/{disk} bs=4k conv=fsync 2>/dev/null");
+        let dd = |disk| {
+            format!(
+                "yes {value} | tr -d '\\n' | head -c 8192 | dd of=/dev/{disk} bs=4k conv=fsync 2>/dev/null"
+            )
+        };
         format!("{}; {}", dd("vda"), dd("vdb"))
     };
     let read = "for disk in vda vdb; do dd if=/dev/$disk bs=1k count=12 iflag=direct 2>/dev/null | fold -w 1 | sort | uniq -c | tr -d ' ' | tr '\\n' ' '; done; echo";
@@ -323,9 +327,8 @@ fn disks_of_clones_are_their_own() {
 fn vsock_connections_end_with_a_restore_and_new_ones_work() {
     let scratch = Scratch::new("vsock");
     let modules = ["virtio_mmio", "vmw_vsock_virtio_transport"];
-    let add = |initramfs: dormouse::InitramfsBuilder| {
-        initramfs.host_file("bin/guest-tool", guest_tool())
-    };
+    let add =
+        |initramfs: dormouse::InitramfsBuilder| initramfs.host_file("bin/guest-tool", guest_tool());
     let config = config_with(Release::Linux6_12, &modules, SHELL, add);
     let guest = Guest::boot(config.vsock(VsockConfig::default()));
     guest.ask("guest-tool vsock-echo 1000 1000 & sleep 1");

@@ -109,7 +109,8 @@ fn a_full_disk_leaves_the_old_snapshot_and_the_vm() {
     let error = vm.snapshot(&directory).unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Snapshot, "{error:?}");
     assert!(error.to_string().contains("No space left on device"), "{error}");
-    let names: Vec<_> = fs::read_dir(&small).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        fs::read_dir(&small).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["base"]);
     let guest = Guest::resumed(vm, output);
     assert_eq!(guest.sum(200), 1000);
