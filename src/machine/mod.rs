@@ -93,7 +93,7 @@ impl Machine {
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
         let ram = recorder
-            .run(Phase::Memory, || GuestRam::anonymous(&layout::ram_ranges(config.memory_bytes)))?;
+            .run(Phase::Memory, || GuestRam::fresh(&layout::ram_ranges(config.memory_bytes)))?;
         let (kvm, vm) = recorder.run(Phase::Kvm, || {
             let kvm = Kvm::open(&config.kvm_device)?;
             let max = kvm.capabilities().max_vcpus;

@@ -156,7 +156,7 @@ fn many_threads_share_the_queue_and_each_gets_its_own_ends() {
 
 #[test]
 fn write_across_the_end_is_an_error_and_writes_elsewhere_stand() {
-    let ram = GuestRam::anonymous(&[(GuestAddress(0), 0x2000)]).unwrap();
+    let ram = GuestRam::fresh(&[(GuestAddress(0), 0x2000)]).unwrap();
     ram.write(&[7; 16], GuestAddress(0x1ff0)).unwrap();
     assert!(ram.write(&[7; 17], GuestAddress(0x1ff0)).is_err());
     assert!(ram.write(&[7], GuestAddress(u64::MAX)).is_err());
@@ -164,8 +164,12 @@ fn write_across_the_end_is_an_error_and_writes_elsewhere_stand() {
 
 #[test]
 fn absurd_sizes_are_refused_with_a_fix() {
-    let error = GuestRam::anonymous(&[(GuestAddress(0), usize::MAX & !0xfff)]).unwrap_err();
+    let error = GuestRam::fresh(&[(GuestAddress(0), usize::MAX & !0xfff)]).unwrap_err();
     let error = Error::from(error);
     assert_eq!(error.kind(), &ErrorKind::Resources);
     assert!(error.to_string().contains("less memory"), "{error}");
 }
+
+mod freezing;
+mod hostile;
+mod saving;

@@ -265,7 +265,8 @@ impl VirtioDevice for Balloon {
             STATSQ if self.features & F_STATS_VQ != 0 => self.serve_stats(queues),
             _ if self.features & F_REPORTING != 0 => {
                 serve_some(queues, index, REPORTS_PER_TURN, |chain| {
-                    self.metrics.reported_bytes += chain.writable.discard(MAX_REPORT_BYTES);
+                    self.metrics.reported_bytes +=
+                        ram.discard_bytes(&chain.writable, MAX_REPORT_BYTES);
                 })
             }
             // The driver did not choose what the queue is for.
