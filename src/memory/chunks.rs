@@ -55,7 +55,7 @@ pub(super) fn copy(
 ) -> Result<Copied, MemoryError> {
     let chunks: Vec<_> = pages.chunks().collect();
     let counter = Counter::new(chunks.len(), on_progress);
-    let copied = in_parallel(chunks.len(), &|at, buffer| {
+    let copied = in_parallel(chunks.len(), |at, buffer| {
         let Some((index, mut pages)) = chunks.get(at).copied() else { return Ok(None) };
         for (run, bytes) in pieces(pages) {
             if let Some(target) = buffer.get_mut(bytes) {
@@ -94,7 +94,7 @@ pub(super) fn checksums(
     chunks: &[u32],
     counter: &Counter<'_>,
 ) -> Result<Vec<ChunkChecksum>, MemoryError> {
-    in_parallel(chunks.len(), &|at, buffer| {
+    in_parallel(chunks.len(), |at, buffer| {
         let chunk = chunks.get(at).copied().unwrap_or_default();
         let base = u64::from(chunk) * CHUNK_BYTES as u64;
         let len = file_bytes.saturating_sub(base).min(CHUNK_BYTES as u64) as usize;
@@ -140,7 +140,7 @@ impl<'a> Counter<'a> {
 /// share, and where no other can be started, all of it. The results are in no order.
 fn in_parallel<T: Send>(
     count: usize,
-    work: &(dyn Fn(usize, &mut [u8]) -> Result<T, MemoryError> + Sync),
+    work: impl Fn(usize, &mut [u8]) -> Result<T, MemoryError> + Sync,
 ) -> Result<Vec<T>, MemoryError> {
     let next = AtomicUsize::new(0);
     let worker = || {
