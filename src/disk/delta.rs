@@ -26,14 +26,14 @@ const HEADER_BYTES: u64 = 4096;
 const PAGE_BYTES: usize = 4096;
 const PAGE_SECTORS: u64 = PAGE_BYTES as u64 * 8;
 
+type Page = [u8; PAGE_BYTES];
+
 /// An open delta.
 #[derive(Debug)]
 pub(super) struct Delta {
     file: Arc<File>,
-    /// As long as the disk needs, in whole pages. Pages that are zero cost no memory.
-    bitmap: Vec<u8>,
-    /// Which pages of the bitmap have a bit that is set.
-    used: Vec<bool>,
+    /// As many pages as the disk needs; those that are zeros are not there.
+    bitmap: Vec<Option<Box<Page>>>,
     /// Which pages of the bitmap the file does not have yet.
     dirty: Vec<bool>,
     sectors_offset: u64,
@@ -131,8 +131,7 @@ impl Delta {
         let pages = sectors.div_ceil(PAGE_SECTORS) as usize;
         Self {
             file: Arc::new(file),
-            bitmap: vec![0; pages * PAGE_BYTES],
-            used: vec![false; pages],
+            bitmap: vec![None; pages],
             dirty: vec![false; pages],
             sectors_offset: HEADER_BYTES + (pages * PAGE_BYTES) as u64,
         }
@@ -154,16 +153,12 @@ impl Delta {
     }
 
     fn read_page(&mut self, file: &File, page: usize) -> io::Result<()> {
-        let at = page * PAGE_BYTES;
         let mut buffer = [0; PAGE_BYTES];
-        file.read_exact_at(&mut buffer, HEADER_BYTES + at as u64)?;
-        // A page that stays untouched costs no memory.
+        file.read_exact_at(&mut buffer, page_offset(page))?;
         if buffer != [0; PAGE_BYTES]
-            && let Some(bytes) = self.bitmap.get_mut(at..at + PAGE_BYTES)
-            && let Some(used) = self.used.get_mut(page)
+            && let Some(page) = self.bitmap.get_mut(page)
         {
-            bytes.copy_from_slice(&buffer);
-            *used = true;
+            *page = Some(Box::new(buffer));
         }
         Ok(())
     }
@@ -171,10 +166,9 @@ impl Delta {
     /// The ranges of the disk outside of which the delta has nothing, in units of 16 MiB: offset
     /// and length.
     pub(super) fn used(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let used = self.used.iter().enumerate().filter(|(_, used)| **used);
-        used.map(|(page, _)| {
-            (page as u64 * PAGE_SECTORS * SECTOR_BYTES, PAGE_SECTORS * SECTOR_BYTES)
-        })
+        let used = self.bitmap.iter().zip(0u64..).filter(|(page, _)| page.is_some());
+        let bytes = PAGE_SECTORS * SECTOR_BYTES;
+        used.map(move |(_, page)| (page * bytes, bytes))
     }
 
     /// The file, and where in it the disk's bytes at `offset` are.
@@ -185,8 +179,7 @@ impl Delta {
     /// Writes all of the bitmap that the file does not have yet to the page cache.
     pub(super) fn write_bitmap(&mut self) -> io::Result<()> {
         for page in self.dirty_pages() {
-            let (offset, bytes) = self.page(page);
-            self.file.write_all_at(bytes, offset)?;
+            self.file.write_all_at(self.page(page), page_offset(page))?;
         }
         self.dirty.fill(false);
         Ok(())
@@ -208,9 +201,8 @@ impl Delta {
         let end = (offset + len) / SECTOR_BYTES;
         while sector < end {
             let written = self.is_written(sector);
-            let byte = self.bitmap.get((sector / 8) as usize);
             // Eight sectors at once where they are alike.
-            let alike = matches!((written, byte), (true, Some(0xff)) | (false, Some(0)));
+            let alike = matches!((written, self.byte(sector)), (true, 0xff) | (false, 0));
             let sectors = if alike && sector.is_multiple_of(8) { (end - sector).min(8) } else { 1 };
             let len = sectors * SECTOR_BYTES;
             match runs.last_mut() {
@@ -223,22 +215,28 @@ impl Delta {
     }
 
     fn is_written(&self, sector: u64) -> bool {
-        let byte = self.bitmap.get((sector / 8) as usize);
-        byte.is_some_and(|byte| byte & (1 << (sector % 8)) != 0)
+        self.byte(sector) & (1 << (sector % 8)) != 0
+    }
+
+    /// The bits of eight sectors, of which this is one.
+    fn byte(&self, sector: u64) -> u8 {
+        let (page, byte) = place_of(sector);
+        let page = self.bitmap.get(page).and_then(Option::as_ref);
+        page.and_then(|page| page.get(byte)).copied().unwrap_or(0)
     }
 
     /// The delta has these sectors from now on.
     pub(super) fn mark(&mut self, offset: u64, len: u64) {
         for sector in offset / SECTOR_BYTES..(offset + len) / SECTOR_BYTES {
-            let Some(byte) = self.bitmap.get_mut((sector / 8) as usize) else { return };
+            let (page, byte) = place_of(sector);
+            let Some(bits) = self.bitmap.get_mut(page) else { return };
+            let bits = bits.get_or_insert_with(|| Box::new([0; PAGE_BYTES]));
+            let Some(byte) = bits.get_mut(byte) else { return };
             let bit = 1 << (sector % 8);
             if *byte & bit == 0 {
                 *byte |= bit;
-                let page = (sector / PAGE_SECTORS) as usize;
-                for pages in [&mut self.used, &mut self.dirty] {
-                    if let Some(is_set) = pages.get_mut(page) {
-                        *is_set = true;
-                    }
+                if let Some(dirty) = self.dirty.get_mut(page) {
+                    *dirty = true;
                 }
             }
         }
@@ -271,16 +269,24 @@ impl Delta {
         pages.filter(|(_, dirty)| **dirty).map(|(page, _)| page).collect()
     }
 
-    fn page(&self, page: usize) -> (u64, &[u8]) {
-        let at = page * PAGE_BYTES;
-        let bytes = self.bitmap.get(at..at + PAGE_BYTES).unwrap_or_default();
-        (HEADER_BYTES + at as u64, bytes)
+    fn page(&self, page: usize) -> &[u8] {
+        let page = self.bitmap.get(page).and_then(Option::as_ref);
+        page.map_or(&[0; PAGE_BYTES], |page| &page[..])
     }
 
     fn write_page(&self, page: usize) -> Transfer {
-        let (offset, bytes) = self.page(page);
-        Transfer::write_bytes(&self.file, offset, bytes.to_vec())
+        Transfer::write_bytes(&self.file, page_offset(page), self.page(page).to_vec())
     }
+}
+
+/// Where a page of the bitmap is in the file.
+fn page_offset(page: usize) -> u64 {
+    HEADER_BYTES + (page * PAGE_BYTES) as u64
+}
+
+/// The page of the bitmap that has a sector's bit, and the byte in it.
+fn place_of(sector: u64) -> (usize, usize) {
+    ((sector / PAGE_SECTORS) as usize, (sector % PAGE_SECTORS / 8) as usize)
 }
 
 impl Drop for Delta {

@@ -270,13 +270,14 @@ fn states_that_no_driver_could_have_made_are_refused() {
     let (transport, used) = TestTransport::with_handle(Rng::new(RateLimit::default()).unwrap());
     let _driver = VirtIORng::<TestHal, _>::new(transport).unwrap();
     let good = used.state();
-    let changes: [fn(&mut TransportState); 10] = [
+    let changes: [fn(&mut TransportState); 11] = [
         |state| {
             state.device =
                 DeviceState::Balloon { num_pages: 0, actual: 0, stats_buffer: None, stats: None }
         },
         |state| state.queues.clear(),
         |state| state.queues.push(state.queues[0]),
+        |state| state.queues[0].size = 0,
         |state| state.queues[0].size = 3,
         |state| state.queues[0].size = 512,
         |state| state.queues[0].used_ring = !3,
