@@ -5,8 +5,10 @@
 
 mod devices;
 pub(crate) mod disk_io;
+mod shell;
 mod vcpu_threads;
 
+use self::shell::{Shell, ShellConfig};
 use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 
@@ -17,17 +19,16 @@ use std::time::Duration;
 
 use thiserror::Error as ThisError;
 
-use crate::arch::{cpuid, layout, msr};
+use crate::arch::layout;
 use crate::config::MachineConfig;
 use crate::console::{Console, ConsoleSink};
 use crate::devices::SerialInput;
 use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
-use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
+use crate::kvm::{Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
-use crate::seccomp::Confinement;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
 use crate::vsock::{Vsock, VsockError};
@@ -94,39 +95,25 @@ impl Machine {
     ) -> Result<(Self, Vec<Vcpu>), Error> {
         let ram = recorder
             .run(Phase::Memory, || GuestRam::anonymous(&layout::ram_ranges(config.memory_bytes)))?;
-        let (kvm, vm) = recorder.run(Phase::Kvm, || {
-            let kvm = Kvm::open(&config.kvm_device)?;
-            let max = kvm.capabilities().max_vcpus;
-            if usize::from(config.vcpus) > max {
-                return Err(KvmError::TooManyVcpus { count: config.vcpus, max });
-            }
-            let vm = Arc::new(Vm::new(&kvm, Arc::new(ram))?);
-            Ok((kvm, vm))
-        })?;
+        let shell = Shell::new(&ShellConfig::from(config), ram, recorder)?;
+        Self::from_shell(shell, config, recorder)
+    }
 
+    /// Puts a machine together around a shell that was made ahead, for a configuration with its
+    /// memory, its vCPUs and its confinement.
+    fn from_shell(
+        shell: Shell,
+        config: &MachineConfig,
+        recorder: &mut Recorder,
+    ) -> Result<(Self, Vec<Vcpu>), Error> {
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = Console::new(config.console_tail_bytes);
         let sink = ConsoleSink::new(console.clone(), writer);
         let Devices { bus, serial_input, virtio, vsock, controls } =
-            recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
-
-        let first_run = Arc::clone(recorder.first_run());
-        let (vcpus, threads) = recorder.run(Phase::Vcpus, || {
-            let vcpus = (0..config.vcpus)
-                .map(|id| {
-                    let supported = &kvm.capabilities().supported_cpuid;
-                    let cpuid = cpuid::for_vcpu(supported, id, config.vcpus, &config.cpu);
-                    let vcpu = vm.create_vcpu(id)?;
-                    vcpu.configure(&cpuid, &msr::at_boot())?;
-                    Ok(vcpu)
-                })
-                .collect::<Result<Vec<_>, KvmError>>()?;
-            let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
-            let confinement = config.seccomp.then_some(Confinement::Vcpu);
-            let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
-            Ok::<_, Error>((vcpus, threads))
-        })?;
+            recorder.run(Phase::Devices, || Devices::new(config, &shell.vm, &exit, sink))?;
+        let Shell { vcpus, vm, threads } = shell;
+        let threads = threads.attach(bus, Arc::clone(&exit), Arc::clone(recorder.first_run()));
         Ok((Self { exit, console, serial_input, virtio, vsock, controls, vm, threads }, vcpus))
     }
 
