@@ -38,8 +38,6 @@ pub enum ErrorKind {
     Interrupted,
     /// The host could not give the memory, threads or descriptors that were asked for.
     Resources,
-    /// A snapshot was not taken, or is not what was saved.
-    Snapshot,
     /// The guest has ended, so it cannot do what was asked.
     GuestEnded(ExitStatus),
     /// The time is over; the guest is alive.

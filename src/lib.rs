@@ -108,7 +108,8 @@ pub use metrics::{
     NetMetrics, VsockMetrics,
 };
 pub use microvm::{
-    AnyMicroVm, Created, MicroVm, Paused, Running, State, Suspended, Terminated, TransitionError,
+    AnyMicroVm, Created, MicroVm, Paused, PreparedShell, Running, State, Suspended, Terminated,
+    TransitionError,
 };
 pub use phase::Phase;
 pub use pool::{Pool, PoolOptions};

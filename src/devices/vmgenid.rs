@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn each_renewal_is_another_number_and_one_interrupt() {
-        let ram = Arc::new(GuestRam::anonymous(&[(GuestAddress(0), 1 << 20)]).unwrap());
+        let ram = Arc::new(GuestRam::fresh(&[(GuestAddress(0), 1 << 20)]).unwrap());
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let device = VmGenId::new(&ram, line.try_clone().unwrap());
         assert_eq!(generation(&ram), 0, "a new device writes no RAM");
@@ -98,7 +98,7 @@ mod tests {
 
     #[test]
     fn a_guest_without_ram_there_is_an_error() {
-        let ram = Arc::new(GuestRam::anonymous(&[(GuestAddress(0), 4096)]).unwrap());
+        let ram = Arc::new(GuestRam::fresh(&[(GuestAddress(0), 4096)]).unwrap());
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let device = VmGenId::new(&ram, line.try_clone().unwrap());
         assert!(matches!(device.renew(), Err(VmGenIdError::Write(_))));

@@ -56,7 +56,7 @@ fn go_on(_: u64) -> ControlFlow<()> {
 }
 
 fn ram() -> GuestRam {
-    GuestRam::anonymous(&[(GuestAddress(0), BYTES.next_multiple_of(4096))]).unwrap()
+    GuestRam::fresh(&[(GuestAddress(0), BYTES.next_multiple_of(4096))]).unwrap()
 }
 
 fn bytes(ram: &GuestRam, len: usize) -> GuestBytes<'_> {

@@ -51,7 +51,7 @@ impl HostFacts {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct CpuProfile {
     host: HostFacts,
-    /// The CPUID of each vCPU, as it was set.
+    /// The CPUID of each vCPU.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// That of the first one, with those features only that the CPU itself had.
     features: Vec<kvm_cpuid_entry2>,
@@ -61,16 +61,13 @@ pub(crate) struct CpuProfile {
 const MAX_VCPUS: usize = 256;
 
 impl CpuProfile {
-    /// The profile of a guest on this host, given the CPUID of each of its vCPUs.
-    pub(crate) fn new(
-        kvm: &Kvm,
-        cpuid: Vec<Vec<kvm_cpuid_entry2>>,
-        vcpu: Option<&Vcpu>,
-    ) -> Result<Self, KvmError> {
+    /// The profile of a guest on this host, all of whose vCPUs are given.
+    pub(crate) fn new(kvm: &Kvm, vcpus: &[Vcpu]) -> Result<Self, KvmError> {
+        let cpuid = vcpus.iter().map(Vcpu::cpuid).collect::<Result<Vec<_>, _>>()?;
         let supported = kvm.capabilities().supported_cpuid.as_slice();
         let first = cpuid.first().map_or(&[][..], Vec::as_slice);
         let features = features::of_the_cpu(first, supported);
-        Ok(Self { host: HostFacts::of(kvm, vcpu)?, cpuid, features })
+        Ok(Self { host: HostFacts::of(kvm, vcpus.first())?, cpuid, features })
     }
 
     /// The CPUID of each vCPU: what a restore sets, exactly.

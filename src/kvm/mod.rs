@@ -44,7 +44,7 @@ pub(crate) enum KvmError {
     #[error("this host's KVM lacks {missing}")]
     Capability { missing: String },
     #[error("{count} vCPUs, but this host's KVM takes {max}")]
-    TooManyVcpus { count: u8, max: usize },
+    TooManyVcpus { count: usize, max: usize },
     #[error("{call} failed")]
     Call { call: &'static str, source: io::Error },
     #[error("KVM refuses the model-specific register {index:#x}")]

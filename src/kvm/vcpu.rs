@@ -4,8 +4,8 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-    kvm_cpuid_entry2, kvm_run,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_cpuid_entry2, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -60,6 +60,13 @@ impl Vcpu {
         self.fd.set_cpuid2(&cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
         msrs::write(&self.fd, msrs)?;
         kick::open_kick_in_run(&self.fd)
+    }
+
+    /// The CPUID that the vCPU has (api.rst §4.53): the one that it was given, but for the bits that
+    /// follow the guest's own registers.
+    pub(crate) fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+        let cpuid = self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+        Ok(cpuid.map_err(KvmError::call("KVM_GET_CPUID2"))?.as_slice().to_vec())
     }
 
     /// Sets the boot vCPU's registers to a kernel's entry (api.rst §4.11, §4.13).

@@ -6,9 +6,11 @@
 mod device_state;
 mod devices;
 pub(crate) mod disk_io;
+mod shell;
 mod state;
 mod vcpu_threads;
 
+pub(crate) use self::shell::{Cpus, Shell, ShellConfig};
 use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 
@@ -17,21 +19,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvm_bindings::kvm_cpuid_entry2;
 use thiserror::Error as ThisError;
 
 pub(crate) use self::state::MachineState;
-use crate::arch::{cpuid, layout, msr};
+use crate::arch::layout;
 use crate::config::MachineConfig;
 use crate::console::{Console, ConsoleSink};
 use crate::devices::{SerialInput, VmGenId};
 use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
-use crate::kvm::{CpuProfile, Kvm, KvmError, Vcpu, Vm};
-use crate::memory::{GuestRam, MemoryError, MemoryImage};
+use crate::kvm::{Vcpu, Vm};
+use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
-use crate::seccomp::Confinement;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
 use crate::vsock::{Vsock, VsockError};
@@ -75,15 +75,6 @@ fn at(path: Option<&Path>) -> String {
     path.map(|path| format!(" with its UNIX socket {}", path.display())).unwrap_or_default()
 }
 
-/// What a machine begins with.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Origin<'a> {
-    /// Memory without content, and the CPU that the host has.
-    Nothing,
-    /// The memory of a guest that was saved, and the CPU that it was shown.
-    Saved { image: &'a MemoryImage, profile: &'a CpuProfile },
-}
-
 /// A machine without its vCPUs.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -98,8 +89,6 @@ pub(crate) struct Machine {
     vm: Arc<Vm>,
     threads: VcpuThreads,
     config: MachineConfig,
-    /// What each vCPU was given.
-    cpuid: Vec<Vec<kvm_cpuid_entry2>>,
 }
 
 impl Machine {
@@ -107,35 +96,26 @@ impl Machine {
     /// its vCPUs, which have their CPUID and the reset values of their registers.
     pub(crate) fn new(
         config: &MachineConfig,
-        origin: Origin<'_>,
-        console: Option<&Console>,
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
         let ram = recorder.run(Phase::Memory, || {
             let ram = GuestRam::reserve(&layout::ram_ranges(config.memory_bytes))?;
-            match origin {
-                Origin::Nothing => ram.map_fresh()?,
-                Origin::Saved { image, .. } => ram.map_image(image)?,
-            }
+            ram.map_fresh()?;
             Ok::<_, MemoryError>(ram)
         })?;
-        let (kvm, vm) = recorder.run(Phase::Kvm, || {
-            let kvm = Kvm::open(&config.kvm_device)?;
-            let max = kvm.capabilities().max_vcpus;
-            if usize::from(config.vcpus) > max {
-                return Err(KvmError::TooManyVcpus { count: config.vcpus, max });
-            }
-            let vm = Arc::new(Vm::new(&kvm, Arc::new(ram))?);
-            Ok((kvm, vm))
-        })?;
+        let shell = Shell::new(&ShellConfig::from(config), ram, recorder)?;
+        Self::from_shell(shell, config, None, recorder)
+    }
 
-        let supported = &kvm.capabilities().supported_cpuid;
-        let cpuid: Vec<_> = match origin {
-            Origin::Nothing => (0..config.vcpus)
-                .map(|id| cpuid::for_vcpu(supported, id, config.vcpus, &config.cpu))
-                .collect(),
-            Origin::Saved { profile, .. } => profile.cpuid()?.to_vec(),
-        };
+    /// Puts a machine together around a shell that was made ahead, for a configuration with its
+    /// memory, its vCPUs and its confinement. Its memory has its content, or gets it before the
+    /// machine runs. A console that a VM had before goes on.
+    pub(crate) fn from_shell(
+        shell: Shell,
+        config: &MachineConfig,
+        console: Option<&Console>,
+        recorder: &mut Recorder,
+    ) -> Result<(Self, Vec<Vcpu>), Error> {
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = match console {
@@ -144,26 +124,9 @@ impl Machine {
         };
         let sink = ConsoleSink::new(console.clone(), writer);
         let Devices { bus, serial_input, generation, virtio, vsock, controls } =
-            recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
-
-        let first_run = Arc::clone(recorder.first_run());
-        let (vcpus, threads) = recorder.run(Phase::Vcpus, || {
-            let vcpus = (0..)
-                .zip(&cpuid)
-                .map(|(id, cpuid)| {
-                    let vcpu = vm.create_vcpu(id)?;
-                    vcpu.configure(cpuid, &msr::at_boot())?;
-                    Ok(vcpu)
-                })
-                .collect::<Result<Vec<_>, KvmError>>()?;
-            if let Origin::Saved { profile, .. } = origin {
-                profile.fits(&kvm, vcpus.first())?;
-            }
-            let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
-            let confinement = config.seccomp.then_some(Confinement::Vcpu);
-            let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
-            Ok::<_, Error>((vcpus, threads))
-        })?;
+            recorder.run(Phase::Devices, || Devices::new(config, &shell.vm, &exit, sink))?;
+        let Shell { vcpus, vm, threads } = shell;
+        let threads = threads.attach(bus, Arc::clone(&exit), Arc::clone(recorder.first_run()));
         let config = config.clone();
         let machine = Self {
             exit,
@@ -176,7 +139,6 @@ impl Machine {
             vm,
             threads,
             config,
-            cpuid,
         };
         Ok((machine, vcpus))
     }

@@ -5,7 +5,7 @@ use super::{Created, MicroVm, Running, TransitionError};
 use crate::boot::Boot;
 use crate::config::VmConfig;
 use crate::error::Error;
-use crate::machine::{self, Machine};
+use crate::machine::Machine;
 use crate::phase::Phase;
 use crate::timings::Recorder;
 
@@ -38,8 +38,7 @@ impl MicroVm<Created> {
         let archive = recorder
             .run(Phase::Initramfs, || initramfs.map(|initramfs| initramfs.load()).transpose())?;
 
-        let (machine, vcpus) =
-            Machine::new(machine_config, machine::Origin::Nothing, None, &mut recorder)?;
+        let (machine, vcpus) = Machine::new(machine_config, &mut recorder)?;
         let boot = Boot {
             kernel: &vmlinux,
             protocol: kernel.boot_protocol(),

@@ -27,6 +27,7 @@ mod terminated;
 mod vsock;
 
 pub use self::any::AnyMicroVm;
+pub use self::restored::PreparedShell;
 pub(crate) use self::state::Lease;
 pub use self::state::{Created, Paused, Running, State, Suspended, Terminated};
 

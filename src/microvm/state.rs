@@ -7,7 +7,7 @@ use crate::console::Console;
 use crate::error::Error;
 use crate::exit::ExitStatus;
 use crate::kvm::Vcpu;
-use crate::machine::{self, Machine, NotRun};
+use crate::machine::{self, Machine, NotRun, Shell};
 use crate::snapshot::{Disks, Sleeper, Snapshot};
 use crate::timings::Recorder;
 
@@ -130,10 +130,10 @@ impl Stopped {
         snapshot: &Snapshot,
         options: &RestoreOptions,
         disks: Disks,
-        console: Option<&Console>,
+        (shell, console): (Option<Shell>, Option<&Console>),
         recorder: &mut Recorder,
     ) -> Result<Self, Error> {
-        let (machine, vcpus) = snapshot.machine(options, disks, console, recorder)?;
+        let (machine, vcpus) = snapshot.machine(shell, options, disks, console, recorder)?;
         let origin = Origin { snapshot: Some(snapshot.clone()), lease: None };
         Ok(Self { vcpus, machine: Box::new(machine), origin })
     }
@@ -172,8 +172,13 @@ impl Asleep {
         let options =
             RestoreOptions::default().console_output(self.writer.clone()).outside_paths(true);
         let snapshot = self.snapshot()?;
-        let mut stopped =
-            Stopped::restored(&snapshot, &options, Disks::InPlace, Some(console), recorder)?;
+        let mut stopped = Stopped::restored(
+            &snapshot,
+            &options,
+            Disks::InPlace,
+            (None, Some(console)),
+            recorder,
+        )?;
         stopped.origin.lease = self.lease.take();
         Ok(stopped)
     }

@@ -5,19 +5,40 @@ use std::path::{Path, PathBuf};
 use super::directory::disk_name;
 use super::error::SnapshotError;
 use super::save::Disks;
-use super::{Inner, Place, Snapshot};
+use super::{Inner, Place, Snapshot, State};
+use crate::arch::layout;
 use crate::config::{Clock, MachineConfig, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
-use crate::kvm::{ClockPolicy, Vcpu};
-use crate::machine::{Machine, Origin};
+use crate::kvm::{ClockPolicy, Kvm, Vcpu};
+use crate::machine::{Cpus, Machine, Shell, ShellConfig};
+use crate::memory::GuestRam;
 use crate::phase::Phase;
 use crate::timings::Recorder;
 
 impl Snapshot {
-    /// A machine that goes on from here, with its vCPUs.
+    /// What a machine that goes on from here needs of KVM, made ahead.
+    pub(crate) fn shell(
+        &self,
+        options: &RestoreOptions,
+        recorder: &mut Recorder,
+    ) -> Result<Shell, Error> {
+        let State { host, config, .. } = &self.0.state;
+        let mut config = config.clone();
+        options.apply(&mut config).map_err(SnapshotError::from)?;
+        let ranges = layout::ram_ranges(config.memory_bytes);
+        let ram = recorder.run(Phase::Memory, || GuestRam::reserve(&ranges))?;
+        let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
+        let cpus = Cpus::Exactly(host.cpuid()?);
+        let shell = Shell::new(&ShellConfig { kvm_device, cpus, seccomp }, ram, recorder)?;
+        recorder.run(Phase::Kvm, || host.fits(&Kvm::open(kvm_device)?, shell.first_vcpu()))?;
+        Ok(shell)
+    }
+
+    /// A machine that goes on from here, with its vCPUs, around a shell that was made for it.
     pub(crate) fn machine(
         &self,
+        shell: Option<Shell>,
         options: &RestoreOptions,
         disks: Disks,
         console: Option<&Console>,
@@ -29,8 +50,12 @@ impl Snapshot {
             config.check()?;
             Ok::<_, SnapshotError>(config)
         })?;
-        let origin = Origin::Saved { image, profile: &state.host };
-        let (machine, vcpus) = Machine::new(&config, origin, console, recorder)?;
+        let shell = match shell {
+            Some(shell) => shell,
+            None => self.shell(options, recorder)?,
+        };
+        recorder.run(Phase::Memory, || shell.ram().map_image(image))?;
+        let (machine, vcpus) = Machine::from_shell(shell, &config, console, recorder)?;
         recorder.run(Phase::Restore, || {
             let clock = match options.clock {
                 Clock::Advance => ClockPolicy::Advance,

@@ -102,5 +102,5 @@ impl Guest {
 }
 
 fn ram() -> GuestRam {
-    GuestRam::anonymous(&[(GuestAddress(0), RAM_BYTES)]).unwrap()
+    GuestRam::fresh(&[(GuestAddress(0), RAM_BYTES)]).unwrap()
 }

@@ -190,12 +190,15 @@ fn a_tsc_of_another_frequency_is_refused_with_both() {
 
 #[test]
 fn a_guest_fits_the_host_that_it_was_saved_on() {
-    let Some(guest) = Guest::with_code(1, COUNTER) else { return };
+    let Some(guest) = Guest::with_code(2, COUNTER) else { return };
     let kvm = Kvm::open(Path::new("/dev/kvm")).unwrap();
     let supported = &kvm.capabilities().supported_cpuid;
-    let template = CpuTemplate::default().set(1, 0, CpuidRegister::Ecx, u32::MAX);
-    let cpuid = vec![cpuid::for_vcpu(supported, 0, 1, &template)];
-    let profile = CpuProfile::new(&kvm, cpuid, guest.vcpus.first()).unwrap();
+    // What was forced on a guest is not asked of a host.
+    let template = CpuTemplate::default().set(1, 0, CpuidRegister::Ecx, 1 << 16);
+    let cpuid = cpuid::for_vcpu(supported, 0, 2, &template);
+    guest.vcpus[0].configure(&cpuid, &[]).unwrap();
+    let profile = CpuProfile::new(&kvm, &guest.vcpus).unwrap();
     profile.fits(&kvm, None).unwrap();
     profile.fits(&kvm, guest.vcpus.first()).unwrap();
+    assert_eq!(profile.cpuid().unwrap().len(), 2);
 }
