@@ -7,9 +7,10 @@
 //! /sys/kernel/mm/transparent_hugepage/shmem_enabled gives them.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::chunks::{self, OnProgress, Source};
 use super::image::{self, BOTTOM_GAPS, Layer, MAX_LAYERS, MemoryImage, UPPER_GAPS};
@@ -192,6 +193,22 @@ impl GuestRam {
                 first = pages.end();
             }
         }
+    }
+
+    /// Writes to the file of fresh RAM. Returns whether it has it all: else it is to be written
+    /// to the RAM itself, also where a part was.
+    pub(super) fn write_to_file(&self, bytes: &[u8], address: GuestAddress) -> bool {
+        let Backing::Fresh(file) = &*self.backing() else { return false };
+        let mut first = 0;
+        for (base, len) in self.ranges.iter() {
+            let offset = address.0.checked_sub(base.0).filter(|offset| *offset < *len as u64);
+            if let Some(offset) = offset {
+                let fits = bytes.len() as u64 <= *len as u64 - offset;
+                return fits && file.write_all_at(bytes, first + offset).is_ok();
+            }
+            first += *len as u64;
+        }
+        false
     }
 
     pub(super) fn backing(&self) -> MutexGuard<'_, Backing> {
