@@ -237,7 +237,9 @@ impl VirtioDevice for Net {
     }
 
     /// An address that the configuration gives is the interface's, whatever its driver knows:
-    /// a clone may get another one. The link is what the back end is.
+    /// a clone may get another one. A driver is told, but Linux's reads the address when it begins
+    /// and never again: there the guest has to set it (`ip link set dev eth0 address …`). The
+    /// link is what the back end is.
     fn restore(&mut self, state: &DeviceState, _: &GuestRam) -> Result<ConfigSpace, RestoreError> {
         let DeviceState::Net { mac, link_up } = *state else { return Err(RestoreError::Device) };
         self.mac = self.own_mac.unwrap_or(mac);
