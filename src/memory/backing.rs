@@ -87,6 +87,27 @@ impl GuestRam {
         self.written(&backing)
     }
 
+    /// As [`freeze`](Self::freeze), of RAM that nobody uses any more: nothing of fresh RAM is even
+    /// mapped anew, so it takes some 10 µs at any size.
+    ///
+    /// # Errors
+    ///
+    /// As `freeze`.
+    pub(crate) fn freeze_for_good(&self) -> Result<MemoryImage, MemoryError> {
+        let backing = self.backing().clone();
+        let Backing::Fresh(file) = &backing else { return self.freeze() };
+        let image = self.image_of(file, &backing)?;
+        memory_file::seal(file).map_err(MemoryError::file("seal the memory"))?;
+        Ok(image)
+    }
+
+    /// Fresh RAM as the image that it becomes.
+    fn image_of(&self, file: &Arc<File>, backing: &Backing) -> Result<MemoryImage, MemoryError> {
+        let runs = self.written(backing)?.joined(BOTTOM_GAPS).into();
+        let layer = Layer { file: Arc::clone(file), runs, checksums: None };
+        Ok(MemoryImage::new(Arc::clone(&self.ranges), vec![layer]))
+    }
+
     /// Makes the content an image, on which this RAM goes on, and any number of others may. The
     /// caller sees to it that nothing writes to the RAM meanwhile: no vCPU, no device.
     ///
@@ -102,10 +123,7 @@ impl GuestRam {
         match backing.clone() {
             Backing::Nothing => Err(MemoryError::NotMapped),
             Backing::Fresh(file) => {
-                let pages = self.written(&backing)?;
-                let runs = pages.joined(BOTTOM_GAPS).into();
-                let layer = Layer { file: Arc::clone(&file), runs, checksums: None };
-                let image = MemoryImage::new(Arc::clone(&self.ranges), vec![layer]);
+                let image = self.image_of(&file, &backing)?;
                 let frozen = self.map_layers(&image, 0).and_then(|()| {
                     memory_file::seal(&file).map_err(MemoryError::file("seal the memory"))
                 });

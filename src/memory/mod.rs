@@ -194,6 +194,7 @@ impl GuestRam {
     /// # Errors
     ///
     /// As [`reserve`](Self::reserve) and [`map_fresh`](Self::map_fresh).
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn fresh(ranges: &[(GuestAddress, usize)]) -> Result<Self, MemoryError> {
         let ram = Self::reserve(ranges)?;
         ram.map_fresh()?;

@@ -40,21 +40,6 @@ impl SavedMemory {
         self.pages.saturating_mul(PAGE_BYTES as u64)
     }
 
-    /// How many bytes of it are not holes.
-    pub(crate) fn present_bytes(&self) -> u64 {
-        self.present_pages.saturating_mul(PAGE_BYTES as u64)
-    }
-
-    /// Whether it needs no memory below it.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.complete
-    }
-
-    /// The pages that were saved: those of a diff were in use of late.
-    pub(crate) fn runs(&self) -> &[PageRun] {
-        &self.runs
-    }
-
     /// What is wrong with it as the memory of a VM with `pages` pages, over another or not.
     pub(super) fn fault(&self, pages: u64, is_bottom: bool) -> Option<&'static str> {
         if self.pages != pages {

@@ -1,6 +1,6 @@
 //! Creating a VM, and starting it.
 
-use super::state::{Origin, Stopped};
+use super::state::Stopped;
 use super::{Created, MicroVm, Running, TransitionError};
 use crate::boot::Boot;
 use crate::config::VmConfig;
@@ -57,7 +57,7 @@ impl MicroVm<Created> {
             Ok::<_, Error>(())
         })?;
         let console = machine.console().clone();
-        let origin = Origin::default();
+        let origin = Box::default();
         let stopped = Stopped { vcpus, machine: Box::new(machine), origin };
         Ok(Self { state: Created { stopped }, console, recorder })
     }

@@ -125,7 +125,7 @@ impl MicroVm<Paused> {
 
     fn asleep(self, snapshot: Snapshot) -> MicroVm<Suspended> {
         let Self { state: Paused { stopped }, console, recorder } = self;
-        let asleep = Asleep::new(snapshot, stopped);
+        let asleep = Box::new(Asleep::new(snapshot, stopped));
         MicroVm { state: Suspended { asleep }, console, recorder }
     }
 }

@@ -33,7 +33,7 @@ pub struct Created {
 pub struct Running {
     pub(super) run: machine::Running,
     pub(super) machine: Box<Machine>,
-    pub(super) origin: Origin,
+    pub(super) origin: Box<Origin>,
 }
 
 /// Stopped between two instructions; nothing of the guest runs, its memory is kept.
@@ -46,7 +46,7 @@ pub struct Paused {
 /// descriptor of the VM is left.
 #[derive(Debug)]
 pub struct Suspended {
-    pub(super) asleep: Asleep,
+    pub(super) asleep: Box<Asleep>,
 }
 
 /// Over. The console, the timings and the exit status are left to look at.
@@ -61,7 +61,7 @@ pub(super) struct Stopped {
     // The vCPUs go first, so that the machine's threads are the last to hold the VM.
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) machine: Box<Machine>,
-    pub(super) origin: Origin,
+    pub(super) origin: Box<Origin>,
 }
 
 /// Where a VM comes from, and who wants to know of its end.
@@ -134,7 +134,7 @@ impl Stopped {
         recorder: &mut Recorder,
     ) -> Result<Self, Error> {
         let (machine, vcpus) = snapshot.machine(shell, options, disks, console, recorder)?;
-        let origin = Origin { snapshot: Some(snapshot.clone()), lease: None };
+        let origin = Box::new(Origin { snapshot: Some(snapshot.clone()), lease: None });
         Ok(Self { vcpus, machine: Box::new(machine), origin })
     }
 }

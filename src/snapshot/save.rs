@@ -59,7 +59,12 @@ impl Sleeper<'_> {
         let temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
         let options = SnapshotOptions::default();
         let state = self.state(&|index| temporary.0.join(disk_name(index)), disks, &options)?;
-        let image = self.machine.ram().freeze().map_err(SnapshotError::Freeze)?;
+        let ram = self.machine.ram();
+        let image = match disks {
+            Disks::Copy => ram.freeze(),
+            Disks::InPlace => ram.freeze_for_good(),
+        };
+        let image = image.map_err(SnapshotError::Freeze)?;
         let place = Place::Memory(temporary);
         let written = OnceLock::new();
         Ok(Snapshot(Arc::new(Inner { place, state, image, written })))

@@ -27,9 +27,9 @@ fn zeros_take_no_space_and_the_file_is_as_long_as_the_ram() {
         }
         let file = temp_file();
         let saved = ram.save(&file, Save::Full, &go_on).unwrap();
-        assert!(saved.is_complete());
-        assert_eq!(saved.present_bytes(), 8192);
-        assert_eq!(saved.runs(), [PageRun { first: 20, count: 2 }]);
+        assert!(saved.complete);
+        assert_eq!(saved.present_pages, 2);
+        assert_eq!(saved.runs, [PageRun { first: 20, count: 2 }]);
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), (PAGES * PAGE_BYTES) as u64);
         assert_eq!(metadata.len(), saved.file_bytes());
@@ -43,7 +43,7 @@ fn a_diff_is_of_the_image_that_it_is_asked_for() {
     let other = GuestRam::fresh(&RANGES).unwrap().freeze().unwrap();
     let diff = |ram: &GuestRam, image| {
         let saved = ram.save(&temp_file(), Save::Diff(image), &go_on)?;
-        let runs = saved.runs().iter().map(|run| (run.first, run.count));
+        let runs = saved.runs.iter().map(|run| (run.first, run.count));
         Ok::<Vec<_>, MemoryError>(runs.collect())
     };
     assert!(matches!(diff(&ram, &other), Err(MemoryError::OtherImage)));
@@ -66,7 +66,7 @@ fn a_file_is_what_was_saved_last_and_nothing_else() {
     ram.save(&file, Save::Full, &go_on).unwrap();
     ram.discard(address(0), 19 * PAGE_BYTES);
     let saved = ram.save(&file, Save::Full, &go_on).unwrap();
-    assert_eq!(saved.present_bytes(), 4096);
+    assert_eq!(saved.present_pages, 1);
     assert!(file.metadata().unwrap().blocks() * 512 < 64 * 1024);
 }
 
