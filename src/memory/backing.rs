@@ -124,7 +124,8 @@ impl GuestRam {
             Backing::Nothing => Err(MemoryError::NotMapped),
             Backing::Fresh(file) => {
                 let image = self.image_of(&file, &backing)?;
-                let frozen = self.map_layers(&image, 0).and_then(|()| {
+                let mapped = self.map_zeros().and_then(|()| self.map_layers(&image, 0));
+                let frozen = mapped.and_then(|()| {
                     memory_file::seal(&file).map_err(MemoryError::file("seal the memory"))
                 });
                 if let Err(error) = frozen {
@@ -259,6 +260,14 @@ impl GuestRam {
             offset += region.len() as u64;
         }
         Ok(())
+    }
+
+    /// What the RAM is between the pages of an image.
+    fn map_zeros(&self) -> Result<(), MemoryError> {
+        let mut regions = self.regions.iter();
+        regions.try_for_each(|region| {
+            region.map(0, region.len(), Content::Zeros).map_err(MemoryError::Map)
+        })
     }
 
     fn map_layers(&self, image: &MemoryImage, below: usize) -> Result<(), MemoryError> {

@@ -195,9 +195,6 @@ impl MemoryImage {
         below: usize,
     ) -> std::io::Result<()> {
         let pages = PageRun { first, count: (region.len() / PAGE_BYTES) as u64 };
-        if below == 0 {
-            region.map(0, region.len(), Content::Zeros)?;
-        }
         for layer in self.layers.iter().skip(below) {
             for run in layer.runs.iter().map(|run| run.common(pages)).filter(|run| run.count > 0) {
                 let offset = (run.first - first) as usize * PAGE_BYTES;

@@ -259,15 +259,19 @@ fn random_bytes() -> io::Result<[u8; 16]> {
     Ok(bytes)
 }
 
-/// A directory in the folder for temporary files, which goes with this value.
+/// A place for a directory in the folder for temporary files, which goes with this value.
 struct Temporary(PathBuf);
 
 impl Temporary {
+    /// The place alone.
     fn new() -> io::Result<Self> {
         let name = u128::from_ne_bytes(random_bytes()?);
-        let path = std::env::temp_dir().join(format!("dormouse-{name:032x}"));
-        fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
+        Ok(Self(std::env::temp_dir().join(format!("dormouse-{name:032x}"))))
+    }
+
+    /// The directory.
+    fn create(&self) -> io::Result<()> {
+        fs::DirBuilder::new().mode(0o700).create(&self.0)
     }
 }
 

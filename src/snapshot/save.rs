@@ -57,6 +57,9 @@ impl Sleeper<'_> {
     /// memory over what is shared.
     pub(crate) fn keep(self, disks: Disks) -> Result<Snapshot, Error> {
         let temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
+        if !self.machine.controls().disks.is_empty() {
+            temporary.create().map_err(SnapshotError::Temporary)?;
+        }
         let options = SnapshotOptions::default();
         let state = self.state(&|index| temporary.0.join(disk_name(index)), disks, &options)?;
         let ram = self.machine.ram();

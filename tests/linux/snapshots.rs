@@ -103,7 +103,7 @@ fn generations(release: Release, vcpus: u8, count: usize) {
     let scratch = Scratch::new("generations");
     let image = Image::new("generations", 32);
     let add = |initramfs| programs::add(initramfs, "fio");
-    let config = config_with(release, DISK, SHELL, add).memory_mib(256).vcpus(vcpus);
+    let config = config_with(release, DISK, SHELL, add).memory_mib(512).vcpus(vcpus);
     let disk = BlockConfig::new(&image.0).delta(scratch.0.join("delta"));
     let mut guest = Guest::boot(config.block(disk));
     guest.ask(&format!("{COMPUTE} {FIO} sleep 2"));
@@ -236,7 +236,7 @@ fn clocks_are_right_after_a_second_a_minute_and_a_day() {
     let scratch = Scratch::new("clocks");
     let guest = Guest::boot(config(Release::Linux6_12, &[], SHELL).vcpus(2));
     let start = lateness(&guest);
-    guest.ask("cut -d. -f1 /proc/uptime >/uptime; (sleep 100000; echo >/slept) & (sleep 40; echo >/dozed) &");
+    guest.ask("cut -d. -f1 /proc/uptime >/uptime; (sleep 100000; echo >/slept) & (sleep 40; echo >/dozed) & true");
     let mut vm = guest.pause();
     for (at, seconds) in [1, 60, 86_400].into_iter().enumerate() {
         let dir = scratch.0.join(at.to_string());
@@ -337,7 +337,7 @@ fn vsock_connections_end_with_a_restore_and_new_ones_work() {
     stream.read_exact(&mut [0; 6]).unwrap();
     // The guest's end of another connection says when it is over.
     let listener = guest.vm.listen(2000).unwrap();
-    guest.ask("(guest-tool vsock-cat 2000 </dev/zero >/dev/null 2>&1; echo >/over) &");
+    guest.ask("(guest-tool vsock-cat 2000 </dev/zero >/dev/null 2>&1; echo >/over) & true");
     let cat = listener.accept_timeout(PATIENCE).unwrap();
     let snapshot = guest.vm.suspend(scratch.0.join("asleep")).unwrap().into_snapshot().unwrap();
     assert!(!matches!(stream.read(&mut [0; 6]), Ok(len) if len > 0));
