@@ -88,6 +88,7 @@ impl std::fmt::Debug for Console {
 }
 
 /// The guest's side: every byte of output goes to the tail, then to the writer.
+#[derive(Clone)]
 pub(crate) struct ConsoleSink {
     console: Console,
     writer: Option<ConsoleWriter>,

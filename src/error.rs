@@ -32,6 +32,10 @@ pub enum ErrorKind {
     Disk,
     /// A network interface cannot be made: no tap, no right to it, or no passt.
     Network,
+    /// A snapshot cannot be written or read, is damaged, or does not fit this host.
+    Snapshot,
+    /// The caller's own progress ended it.
+    Interrupted,
     /// The host could not give the memory, threads or descriptors that were asked for.
     Resources,
     /// The guest has ended, so it cannot do what was asked.

@@ -84,6 +84,7 @@ mod memory;
 mod metrics;
 mod microvm;
 mod phase;
+mod pool;
 mod seccomp;
 mod snapshot;
 mod tap;
@@ -93,8 +94,8 @@ mod vsock;
 
 pub use cmdline::Cmdline;
 pub use config::{
-    BalloonConfig, BlockConfig, CpuTemplate, CpuidRegister, NetConfig, RateLimit, UserNetwork,
-    VmConfig, VsockConfig,
+    BalloonConfig, BlockConfig, Clock, CpuTemplate, CpuidRegister, NetConfig, RateLimit,
+    RestoreOptions, UserNetwork, VmConfig, VsockConfig,
 };
 pub use console::Console;
 pub use error::{Error, ErrorKind};
@@ -107,9 +108,12 @@ pub use metrics::{
     NetMetrics, VsockMetrics,
 };
 pub use microvm::{
-    AnyMicroVm, Created, MicroVm, Paused, Running, State, Terminated, TransitionError,
+    AnyMicroVm, Created, MicroVm, Paused, PreparedShell, Running, State, Suspended, Terminated,
+    TransitionError,
 };
 pub use phase::Phase;
+pub use pool::{Pool, PoolOptions};
+pub use snapshot::{SaveProgress, SaveStage, Snapshot, SnapshotFacts, SnapshotOptions};
 pub use timings::{Timing, Timings};
 #[cfg(fuzzing)]
 #[doc(hidden)]

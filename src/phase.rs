@@ -58,6 +58,12 @@ phases! {
     Pause = "pause",
     /// Letting every vCPU run on.
     Resume = "resume",
+    /// Saving the VM, to files or in memory.
+    Save = "save",
+    /// Bringing the state of a saved VM to a machine.
+    Restore = "restore",
+    /// Making pages the VM's own that a guest like it wrote first.
+    Populate = "populate",
     /// Waiting for the guest's end.
     Wait = "wait",
     /// Ending the guest.

@@ -13,6 +13,7 @@ use crate::arch::boot_params::{Handover, Placed};
 use crate::arch::regs::Entry;
 use crate::arch::{acpi, firmware, layout};
 use crate::cmdline::Cmdline;
+use crate::devices::{VmGenId, VmGenIdError};
 use crate::error::{Error, ErrorKind};
 use crate::kernel::{BootProtocol, Vmlinux};
 use crate::memory::{GuestRam, MemoryError};
@@ -37,6 +38,8 @@ pub(crate) enum BootError {
     Handover(#[source] configurator::Error),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Generation(#[from] VmGenIdError),
 }
 
 impl From<BootError> for Error {
@@ -50,6 +53,7 @@ impl From<BootError> for Error {
             BootError::NoPvhEntry => Error::new(ErrorKind::Kernel, error)
                 .fix("use BootProtocol::Auto or BootProtocol::Linux64"),
             BootError::Memory(error) => error.into(),
+            BootError::Generation(error) => error.into(),
             BootError::Load(_) | BootError::Handover(_) => Error::new(ErrorKind::Kernel, error),
         }
     }
@@ -73,6 +77,7 @@ impl Boot<'_> {
         entry.write_tables(ram)?;
         ram.write(&acpi::tables(self.vcpus, self.virtio_devices), layout::ACPI)?;
         ram.write(&firmware::reset_code(), layout::RESET_VECTOR)?;
+        VmGenId::write_first(ram)?;
 
         let mut cmdline = self.cmdline.as_str().as_bytes().to_vec();
         cmdline.push(0);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::RateLimit;
+use super::{ConfigError, RateLimit};
 
 /// A disk of a guest: a file, or a block device of the host.
 ///
@@ -31,7 +31,30 @@ pub struct BlockConfig {
     pub(crate) queues: u16,
     #[serde(default)]
     pub(crate) rate_limit: RateLimit,
+    /// Deltas that lie between the file and what this VM writes, the lowest first. Any number of
+    /// VMs share them, as they share the file; nobody writes to them any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) frozen: Vec<PathBuf>,
+    /// What the file has to be, where something was made for the file as it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expected: Option<FileFacts>,
 }
+
+/// What a file of the host is recognised by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileFacts {
+    pub(crate) bytes: u64,
+    /// Its time of modification, in seconds and nanoseconds since 1970. None: not known or, for a
+    /// block device, of no meaning.
+    #[serde(default)]
+    pub(crate) modified: Option<(i64, i64)>,
+    /// None as above.
+    #[serde(default)]
+    pub(crate) inode: Option<u64>,
+}
+
+/// Deltas one above the other: each is a look-up more for every read.
+const MAX_FROZEN: usize = 16;
 
 /// What becomes of a guest's writes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,7 +77,8 @@ impl BlockConfig {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let writes = Writes::default();
         let (id, rate_limit) = (String::new(), RateLimit::default());
-        Self { path: path.into(), writes, id, direct: false, queues: 1, rate_limit }
+        let (path, frozen, expected) = (path.into(), Vec::new(), None);
+        Self { path, writes, id, direct: false, queues: 1, rate_limit, frozen, expected }
     }
 
     /// The guest may only read it. Such a file can be the disk of many VMs.
@@ -115,5 +139,24 @@ impl BlockConfig {
     pub fn rate_limit(mut self, limit: RateLimit) -> Self {
         self.rate_limit = limit;
         self
+    }
+
+    /// A delta that nobody writes to any more lies over the file, and over those that were given
+    /// before. The guest's writes go into another delta, are discarded, or refused.
+    #[must_use]
+    pub(crate) fn over(mut self, delta: impl Into<PathBuf>) -> Self {
+        self.frozen.push(delta.into());
+        self
+    }
+
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let count = self.frozen.len();
+        if count > MAX_FROZEN {
+            return Err(ConfigError::FrozenDeltas { count, max: MAX_FROZEN });
+        }
+        if count > 0 && self.writes == Writes::ToDisk {
+            return Err(ConfigError::WritesBelowDelta { path: self.path.clone() });
+        }
+        self.rate_limit.check()
     }
 }

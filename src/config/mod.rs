@@ -8,15 +8,17 @@ mod block;
 mod cpu;
 mod network;
 mod rate_limit;
+mod restore;
 mod vsock;
 
 pub use self::balloon::BalloonConfig;
 pub use self::block::BlockConfig;
-pub(crate) use self::block::Writes;
+pub(crate) use self::block::{FileFacts, Writes};
 pub use self::cpu::{CpuTemplate, CpuidRegister};
 pub(crate) use self::network::{MacAddress, NetBackend};
 pub use self::network::{NetConfig, UserNetwork};
 pub use self::rate_limit::RateLimit;
+pub use self::restore::{Clock, RestoreOptions};
 pub use self::vsock::VsockConfig;
 
 use std::io::Write;
@@ -58,6 +60,10 @@ pub(crate) enum ConfigError {
     BlockId { id: String },
     #[error("{count} queues of a disk: it takes 1 to {MAX_QUEUES}")]
     BlockQueues { count: u16 },
+    #[error("{count} frozen deltas of a disk: it takes up to {max}")]
+    FrozenDeltas { count: usize, max: usize },
+    #[error("writes to the disk {} would go below its deltas", path.display())]
+    WritesBelowDelta { path: PathBuf },
     #[error("vsock CID {cid}: a guest takes 3 to 4294967294")]
     GuestCid { cid: u32 },
     #[error("{count} vsock connections: it takes 1 to {MAX_VSOCK_CONNECTIONS}")]
@@ -70,6 +76,10 @@ pub(crate) enum ConfigError {
     RateOfNothing,
     #[error("a burst of {burst} without a rate, which it would be a burst of")]
     BurstWithoutRate { burst: u64 },
+    #[error("there is no network interface {index}: the snapshot has {count}, counted from 0")]
+    NoNetwork { index: usize, count: usize },
+    #[error("the snapshot has no vsock device")]
+    NoVsock,
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -335,7 +345,7 @@ impl MachineConfig {
         }
         self.networks.iter().try_for_each(NetConfig::check)?;
         for block in &self.blocks {
-            block.rate_limit.check()?;
+            block.check()?;
         }
         self.entropy_rate_limit.check()?;
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
@@ -398,6 +408,19 @@ mod tests {
         let json = r#"{"kernel": {"source": {"file": "/k"}}, "vsock": {"guest_cid": 9}}"#;
         let written: VmConfig = serde_json::from_str(json).unwrap();
         assert_eq!(written.machine.vsock, Some(VsockConfig::default().guest_cid(9)));
+    }
+
+    #[test]
+    fn writes_below_a_delta_and_too_many_deltas_are_refused() {
+        let over = |count| (0..count).fold(BlockConfig::new("/d"), |block, _| block.over("/delta"));
+        let refused = refusal(config().block(over(1)));
+        assert_eq!(refused, "writes to the disk /d would go below its deltas");
+        let refused = refusal(config().block(over(17).discard_writes()));
+        assert_eq!(refused, "17 frozen deltas of a disk: it takes up to 16");
+        config().block(over(16).delta("/own")).machine.check().unwrap();
+        config().block(over(1).read_only()).machine.check().unwrap();
+        let old: BlockConfig = serde_json::from_str(r#"{"path": "/d"}"#).unwrap();
+        assert_eq!(old, BlockConfig::new("/d"));
     }
 
     #[test]

@@ -12,11 +12,16 @@ use vm_superio::Trigger;
 use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::{LegacyError, SerialState};
 use crate::bus::BusDevice;
 use crate::console::ConsoleSink;
 
 /// Input that waits for the guest to read it: 64 KiB.
 const MAX_INPUT_BYTES: usize = 64 << 10;
+/// Input that is in the port: as much as a 16550 of vm-superio takes.
+const MAX_FIFO_BYTES: usize = 64;
+/// In the interrupt identification register: there is none.
+const NO_INTERRUPT: u8 = 1;
 
 /// The interrupt line of a device: an eventfd that KVM listens to.
 struct InterruptLine(EventFd);
@@ -128,6 +133,53 @@ impl SerialInput {
         self.port.pump();
         true
     }
+
+    /// All that a snapshot keeps of the port, while no vCPU runs. Input that is fed meanwhile is
+    /// in it whole or not at all. Waits for a console writer that blocks.
+    pub(crate) fn state(&self) -> SerialState {
+        // In the order of `pump`, which moves bytes from one to the other.
+        let uart = self.port.lock_uart();
+        let input = self.port.lock_input();
+        SerialState::new(uart.state(), input.iter().copied().collect())
+    }
+
+    /// Goes on from a state; input that was fed before comes after that of the state. A pending
+    /// interrupt is raised with [`wake`](Self::wake), once the interrupt controllers are there.
+    pub(crate) fn restore(&self, state: &SerialState) -> Result<(), LegacyError> {
+        for (bytes, max) in [(&state.fifo, MAX_FIFO_BYTES), (&state.input, MAX_INPUT_BYTES)] {
+            if bytes.len() > max {
+                return Err(LegacyError::Input { found: bytes.len(), max });
+            }
+        }
+        let mut uart = self.port.lock_uart();
+        let line = uart.interrupt_evt().0.try_clone().map_err(LegacyError::Interrupt)?;
+        let console = uart.writer().clone();
+        let restored = Uart::from_state(&state.uart(), InterruptLine(line), NoEvents, console);
+        *uart = restored.map_err(|error| match error {
+            vm_superio::serial::Error::Trigger(error)
+            | vm_superio::serial::Error::IOError(error) => LegacyError::Interrupt(error),
+            vm_superio::serial::Error::FullFifo => {
+                LegacyError::Input { found: state.fifo.len(), max: MAX_FIFO_BYTES }
+            }
+        })?;
+        let mut input = self.port.lock_input();
+        for byte in state.input.iter().rev() {
+            input.push_front(*byte);
+        }
+        Ok(())
+    }
+
+    /// Raises the interrupt again that the guest has not taken yet, for one that was lost with the
+    /// line's edge, and moves input on. Where the guest has seen it, it sees a spurious one.
+    pub(crate) fn wake(&self) {
+        let uart = self.port.lock_uart();
+        if uart.state().interrupt_identification & NO_INTERRUPT == 0 {
+            // A counter that is full has been raised often enough.
+            let _ = uart.interrupt_evt().trigger();
+        }
+        drop(uart);
+        self.port.pump();
+    }
 }
 
 impl std::fmt::Debug for SerialInput {
@@ -143,6 +195,8 @@ mod tests {
     use std::io::Write;
 
     const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const SCRATCH: u64 = 7;
     const LINE_STATUS: u64 = 5;
     const DATA_READY: u8 = 1;
 
@@ -209,6 +263,66 @@ mod tests {
         *slot.lock().unwrap() = Some(serial.input());
         serial.write(DATA, b"?");
         assert_eq!(read(&mut serial, DATA), b'!');
+    }
+
+    /// A port whose driver wants an interrupt for input, with more of that than the FIFO takes.
+    fn used() -> (Serial, EventFd) {
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let sink = ConsoleSink::new(Console::new(100), None);
+        let mut serial = Serial::new(line.try_clone().unwrap(), sink);
+        serial.write(INTERRUPT_ENABLE, &[1]);
+        serial.write(SCRATCH, &[0x5a]);
+        assert!(serial.input().feed(&[b'a'; 100]));
+        (serial, line)
+    }
+
+    #[test]
+    fn restore_of_state_is_the_identity_and_loses_no_input_and_no_interrupt() {
+        let (mut before, _line) = used();
+        assert_eq!(read(&mut before, DATA), b'a');
+        let state = before.input().state();
+        let text = serde_json::to_string(&state).unwrap();
+
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let console = Console::new(100);
+        let sink = ConsoleSink::new(console.clone(), None);
+        let mut after = Serial::new(line.try_clone().unwrap(), sink);
+        after.input().restore(&serde_json::from_str(&text).unwrap()).unwrap();
+        assert_eq!(after.input().state(), state);
+
+        let _ = line.read();
+        after.input().wake();
+        assert_eq!(line.read().unwrap(), 1, "input is pending");
+        assert_eq!(read(&mut after, SCRATCH), 0x5a);
+        let mut got = 0;
+        while read(&mut after, LINE_STATUS) & DATA_READY != 0 {
+            assert_eq!(read(&mut after, DATA), b'a');
+            got += 1;
+        }
+        assert_eq!(got, 99);
+        after.write(DATA, b"!");
+        assert_eq!(console.tail(), "!", "it writes to its own console");
+    }
+
+    #[test]
+    fn a_port_at_rest_wakes_without_an_interrupt() {
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let sink = ConsoleSink::new(Console::new(0), None);
+        let serial = Serial::new(line.try_clone().unwrap(), sink);
+        serial.input().restore(&serial.input().state()).unwrap();
+        serial.input().wake();
+        line.read().expect_err("nothing is pending");
+    }
+
+    #[test]
+    fn states_with_more_input_than_there_is_room_for_are_refused() {
+        let serial = serial(Console::new(0));
+        let good = serial.input().state();
+        let long = SerialState { input: vec![0; MAX_INPUT_BYTES + 1], ..good.clone() };
+        serial.input().restore(&long).unwrap_err();
+        let full = SerialState { fifo: vec![0; MAX_FIFO_BYTES + 1], ..good.clone() };
+        serial.input().restore(&full).unwrap_err();
+        assert_eq!(serial.input().state(), good, "a state that is refused changes nothing");
     }
 
     #[test]

@@ -12,11 +12,11 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{DiskError, Flush, Part, SECTOR_BYTES, lock, open};
+use super::{DiskError, Flush, Part, SECTOR_BYTES, extents, lock, open};
 use crate::memory::{Clear, GuestBytes, Transfer};
 
 const MAGIC: [u8; 8] = *b"DORMDLTA";
@@ -26,12 +26,14 @@ const HEADER_BYTES: u64 = 4096;
 const PAGE_BYTES: usize = 4096;
 const PAGE_SECTORS: u64 = PAGE_BYTES as u64 * 8;
 
+type Page = [u8; PAGE_BYTES];
+
 /// An open delta.
 #[derive(Debug)]
 pub(super) struct Delta {
     file: Arc<File>,
-    /// As long as the disk needs, in whole pages. Pages that are zero cost no memory.
-    bitmap: Vec<u8>,
+    /// As many pages as the disk needs; those that are zeros are not there.
+    bitmap: Vec<Option<Box<Page>>>,
     /// Which pages of the bitmap the file does not have yet.
     dirty: Vec<bool>,
     sectors_offset: u64,
@@ -65,6 +67,18 @@ impl Delta {
         }
     }
 
+    /// Opens a delta that nobody writes to any more, for reading. Others may have it too.
+    pub(super) fn open_frozen(path: &Path, base: &Path, sectors: u64) -> Result<Self, DiskError> {
+        let file = open(path, false, 0)?;
+        lock(&file, path, false)?;
+        Self::read(file, path, base, sectors)
+    }
+
+    /// Whether it outlives whoever has it open.
+    pub(super) fn has_name(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.nlink() > 0)
+    }
+
     /// A delta without a name, in the folder for temporary files: it goes when it is closed.
     pub(super) fn temporary(sectors: u64) -> Result<Self, DiskError> {
         let path = std::env::temp_dir();
@@ -74,7 +88,8 @@ impl Delta {
         file.map_err(|source| DiskError::CreateDelta { path, source })
     }
 
-    fn create(file: File, sectors: u64) -> io::Result<Self> {
+    /// Makes an empty file an empty delta.
+    pub(super) fn create(file: File, sectors: u64) -> io::Result<Self> {
         let delta = Self::empty(file, sectors);
         let mut header = [0; 20];
         header[..8].copy_from_slice(&MAGIC);
@@ -116,7 +131,7 @@ impl Delta {
         let pages = sectors.div_ceil(PAGE_SECTORS) as usize;
         Self {
             file: Arc::new(file),
-            bitmap: vec![0; pages * PAGE_BYTES],
+            bitmap: vec![None; pages],
             dirty: vec![false; pages],
             sectors_offset: HEADER_BYTES + (pages * PAGE_BYTES) as u64,
         }
@@ -125,15 +140,48 @@ impl Delta {
     /// Reads the parts of the bitmap that are not holes.
     fn read_bitmap(&mut self) -> io::Result<()> {
         let file = Arc::clone(&self.file);
-        for (page, bytes) in self.bitmap.chunks_exact_mut(PAGE_BYTES).enumerate() {
-            let offset = HEADER_BYTES + (page * PAGE_BYTES) as u64;
-            let mut buffer = [0; PAGE_BYTES];
-            file.read_exact_at(&mut buffer, offset)?;
-            // A page that stays untouched costs no memory.
-            if buffer != [0; PAGE_BYTES] {
-                bytes.copy_from_slice(&buffer);
+        let mut at = HEADER_BYTES;
+        while let Some(data) = extents::next(&file, at, self.sectors_offset)? {
+            let first = (data.start - HEADER_BYTES) as usize / PAGE_BYTES;
+            let end = ((data.end - HEADER_BYTES) as usize).div_ceil(PAGE_BYTES);
+            for page in first..end {
+                self.read_page(&file, page)?;
             }
+            at = data.end;
         }
+        Ok(())
+    }
+
+    fn read_page(&mut self, file: &File, page: usize) -> io::Result<()> {
+        let mut buffer = [0; PAGE_BYTES];
+        file.read_exact_at(&mut buffer, page_offset(page))?;
+        if buffer != [0; PAGE_BYTES]
+            && let Some(page) = self.bitmap.get_mut(page)
+        {
+            *page = Some(Box::new(buffer));
+        }
+        Ok(())
+    }
+
+    /// The ranges of the disk outside of which the delta has nothing, in units of 16 MiB: offset
+    /// and length.
+    pub(super) fn used(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let used = self.bitmap.iter().zip(0u64..).filter(|(page, _)| page.is_some());
+        let bytes = PAGE_SECTORS * SECTOR_BYTES;
+        used.map(move |(_, page)| (page * bytes, bytes))
+    }
+
+    /// The file, and where in it the disk's bytes at `offset` are.
+    pub(super) fn place(&self, offset: u64) -> (&File, u64) {
+        (&self.file, self.sectors_offset + offset)
+    }
+
+    /// Writes all of the bitmap that the file does not have yet to the page cache.
+    pub(super) fn write_bitmap(&mut self) -> io::Result<()> {
+        for page in self.dirty_pages() {
+            self.file.write_all_at(self.page(page), page_offset(page))?;
+        }
+        self.dirty.fill(false);
         Ok(())
     }
 
@@ -153,9 +201,8 @@ impl Delta {
         let end = (offset + len) / SECTOR_BYTES;
         while sector < end {
             let written = self.is_written(sector);
-            let byte = self.bitmap.get((sector / 8) as usize);
             // Eight sectors at once where they are alike.
-            let alike = matches!((written, byte), (true, Some(0xff)) | (false, Some(0)));
+            let alike = matches!((written, self.byte(sector)), (true, 0xff) | (false, 0));
             let sectors = if alike && sector.is_multiple_of(8) { (end - sector).min(8) } else { 1 };
             let len = sectors * SECTOR_BYTES;
             match runs.last_mut() {
@@ -168,18 +215,27 @@ impl Delta {
     }
 
     fn is_written(&self, sector: u64) -> bool {
-        let byte = self.bitmap.get((sector / 8) as usize);
-        byte.is_some_and(|byte| byte & (1 << (sector % 8)) != 0)
+        self.byte(sector) & (1 << (sector % 8)) != 0
+    }
+
+    /// The bits of eight sectors, of which this is one.
+    fn byte(&self, sector: u64) -> u8 {
+        let (page, byte) = place_of(sector);
+        let page = self.bitmap.get(page).and_then(Option::as_ref);
+        page.and_then(|page| page.get(byte)).copied().unwrap_or(0)
     }
 
     /// The delta has these sectors from now on.
     pub(super) fn mark(&mut self, offset: u64, len: u64) {
         for sector in offset / SECTOR_BYTES..(offset + len) / SECTOR_BYTES {
-            let Some(byte) = self.bitmap.get_mut((sector / 8) as usize) else { return };
+            let (page, byte) = place_of(sector);
+            let Some(bits) = self.bitmap.get_mut(page) else { return };
+            let bits = bits.get_or_insert_with(|| Box::new([0; PAGE_BYTES]));
+            let Some(byte) = bits.get_mut(byte) else { return };
             let bit = 1 << (sector % 8);
             if *byte & bit == 0 {
                 *byte |= bit;
-                if let Some(dirty) = self.dirty.get_mut((sector / PAGE_SECTORS) as usize) {
+                if let Some(dirty) = self.dirty.get_mut(page) {
                     *dirty = true;
                 }
             }
@@ -213,26 +269,31 @@ impl Delta {
         pages.filter(|(_, dirty)| **dirty).map(|(page, _)| page).collect()
     }
 
-    fn page(&self, page: usize) -> (u64, &[u8]) {
-        let at = page * PAGE_BYTES;
-        let bytes = self.bitmap.get(at..at + PAGE_BYTES).unwrap_or_default();
-        (HEADER_BYTES + at as u64, bytes)
+    fn page(&self, page: usize) -> &[u8] {
+        let page = self.bitmap.get(page).and_then(Option::as_ref);
+        page.map_or(&[0; PAGE_BYTES], |page| &page[..])
     }
 
     fn write_page(&self, page: usize) -> Transfer {
-        let (offset, bytes) = self.page(page);
-        Transfer::write_bytes(&self.file, offset, bytes.to_vec())
+        Transfer::write_bytes(&self.file, page_offset(page), self.page(page).to_vec())
     }
+}
+
+/// Where a page of the bitmap is in the file.
+fn page_offset(page: usize) -> u64 {
+    HEADER_BYTES + (page * PAGE_BYTES) as u64
+}
+
+/// The page of the bitmap that has a sector's bit, and the byte in it.
+fn place_of(sector: u64) -> (usize, usize) {
+    ((sector / PAGE_SECTORS) as usize, (sector % PAGE_SECTORS / 8) as usize)
 }
 
 impl Drop for Delta {
     /// The bits go where the sectors went: to the page cache.
     fn drop(&mut self) {
-        for page in self.dirty_pages() {
-            let (offset, bytes) = self.page(page);
-            if let Err(error) = self.file.write_all_at(bytes, offset) {
-                tracing::error!(%error, "the delta of a disk is not complete");
-            }
+        if let Err(error) = self.write_bitmap() {
+            tracing::error!(%error, "the delta of a disk is not complete");
         }
     }
 }

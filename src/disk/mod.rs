@@ -1,24 +1,33 @@
-//! What backs a disk: a file or a block device of the host, alone or under a private delta.
+//! What backs a disk: a file or a block device of the host, alone or under deltas.
+//!
+//! It is a stack: the file; frozen deltas, which many VMs may share as they share the file then;
+//! and at most one delta of this VM alone, which takes what the guest writes.
 //!
 //! It says where bytes are, and never moves them itself: the device does, at once from the page
 //! cache or through the process's I/O queue. Files are locked (flock) for as long as they are
 //! open: two VMs that write to one disk destroy it.
 
+mod checksums;
+mod copy;
 mod delta;
+mod error;
+mod extents;
+mod saved;
 
 use std::collections::VecDeque;
-use std::fs::{File, TryLockError};
+use std::fs::{File, Metadata, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use thiserror::Error as ThisError;
 
+pub(crate) use self::copy::Progress;
 use self::delta::Delta;
-use crate::config::{BlockConfig, Writes};
-use crate::error::{Error, ErrorKind};
+pub(crate) use self::error::DiskError;
+pub(crate) use self::saved::SavedDisk;
+use crate::config::{BlockConfig, FileFacts, Writes};
 use crate::memory::{Clear, GuestBytes, Transfer};
 
 /// The unit of a disk's size, and of what a delta remembers.
@@ -26,68 +35,18 @@ pub(crate) const SECTOR_BYTES: u64 = 512;
 /// What a request has to be a multiple of, and aligned to, to go past the page cache.
 const DIRECT_ALIGNMENT: u64 = 4096;
 
-/// Why a disk cannot be used.
-#[derive(Debug, ThisError)]
-pub(crate) enum DiskError {
-    #[error("cannot open the disk {}", path.display())]
-    Open { path: PathBuf, source: io::Error },
-    #[error("the disk {} is neither a regular file nor a block device", path.display())]
-    Kind { path: PathBuf },
-    #[error("the disk {} is in use, and one of its users writes to it", path.display())]
-    InUse { path: PathBuf },
-    #[error("the file system of {} has no direct I/O", path.display())]
-    NoDirect { path: PathBuf },
-    #[error("cannot create the delta {}", path.display())]
-    CreateDelta { path: PathBuf, source: io::Error },
-    #[error("{} is not a delta of a disk, or is damaged: {reason}", path.display())]
-    NotADelta { path: PathBuf, reason: &'static str },
-    #[error(
-        "the delta {} is of a disk of {found} sectors, {} has {expected}",
-        path.display(), base.display()
-    )]
-    OtherBase { path: PathBuf, base: PathBuf, found: u64, expected: u64 },
-}
-
-impl From<DiskError> for Error {
-    fn from(error: DiskError) -> Self {
-        let fix = match &error {
-            DiskError::Open { source, .. } => match source.kind() {
-                io::ErrorKind::NotFound => {
-                    Some("create it first, for example with `truncate -s 1G <file>`")
-                }
-                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                    Some("make it readable and writable for this user, or the disk read-only")
-                }
-                _ => None,
-            },
-            DiskError::Kind { .. } => None,
-            DiskError::InUse { .. } => Some(
-                "end its other user, make the disk read-only for all, or give each VM a delta of \
-                 its own (BlockConfig::delta, BlockConfig::discard_writes)",
-            ),
-            DiskError::NoDirect { .. } => Some("leave out BlockConfig::direct"),
-            DiskError::CreateDelta { .. } => Some("choose a folder that this user may write to"),
-            DiskError::NotADelta { .. } => {
-                Some("name another file: one that does not exist yet is created")
-            }
-            DiskError::OtherBase { .. } => {
-                Some("use the disk that the delta was made for, or a new delta")
-            }
-        };
-        let error = Error::new(ErrorKind::Disk, error);
-        match fix {
-            Some(fix) => error.fix(fix),
-            None => error,
-        }
-    }
-}
-
 /// An open disk.
 #[derive(Debug)]
 pub(crate) struct Disk {
+    path: PathBuf,
+    /// What the file was when it was opened.
+    facts: FileFacts,
     file: Arc<File>,
     /// The same file past the page cache.
     direct: Option<Arc<File>>,
+    /// Of others too, the lowest first.
+    frozen: Vec<Delta>,
+    /// Of this VM alone.
     delta: Option<Delta>,
     sectors: u64,
     read_only: bool,
@@ -120,6 +79,27 @@ impl Flush {
     }
 }
 
+/// Bytes in a row that one delta has, or where there is none, the file.
+struct Piece<'a> {
+    len: u64,
+    delta: Option<&'a Delta>,
+}
+
+/// Finds the pieces of a range in these deltas, the highest of which comes first, and in the file.
+fn cut<'a>(deltas: &[&'a Delta], offset: u64, len: u64, pieces: &mut Vec<Piece<'a>>) {
+    let Some((top, below)) = deltas.split_first() else {
+        return pieces.push(Piece { len, delta: None });
+    };
+    let mut at = offset;
+    for run in top.runs(offset, len) {
+        match run.written {
+            true => pieces.push(Piece { len: run.len, delta: Some(top) }),
+            false => cut(below, at, run.len, pieces),
+        }
+        at += run.len;
+    }
+}
+
 impl Disk {
     /// Opens and locks the files of a disk. A delta that is not there is created.
     pub(crate) fn open(config: &BlockConfig) -> Result<Self, DiskError> {
@@ -127,10 +107,9 @@ impl Disk {
         let read_only = config.writes == Writes::Refused;
         let writable = config.writes == Writes::ToDisk;
         let mut file = open(path, writable, 0)?;
-        let kind = file
-            .metadata()
-            .map_err(|source| DiskError::Open { path: path.clone(), source })?
-            .file_type();
+        let metadata =
+            file.metadata().map_err(|source| DiskError::Open { path: path.clone(), source })?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind { path: path.clone() });
         }
@@ -140,14 +119,21 @@ impl Disk {
             false => None,
         };
         let end = file.seek(SeekFrom::End(0));
-        let sectors =
-            end.map_err(|source| DiskError::Open { path: path.clone(), source })? / SECTOR_BYTES;
+        let bytes = end.map_err(|source| DiskError::Open { path: path.clone(), source })?;
+        let sectors = bytes / SECTOR_BYTES;
+        let facts = facts(&metadata, bytes);
+        if let Some(expected) = &config.expected {
+            compare(path, expected, &facts)?;
+        }
+        let frozen = config.frozen.iter().map(|delta| Delta::open_frozen(delta, path, sectors));
+        let frozen = frozen.collect::<Result<_, _>>()?;
         let delta = match &config.writes {
             Writes::ToDisk | Writes::Refused => None,
             Writes::ToDelta(delta) => Some(Delta::open(delta, path, sectors)?),
             Writes::Discarded => Some(Delta::temporary(sectors)?),
         };
-        Ok(Self { file: Arc::new(file), direct, delta, sectors, read_only })
+        let (path, file) = (path.clone(), Arc::new(file));
+        Ok(Self { path, facts, file, direct, frozen, delta, sectors, read_only })
     }
 
     pub(crate) fn sectors(&self) -> u64 {
@@ -161,22 +147,38 @@ impl Disk {
     /// Where the bytes that are to be read are.
     pub(crate) fn read<'ram>(&self, offset: u64, bytes: GuestBytes<'ram>) -> Parts<'_, 'ram> {
         let mut parts = Parts::new();
-        let Some(delta) = &self.delta else {
+        if !self.has_deltas() {
             parts.push(self.part(offset, bytes));
             return parts;
-        };
+        }
         let mut rest = bytes;
         let mut at = offset;
-        for run in delta.runs(offset, rest.len()) {
-            let Some((bytes, others)) = rest.split_at(run.len) else { break };
-            parts.push(match run.written {
-                true => delta.part(at, bytes),
-                false => self.part(at, bytes),
+        for piece in self.pieces(offset, rest.len()) {
+            let Some((bytes, others)) = rest.split_at(piece.len) else { break };
+            parts.push(match piece.delta {
+                Some(delta) => delta.part(at, bytes),
+                None => self.part(at, bytes),
             });
-            at += run.len;
+            at += piece.len;
             rest = others;
         }
         parts
+    }
+
+    fn has_deltas(&self) -> bool {
+        self.delta.is_some() || !self.frozen.is_empty()
+    }
+
+    /// The deltas, the highest first.
+    fn deltas(&self) -> SmallVec<[&Delta; 4]> {
+        self.delta.iter().chain(self.frozen.iter().rev()).collect()
+    }
+
+    /// Cuts a range of whole sectors where it goes on in another delta, or in the file.
+    fn pieces(&self, offset: u64, len: u64) -> Vec<Piece<'_>> {
+        let mut pieces = Vec::new();
+        cut(&self.deltas(), offset, len, &mut pieces);
+        pieces
     }
 
     /// Where bytes are to be written. [`written`](Self::written) follows when they were.
@@ -262,3 +264,39 @@ fn lock(file: &File, path: &Path, writable: bool) -> Result<(), DiskError> {
         Err(TryLockError::Error(source)) => Err(DiskError::Open { path: path.to_owned(), source }),
     }
 }
+
+/// What an open file is recognised by.
+fn facts(metadata: &Metadata, bytes: u64) -> FileFacts {
+    // The node of a block device says nothing about what is on the device.
+    let is_file = metadata.is_file();
+    FileFacts {
+        bytes,
+        modified: is_file.then(|| (metadata.mtime(), metadata.mtime_nsec())),
+        inode: is_file.then(|| metadata.ino()),
+    }
+}
+
+/// Refuses a file that is another one than it was, as far as that was known.
+fn compare(path: &Path, expected: &FileFacts, found: &FileFacts) -> Result<(), DiskError> {
+    let changed = |fact, expected: String, found: String| {
+        Err(DiskError::BaseChanged { path: path.to_owned(), fact, expected, found })
+    };
+    if expected.bytes != found.bytes {
+        return changed("size in bytes", expected.bytes.to_string(), found.bytes.to_string());
+    }
+    if let (Some(expected), Some(found)) = (expected.modified, found.modified)
+        && expected != found
+    {
+        let words = |(seconds, nanoseconds): (i64, i64)| format!("{seconds}.{nanoseconds:09}");
+        return changed("time of modification", words(expected), words(found));
+    }
+    match (expected.inode, found.inode) {
+        (Some(expected), Some(found)) if expected != found => {
+            changed("inode", expected.to_string(), found.to_string())
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -2,13 +2,22 @@
 //!
 //! Source: Linux Documentation/virt/kvm/api.rst; section numbers are given at each call.
 
+mod clock;
+mod cpu_profile;
 mod kick;
+mod msrs;
 mod vcpu;
+mod vcpu_state;
 mod vm;
+mod vm_state;
 
+pub(crate) use self::clock::ClockPolicy;
+pub(crate) use self::cpu_profile::CpuProfile;
 pub(crate) use self::kick::{KickTarget, block_signals};
 pub(crate) use self::vcpu::{Vcpu, VmExit};
+pub(crate) use self::vcpu_state::VcpuState;
 pub(crate) use self::vm::Vm;
+pub(crate) use self::vm_state::VmState;
 
 use std::ffi::CString;
 use std::io;
@@ -35,13 +44,21 @@ pub(crate) enum KvmError {
     #[error("this host's KVM lacks {missing}")]
     Capability { missing: String },
     #[error("{count} vCPUs, but this host's KVM takes {max}")]
-    TooManyVcpus { count: u8, max: usize },
+    TooManyVcpus { count: usize, max: usize },
     #[error("{call} failed")]
     Call { call: &'static str, source: io::Error },
     #[error("KVM refuses the model-specific register {index:#x}")]
     Msr { index: u32 },
-    #[error("the host's CPUID has more entries than KVM takes")]
+    #[error("a vCPU's CPUID has more entries than KVM takes")]
     CpuidEntries,
+    #[error("a vCPU's state has too many model-specific registers")]
+    MsrEntries,
+    #[error("an XSAVE area of {saved} bytes, where this host's KVM has {room}")]
+    XsaveArea { saved: usize, room: usize },
+    #[error("the state is that of {saved} vCPUs, and there are {vcpus}")]
+    VcpuCount { saved: usize, vcpus: usize },
+    #[error("the guest's TSC runs at {saved_khz} kHz, this host's at {host_khz} kHz")]
+    TscFrequency { saved_khz: u32, host_khz: u32 },
 }
 
 impl KvmError {
@@ -81,7 +98,15 @@ impl From<KvmError> for Error {
                 }
                 _ => (ErrorKind::Kvm, None),
             },
-            KvmError::Msr { .. } | KvmError::CpuidEntries => (ErrorKind::Kvm, None),
+            KvmError::TscFrequency { .. } => (
+                ErrorKind::KvmUnsupported,
+                Some("use a host of the same frequency, or one that scales the TSC".to_owned()),
+            ),
+            KvmError::Msr { .. }
+            | KvmError::CpuidEntries
+            | KvmError::MsrEntries
+            | KvmError::XsaveArea { .. }
+            | KvmError::VcpuCount { .. } => (ErrorKind::Kvm, None),
         };
         let error = Error::new(kind, error);
         match fix {
@@ -119,12 +144,16 @@ const REQUIRED: &[(Cap, &str)] = &[
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
 /// What does not change while the process lives.
+#[derive(Debug)]
 pub(crate) struct Capabilities {
     pub(crate) supported_cpuid: CpuId,
     pub(crate) max_vcpus: usize,
+    /// Model-specific registers that KVM lists as state (api.rst §4.3).
+    pub(crate) msrs: Vec<u32>,
 }
 
 /// An open KVM device.
@@ -163,6 +192,12 @@ impl Kvm {
         self.fd.check_extension(capability)
     }
 
+    /// The size of a vCPU's XSAVE area: that of its registers, and at least the page that it was
+    /// before Linux 5.17.
+    fn xsave_bytes(&self) -> u32 {
+        u32::try_from(self.fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096)
+    }
+
     pub(super) fn fd(&self) -> &kvm_ioctls::Kvm {
         &self.fd
     }
@@ -197,5 +232,13 @@ fn read_capabilities(fd: &kvm_ioctls::Kvm) -> Result<Capabilities, KvmError> {
     let supported_cpuid = fd
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
-    Ok(Capabilities { supported_cpuid, max_vcpus: fd.get_max_vcpus() })
+    let msrs = fd
+        .get_msr_index_list()
+        .map_err(KvmError::call("KVM_GET_MSR_INDEX_LIST"))?
+        .as_slice()
+        .to_vec();
+    Ok(Capabilities { supported_cpuid, max_vcpus: fd.get_max_vcpus(), msrs })
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,15 +1,16 @@
 //! A virtual CPU: its registers before the start, and one entry into the guest at a time.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
-    kvm_cpuid_entry2, kvm_msr_entry, kvm_run,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_cpuid_entry2, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, Vm, kick};
+use super::{KvmError, Vm, kick, msrs};
+use crate::arch::msr::Msr;
 use crate::arch::regs::Entry;
 use crate::bus::Bus;
 use crate::exit::ExitStatus;
@@ -17,10 +18,14 @@ use crate::exit::ExitStatus;
 /// A vCPU that whoever owns it may run.
 #[derive(Debug)]
 pub(crate) struct Vcpu {
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
     id: u8,
     // Keeps the VM and its memory for as long as KVM_RUN can touch them.
-    _vm: Arc<Vm>,
+    pub(super) vm: Arc<Vm>,
+    /// The model-specific registers that make up its state, once that is known.
+    pub(super) msr_indexes: OnceLock<Vec<u32>>,
+    /// The guest asked a device, and has not taken the answer.
+    unsettled: bool,
 }
 
 /// Why the guest returned to the host.
@@ -36,7 +41,7 @@ pub(crate) enum VmExit {
 
 impl Vcpu {
     pub(super) fn new(fd: VcpuFd, id: u8, vm: Arc<Vm>) -> Self {
-        Self { fd, id, _vm: vm }
+        Self { fd, id, vm, msr_indexes: OnceLock::new(), unsettled: false }
     }
 
     /// The vCPU's number, which is also its APIC id.
@@ -49,22 +54,19 @@ impl Vcpu {
     pub(crate) fn configure(
         &self,
         cpuid: &[kvm_cpuid_entry2],
-        msrs: &[kvm_msr_entry],
+        msrs: &[Msr],
     ) -> Result<(), KvmError> {
         let cpuid = CpuId::from_entries(cpuid).map_err(|_| KvmError::CpuidEntries)?;
         self.fd.set_cpuid2(&cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
-        self.set_msrs(msrs)?;
+        msrs::write(&self.fd, msrs)?;
         kick::open_kick_in_run(&self.fd)
     }
 
-    /// KVM_SET_MSRS stops at the first register that it refuses: a short count is an error.
-    fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
-        let msrs = Msrs::from_entries(entries).map_err(|_| KvmError::CpuidEntries)?;
-        let written = self.fd.set_msrs(&msrs).map_err(KvmError::call("KVM_SET_MSRS"))?;
-        match entries.get(written) {
-            Some(refused) => Err(KvmError::Msr { index: refused.index }),
-            None => Ok(()),
-        }
+    /// The CPUID that the vCPU has (api.rst §4.53): the one that it was given, but for the bits that
+    /// follow the guest's own registers.
+    pub(crate) fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+        let cpuid = self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+        Ok(cpuid.map_err(KvmError::call("KVM_GET_CPUID2"))?.as_slice().to_vec())
     }
 
     /// Sets the boot vCPU's registers to a kernel's entry (api.rst §4.11, §4.13).
@@ -75,14 +77,40 @@ impl Vcpu {
         self.fd.set_regs(&entry.regs()).map_err(KvmError::call("KVM_SET_REGS"))
     }
 
+    /// The frequency of its TSC, in kHz (api.rst §4.56).
+    pub(crate) fn tsc_khz(&self) -> Result<u32, KvmError> {
+        self.fd.get_tsc_khz().map_err(KvmError::call("KVM_GET_TSC_KHZ"))
+    }
+
     /// Tells a guest with a paravirtual clock that it was stopped, so that its watchdogs do not
     /// take the pause for a hang (api.rst §4.76). A guest without one is none the wiser.
     pub(crate) fn forgive_pause(&self) {
         let _ = self.fd.kvmclock_ctrl();
     }
 
+    /// Lets the guest take the answer of a device that it asked last, and brings it to the end of
+    /// that instruction: until then the registers are those of neither before nor after (api.rst
+    /// §5, on KVM_EXIT_IO and KVM_EXIT_MMIO). One instruction may ask several times.
+    ///
+    /// Takes one entry into KVM where an answer is to be taken, else nothing. No guest code runs.
+    pub(crate) fn settle(&mut self, bus: &Bus) -> VmExit {
+        self.fd.set_kvm_immediate_exit(1);
+        let mut exit = VmExit::Interrupted;
+        while self.unsettled {
+            exit = self.run(bus);
+        }
+        self.fd.set_kvm_immediate_exit(0);
+        exit
+    }
+
     /// Runs the guest until it asks for something, and answers from the bus (api.rst §4.10).
     pub(crate) fn run(&mut self, bus: &Bus) -> VmExit {
+        let exit = self.enter(bus);
+        self.unsettled = matches!(exit, VmExit::Handled);
+        exit
+    }
+
+    fn enter(&mut self, bus: &Bus) -> VmExit {
         let run: *const kvm_run = self.fd.get_kvm_run();
         match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {

@@ -6,7 +6,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::IoEventAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Kvm, KvmError, Vcpu};
+use super::{Capabilities, Kvm, KvmError, Vcpu};
 use crate::arch::layout;
 use crate::memory::GuestRam;
 
@@ -15,8 +15,9 @@ use crate::memory::GuestRam;
 pub(crate) struct Vm {
     // KVM reads and writes the memory for as long as the VM lives: the descriptor is closed
     // before the memory goes, and every vCPU keeps its VM.
-    fd: kvm_ioctls::VmFd,
+    pub(super) fd: kvm_ioctls::VmFd,
     ram: Arc<GuestRam>,
+    capabilities: &'static Capabilities,
 }
 
 impl Vm {
@@ -42,7 +43,7 @@ impl Vm {
         }
         fd.set_tss_address(layout::KVM_TSS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
-        Ok(Self { fd, ram })
+        Ok(Self { fd, ram, capabilities: kvm.capabilities() })
     }
 
     /// Creates vCPU `id` (api.rst §4.7).
@@ -67,6 +68,11 @@ impl Vm {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(address), value)
             .map_err(KvmError::call("KVM_IOEVENTFD"))
+    }
+
+    /// What the process's KVM can do.
+    pub(super) fn capabilities(&self) -> &'static Capabilities {
+        self.capabilities
     }
 
     /// The guest's memory.

@@ -11,7 +11,7 @@ use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice};
 use crate::config::{BlockConfig, MachineConfig, NetBackend, NetConfig};
 use crate::console::ConsoleSink;
-use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput};
+use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput, VmGenId};
 use crate::disk::Disk;
 use crate::error::Error;
 use crate::event_loop::{Answered, Subscription, Wake, Watch};
@@ -22,7 +22,7 @@ use crate::metrics::DeviceMetrics;
 use crate::tap::{Tap, TapError};
 use crate::virtio::{
     self, Backend, Balloon, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt,
-    QUEUE_NOTIFY, Rng, Served, Stream, VirtioDevice,
+    QUEUE_NOTIFY, RestoreError, Rng, Served, Stream, TransportState, VirtioDevice,
 };
 use crate::vsock::Vsock;
 
@@ -30,6 +30,7 @@ use crate::vsock::Vsock;
 pub(super) struct Devices {
     pub(super) bus: Bus,
     pub(super) serial_input: SerialInput,
+    pub(super) generation: VmGenId,
     /// The virtio devices, in the order in which the guest finds them.
     pub(super) virtio: Vec<VirtioSlot>,
     pub(super) vsock: Option<Vsock>,
@@ -56,6 +57,9 @@ impl Devices {
     ) -> Result<Self, Error> {
         let mut bus = Bus::default();
         let serial_input = legacy(&mut bus, vm, exit, console)?;
+        let event = event_fd()?;
+        vm.register_irqfd(&event, layout::EVENT_IRQ)?;
+        let generation = VmGenId::new(vm.ram(), event);
         let mut virtio = Assembly { bus: &mut bus, vm, slots: Vec::new() };
         let mut controls = Controls::default();
         for block in &config.blocks {
@@ -80,7 +84,7 @@ impl Devices {
             vsock = Some(Vsock::new(virtio.add(device)?.downgrade(), Arc::clone(exit)));
         }
         let slots = virtio.slots;
-        Ok(Self { bus, serial_input, virtio: slots, vsock, controls })
+        Ok(Self { bus, serial_input, generation, virtio: slots, vsock, controls })
     }
 }
 
@@ -203,6 +207,16 @@ impl VirtioSlot {
     /// Returns when the device is at no request, and will take none.
     pub(super) fn pause(&self) {
         self.device.pause();
+    }
+
+    /// What a snapshot keeps of the device, which is paused.
+    pub(super) fn state(&self) -> TransportState {
+        self.device.state()
+    }
+
+    /// Goes on from a state, and is paused.
+    pub(super) fn restore(&self, state: &TransportState) -> Result<(), RestoreError> {
+        self.device.restore(state)
     }
 
     /// What the device has done.

@@ -3,10 +3,14 @@
 //! [`Machine::new`] is the only assembly, and never writes guest RAM: a boot loads a kernel into
 //! the memory afterwards. The vCPUs are not part of it: whoever may run them owns them.
 
+mod device_state;
 mod devices;
 pub(crate) mod disk_io;
+mod shell;
+mod state;
 mod vcpu_threads;
 
+pub(crate) use self::shell::{Cpus, Shell, ShellConfig};
 use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 
@@ -17,17 +21,17 @@ use std::time::Duration;
 
 use thiserror::Error as ThisError;
 
-use crate::arch::{cpuid, layout, msr};
+pub(crate) use self::state::MachineState;
+use crate::arch::layout;
 use crate::config::MachineConfig;
 use crate::console::{Console, ConsoleSink};
-use crate::devices::SerialInput;
+use crate::devices::{SerialInput, VmGenId};
 use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
-use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
-use crate::memory::GuestRam;
+use crate::kvm::{Vcpu, Vm};
+use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
-use crate::seccomp::Confinement;
 use crate::timings::Recorder;
 use crate::virtio::QueueError;
 use crate::vsock::{Vsock, VsockError};
@@ -77,12 +81,14 @@ pub(crate) struct Machine {
     exit: Arc<ExitLatch>,
     console: Console,
     serial_input: SerialInput,
+    generation: VmGenId,
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
     vsock: Option<Vsock>,
     controls: Controls,
     vm: Arc<Vm>,
     threads: VcpuThreads,
+    config: MachineConfig,
 }
 
 impl Machine {
@@ -92,47 +98,59 @@ impl Machine {
         config: &MachineConfig,
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
-        let ram = recorder
-            .run(Phase::Memory, || GuestRam::anonymous(&layout::ram_ranges(config.memory_bytes)))?;
-        let (kvm, vm) = recorder.run(Phase::Kvm, || {
-            let kvm = Kvm::open(&config.kvm_device)?;
-            let max = kvm.capabilities().max_vcpus;
-            if usize::from(config.vcpus) > max {
-                return Err(KvmError::TooManyVcpus { count: config.vcpus, max });
-            }
-            let vm = Arc::new(Vm::new(&kvm, Arc::new(ram))?);
-            Ok((kvm, vm))
+        let ram = recorder.run(Phase::Memory, || {
+            let ram = GuestRam::reserve(&layout::ram_ranges(config.memory_bytes))?;
+            ram.map_fresh()?;
+            Ok::<_, MemoryError>(ram)
         })?;
+        let shell = Shell::new(&ShellConfig::from(config), ram, recorder)?;
+        Self::from_shell(shell, config, None, recorder)
+    }
 
+    /// Puts a machine together around a shell that was made ahead, for a configuration with its
+    /// memory, its vCPUs and its confinement. Its memory has its content, or gets it before the
+    /// machine runs. A console that a VM had before goes on.
+    pub(crate) fn from_shell(
+        shell: Shell,
+        config: &MachineConfig,
+        console: Option<&Console>,
+        recorder: &mut Recorder,
+    ) -> Result<(Self, Vec<Vcpu>), Error> {
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
-        let console = Console::new(config.console_tail_bytes);
+        let console = match console {
+            Some(console) => console.clone(),
+            None => Console::new(config.console_tail_bytes),
+        };
         let sink = ConsoleSink::new(console.clone(), writer);
-        let Devices { bus, serial_input, virtio, vsock, controls } =
-            recorder.run(Phase::Devices, || Devices::new(config, &vm, &exit, sink))?;
-
-        let first_run = Arc::clone(recorder.first_run());
-        let (vcpus, threads) = recorder.run(Phase::Vcpus, || {
-            let vcpus = (0..config.vcpus)
-                .map(|id| {
-                    let supported = &kvm.capabilities().supported_cpuid;
-                    let cpuid = cpuid::for_vcpu(supported, id, config.vcpus, &config.cpu);
-                    let vcpu = vm.create_vcpu(id)?;
-                    vcpu.configure(&cpuid, &msr::at_boot())?;
-                    Ok(vcpu)
-                })
-                .collect::<Result<Vec<_>, KvmError>>()?;
-            let (vm, exit) = (Arc::clone(&vm), Arc::clone(&exit));
-            let confinement = config.seccomp.then_some(Confinement::Vcpu);
-            let threads = VcpuThreads::spawn(config.vcpus, confinement, bus, vm, exit, first_run)?;
-            Ok::<_, Error>((vcpus, threads))
-        })?;
-        Ok((Self { exit, console, serial_input, virtio, vsock, controls, vm, threads }, vcpus))
+        let Devices { bus, serial_input, generation, virtio, vsock, controls } =
+            recorder.run(Phase::Devices, || Devices::new(config, &shell.vm, &exit, sink))?;
+        let Shell { vcpus, vm, threads } = shell;
+        let threads = threads.attach(bus, Arc::clone(&exit), Arc::clone(recorder.first_run()));
+        let config = config.clone();
+        let machine = Self {
+            exit,
+            console,
+            serial_input,
+            generation,
+            virtio,
+            vsock,
+            controls,
+            vm,
+            threads,
+            config,
+        };
+        Ok((machine, vcpus))
     }
 
     /// The guest's memory.
     pub(crate) fn ram(&self) -> &GuestRam {
         self.vm.ram()
+    }
+
+    /// What it was made from.
+    pub(crate) fn config(&self) -> &MachineConfig {
+        &self.config
     }
 
     /// How many virtio devices there are; their addresses and interrupts follow from it.
@@ -156,7 +174,16 @@ impl Machine {
         for device in &self.virtio {
             device.resume();
         }
+        self.serial_input.wake();
         self.threads.run(vcpus)
+    }
+
+    /// As [`run`](Self::run). Where a thread is gone, the guest has ended.
+    pub(crate) fn run_or_end(&self, vcpus: Vec<Vcpu>) -> Running {
+        self.run(vcpus).unwrap_or_else(|NotRun { vcpus, error }| {
+            self.exit.report(ExitStatus::Crashed { reason: error.to_string() });
+            self.threads.keep(vcpus)
+        })
     }
 
     /// Stops the guest: its vCPUs, then its devices, each after the request that it is at.
@@ -166,6 +193,11 @@ impl Machine {
             device.pause();
         }
         vcpus
+    }
+
+    /// Makes the guest another one than those that have the same memory; see [`VmGenId::renew`].
+    pub(crate) fn renew_generation(&self) -> Result<(), Error> {
+        Ok(self.generation.renew()?)
     }
 
     /// Waits until the guest ends by itself.

@@ -1,7 +1,7 @@
 //! The threads that run vCPUs: one each, for the machine's whole life.
 //!
 //! A thread parks until it is given its vCPU, runs it until the guest ends or the host wants it
-//! back, and gives it back. So whoever holds the vCPUs knows that none of them runs: ownership
+//! back, and gives it back. It may be started before its machine is there. So whoever holds the vCPUs knows that none of them runs: ownership
 //! is the lock. The same thread always runs the same vCPU, because KVM makes a vCPU that changes
 //! threads wait for an RCU grace period.
 //!
@@ -10,7 +10,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SendError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -20,6 +20,16 @@ use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{KickTarget, Vcpu, Vm, VmExit, block_signals};
 use crate::seccomp::{Confinement, SeccompError};
 use crate::timings::FirstRun;
+
+/// Threads that no machine has yet: each confines itself, and parks.
+///
+/// They keep the VM from the start, so that dropping them is as cheap as that of [`VcpuThreads`].
+#[derive(Debug)]
+pub(crate) struct IdleThreads {
+    // In this order, as in `VcpuThreads`.
+    shared: Arc<Shared>,
+    inboxes: Vec<Sender<Vcpu>>,
+}
 
 /// One thread a vCPU.
 ///
@@ -31,6 +41,7 @@ pub(crate) struct VcpuThreads {
     // that lets go of `shared`, and of the VM in it, last.
     shared: Arc<Shared>,
     inboxes: Vec<Sender<Vcpu>>,
+    first_run: Arc<FirstRun>,
 }
 
 /// The vCPUs are with their threads. Only [`VcpuThreads::run`] makes one, so that a machine is
@@ -46,15 +57,21 @@ pub(crate) struct NotRun {
 }
 
 struct Shared {
-    bus: Bus,
     /// Kept until the last thread ends.
     _vm: Arc<Vm>,
-    exit: Arc<ExitLatch>,
+    /// What the vCPUs run in: there before the first of them comes.
+    machine: OnceLock<Attached>,
     /// Asks every thread to give its vCPU back.
     stop: AtomicBool,
     parked: Mutex<Parked>,
     /// Signalled when a vCPU came back.
     came_back: Condvar,
+}
+
+/// What the threads need of a machine.
+struct Attached {
+    bus: Bus,
+    exit: Arc<ExitLatch>,
     first_run: Arc<FirstRun>,
 }
 
@@ -67,24 +84,19 @@ struct Parked {
     vcpus: Vec<Vcpu>,
 }
 
-impl VcpuThreads {
+impl IdleThreads {
     /// Starts `count` threads, which park.
     pub(crate) fn spawn(
         count: u8,
         confinement: Option<Confinement>,
-        bus: Bus,
         vm: Arc<Vm>,
-        exit: Arc<ExitLatch>,
-        first_run: Arc<FirstRun>,
     ) -> Result<Self, MachineError> {
         let shared = Arc::new(Shared {
-            bus,
             _vm: vm,
-            exit,
+            machine: OnceLock::new(),
             stop: AtomicBool::new(false),
             parked: Mutex::default(),
             came_back: Condvar::new(),
-            first_run,
         });
         let mut all = Self { shared, inboxes: Vec::new() };
         for id in 0..count {
@@ -99,11 +111,26 @@ impl VcpuThreads {
         Ok(all)
     }
 
+    /// Gives the threads the machine that their vCPUs run in. Wakes none of them.
+    pub(crate) fn attach(
+        self,
+        bus: Bus,
+        exit: Arc<ExitLatch>,
+        first_run: Arc<FirstRun>,
+    ) -> VcpuThreads {
+        let Self { shared, inboxes } = self;
+        let machine = Attached { bus, exit, first_run: Arc::clone(&first_run) };
+        shared.machine.get_or_init(|| machine);
+        VcpuThreads { shared, inboxes, first_run }
+    }
+}
+
+impl VcpuThreads {
     /// Gives each thread its vCPU; vCPU 0 is the first of `vcpus`, and so on. Where a thread is
     /// gone, all vCPUs come back.
     pub(crate) fn run(&self, vcpus: Vec<Vcpu>) -> Result<Running, NotRun> {
         self.shared.stop.store(false, Ordering::SeqCst);
-        self.shared.first_run.started();
+        self.first_run.started();
         let mut unsent = Vec::new();
         for (inbox, vcpu) in self.inboxes.iter().zip(vcpus) {
             if let Err(SendError(vcpu)) = inbox.send(vcpu) {
@@ -118,6 +145,14 @@ impl VcpuThreads {
         vcpus.append(&mut unsent);
         vcpus.sort_by_key(Vcpu::id);
         Err(NotRun { vcpus, error: MachineError::ThreadGone })
+    }
+
+    /// Keeps vCPUs that do not run, for whoever waits for them.
+    pub(crate) fn keep(&self, vcpus: Vec<Vcpu>) -> Running {
+        for vcpu in vcpus {
+            self.shared.take_back(vcpu);
+        }
+        Running(())
     }
 
     /// Takes the vCPUs back, wherever they are in the guest. Returns when all have come: after
@@ -162,47 +197,60 @@ impl Shared {
         }
         self.lock().kick.push(KickTarget::current());
         while let Ok(mut vcpu) = inbox.recv() {
-            // A console writer of the embedding program may panic. That ends the guest, and
-            // neither the process nor the wait for the vCPU.
-            let run = catch_unwind(AssertUnwindSafe(|| self.run(&mut vcpu)));
-            if run.is_err() {
-                let reason = "a thread of the VMM panicked".to_owned();
-                self.exit.report(ExitStatus::Crashed { reason });
-                self.stop_all();
+            if let Some(machine) = self.machine.get() {
+                self.serve_one(machine, &mut vcpu);
             }
             self.take_back(vcpu);
         }
     }
 
+    /// Runs a vCPU until it is wanted back. A console writer of the embedding program may panic:
+    /// that ends the guest, and neither the process nor the wait for the vCPU.
+    fn serve_one(&self, machine: &Attached, vcpu: &mut Vcpu) {
+        let run = catch_unwind(AssertUnwindSafe(|| self.run(machine, vcpu)));
+        if run.is_err() {
+            let reason = "a thread of the VMM panicked".to_owned();
+            machine.exit.report(ExitStatus::Crashed { reason });
+            self.stop_all();
+        }
+    }
+
     /// The life of a thread that cannot be confined: it runs nothing.
     fn refuse(&self, inbox: &Receiver<Vcpu>, error: &SeccompError) {
-        let reason = format!("{error}; `VmConfig::seccomp(false)` does without");
-        self.exit.report(ExitStatus::Crashed { reason });
         while let Ok(vcpu) = inbox.recv() {
+            if let Some(machine) = self.machine.get() {
+                let reason = format!("{error}; `VmConfig::seccomp(false)` does without");
+                machine.exit.report(ExitStatus::Crashed { reason });
+            }
             self.stop_all();
             self.take_back(vcpu);
         }
     }
 
-    /// Runs a vCPU until it is wanted back.
-    fn run(&self, vcpu: &mut Vcpu) {
-        if vcpu.id() == 0 && !self.stop.load(Ordering::SeqCst) && self.first_run.entered() {
-            let exit = vcpu.run(&self.bus);
-            self.first_run.left();
-            self.after(exit);
+    fn run(&self, machine: &Attached, vcpu: &mut Vcpu) {
+        let Attached { bus, exit, first_run } = machine;
+        if vcpu.id() == 0 && !self.stop.load(Ordering::SeqCst) && first_run.entered() {
+            let exit = vcpu.run(bus);
+            first_run.left();
+            self.after(machine, exit);
         }
         while !self.stop.load(Ordering::SeqCst) {
-            let exit = vcpu.run(&self.bus);
-            self.after(exit);
+            let exit = vcpu.run(bus);
+            self.after(machine, exit);
+        }
+        // The state of a guest that has ended is of no use to anybody.
+        if exit.get().is_none() {
+            let exit = vcpu.settle(bus);
+            self.after(machine, exit);
         }
     }
 
     /// Ends the guest where the exit, or a device that handled it, says so.
-    fn after(&self, exit: VmExit) {
+    fn after(&self, machine: &Attached, exit: VmExit) {
         if let VmExit::Ended(status) = exit {
-            self.exit.report(status);
+            machine.exit.report(status);
         }
-        if self.exit.get().is_some() {
+        if machine.exit.get().is_some() {
             self.stop_all();
         }
     }

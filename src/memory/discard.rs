@@ -1,42 +1,48 @@
-//! Guest RAM given back to the host: its pages are zero when the guest next looks at them.
+//! Guest RAM given back to the host.
 //!
-//! The RAM is private and anonymous, for which MADV_DONTNEED is exactly that. RAM that maps a
-//! file privately, as a restored VM's may, needs fresh anonymous pages mapped over it instead:
-//! the same advice would bring the file's bytes back, and with them what the guest had written
-//! over.
+//! Of fresh RAM, whose file nobody else has, the pages become holes of the file (MADV_REMOVE):
+//! zeros, when the guest next looks. Of RAM that stands on an image, what was written goes, and
+//! the image's page comes back (MADV_DONTNEED). Any content will do: a guest may not rely on what
+//! a page holds that was in the balloon or that it reported, without VIRTIO_BALLOON_F_PAGE_POISON
+//! (virtio 1.2 §5.5.6.1, §5.5.6.7), which is not offered.
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::{GuestBytes, GuestRam};
-
-const PAGE_BYTES: usize = 4096;
+use super::backing::Backing;
+use super::{GuestBytes, GuestRam, PAGE_BYTES};
 
 impl GuestRam {
     /// Gives back the whole pages in `len` bytes at an address, up to the first that is not RAM.
     /// Returns how many bytes those are. One system call; some 0.2 µs for each page that was
     /// there.
     pub(crate) fn discard(&self, address: GuestAddress, len: usize) -> u64 {
+        let backing = self.backing();
         let slices = self.inner.get_slices(address, len);
-        slices.map_while(Result::ok).map(|slice| discard(&slice)).sum()
+        slices.map_while(Result::ok).map(|slice| discard(&slice, &backing)).sum()
     }
-}
 
-impl GuestBytes<'_> {
     /// Gives back the whole pages in each piece, of the first `most` bytes. Returns how many
     /// bytes those are.
-    pub(crate) fn discard(&self, most: u64) -> u64 {
+    pub(crate) fn discard_bytes(&self, bytes: &GuestBytes<'_>, most: u64) -> u64 {
+        // Held all the while, so that what the pages are backed by stays that.
+        let backing = self.backing();
         let mut left = usize::try_from(most).unwrap_or(usize::MAX);
         let mut discarded = 0;
-        for piece in self.pieces() {
+        for piece in bytes.pieces() {
             let Ok(piece) = piece.subslice(0, piece.len().min(left)) else { break };
             left -= piece.len();
-            discarded += discard(&piece);
+            discarded += discard(&piece, &backing);
         }
         discarded
     }
 }
 
-fn discard(slice: &VolatileSlice<'_>) -> u64 {
+fn discard(slice: &VolatileSlice<'_>, backing: &Backing) -> u64 {
+    let advice = match backing {
+        Backing::Nothing => return 0,
+        Backing::Fresh(_) => libc::MADV_REMOVE,
+        Backing::Image(_) => libc::MADV_DONTNEED,
+    };
     let guard = slice.ptr_guard_mut();
     let pointer = guard.as_ptr();
     let before_page = pointer.align_offset(PAGE_BYTES);
@@ -45,10 +51,10 @@ fn discard(slice: &VolatileSlice<'_>) -> u64 {
         return 0;
     }
     let first_page = pointer.wrapping_add(before_page).cast();
-    // SAFETY: the pages lie inside the slice, which is guest RAM: private anonymous memory that
-    // stays mapped while the slice lives, and that nobody has a Rust reference to. All accesses
-    // to it are volatile, and expect any bytes at any time.
-    match unsafe { libc::madvise(first_page, len, libc::MADV_DONTNEED) } {
+    // SAFETY: the pages lie inside the slice, which is guest RAM that stays mapped while the
+    // slice lives, and that nobody has a Rust reference to. All accesses to it are volatile, and
+    // expect any bytes at any time.
+    match unsafe { libc::madvise(first_page, len, advice) } {
         0 => len as u64,
         // Only locked or huge pages of the host refuse it. They stay what they are.
         _ => 0,
@@ -63,7 +69,7 @@ mod tests {
 
     fn ram() -> GuestRam {
         let ranges = [(GuestAddress(0), 16 * PAGE_BYTES), (GuestAddress(1 << 20), PAGE_BYTES)];
-        let ram = GuestRam::anonymous(&ranges).unwrap();
+        let ram = GuestRam::fresh(&ranges).unwrap();
         for (base, len) in ranges {
             ram.write(&vec![7; len], base).unwrap();
         }
@@ -104,9 +110,9 @@ mod tests {
         for page in [1, 3, 5] {
             bytes.push(ram.inner().get_slice(GuestAddress(4096 * page), 8000).unwrap());
         }
-        assert_eq!(bytes.discard(8000 + 4096), 8192);
+        assert_eq!(ram.discard_bytes(&bytes, 8000 + 4096), 8192);
         assert_eq!(zero_pages(ram.inner()), [1, 3]);
-        assert_eq!(bytes.discard(u64::MAX), 3 * 4096);
+        assert_eq!(ram.discard_bytes(&bytes, u64::MAX), 3 * 4096);
         assert_eq!(zero_pages(ram.inner()), [1, 3, 5]);
     }
 }

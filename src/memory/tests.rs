@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{Clear, FileIo, GuestRam, IoQueue, Transfer};
 use crate::error::{Error, ErrorKind};
@@ -156,16 +156,48 @@ fn many_threads_share_the_queue_and_each_gets_its_own_ends() {
 
 #[test]
 fn write_across_the_end_is_an_error_and_writes_elsewhere_stand() {
-    let ram = GuestRam::anonymous(&[(GuestAddress(0), 0x2000)]).unwrap();
+    let ram = GuestRam::fresh(&[(GuestAddress(0), 0x2000)]).unwrap();
     ram.write(&[7; 16], GuestAddress(0x1ff0)).unwrap();
     assert!(ram.write(&[7; 17], GuestAddress(0x1ff0)).is_err());
     assert!(ram.write(&[7], GuestAddress(u64::MAX)).is_err());
 }
 
 #[test]
+fn large_writes_go_where_small_ones_do() {
+    let ranges = [(GuestAddress(0), 0x40000), (GuestAddress(1 << 32), 0x40000)];
+    let fresh = GuestRam::fresh(&ranges).unwrap();
+    let image = fresh.freeze().unwrap();
+    let over_image = GuestRam::reserve(&ranges).unwrap();
+    over_image.map_image(&image).unwrap();
+    for ram in [GuestRam::fresh(&ranges).unwrap(), fresh, over_image] {
+        let bytes: Vec<u8> = (0..0x20001u32).map(|at| (at % 251) as u8).collect();
+        for address in [3, (1 << 32) + 0x1ffff] {
+            ram.write(&bytes, GuestAddress(address)).unwrap();
+            let mut found = vec![0; bytes.len()];
+            ram.inner().read_slice(&mut found, GuestAddress(address)).unwrap();
+            assert!(found == bytes);
+        }
+        let mut next = [1; 2];
+        ram.inner().read_slice(&mut next, GuestAddress(3 + bytes.len() as u64)).unwrap();
+        assert_eq!(next, [0; 2]);
+        for address in [0x20000, (1 << 32) - 5, (1 << 32) + 0x20000, u64::MAX] {
+            assert!(ram.write(&bytes, GuestAddress(address)).is_err());
+        }
+    }
+    // What the RAM over the image wrote is its own.
+    let clone = GuestRam::reserve(&ranges).unwrap();
+    clone.map_image(&image).unwrap();
+    assert_eq!(clone.inner().read_obj::<u64>(GuestAddress(3)).unwrap(), 0);
+}
+
+#[test]
 fn absurd_sizes_are_refused_with_a_fix() {
-    let error = GuestRam::anonymous(&[(GuestAddress(0), usize::MAX & !0xfff)]).unwrap_err();
+    let error = GuestRam::fresh(&[(GuestAddress(0), usize::MAX & !0xfff)]).unwrap_err();
     let error = Error::from(error);
     assert_eq!(error.kind(), &ErrorKind::Resources);
     assert!(error.to_string().contains("less memory"), "{error}");
 }
+
+mod freezing;
+mod hostile;
+mod saving;

@@ -1,6 +1,6 @@
 //! VMs of any state in one collection.
 
-use super::{Created, MicroVm, Paused, Running, State, Terminated};
+use super::{Created, MicroVm, Paused, Running, State, Suspended, Terminated};
 use crate::console::Console;
 use crate::timings::Timings;
 
@@ -32,6 +32,7 @@ pub enum AnyMicroVm {
     Created(MicroVm<Created>),
     Running(MicroVm<Running>),
     Paused(MicroVm<Paused>),
+    Suspended(MicroVm<Suspended>),
     Terminated(MicroVm<Terminated>),
 }
 
@@ -62,4 +63,4 @@ macro_rules! any {
     };
 }
 
-any! { Created Running Paused Terminated }
+any! { Created Running Paused Suspended Terminated }

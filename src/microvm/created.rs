@@ -57,7 +57,8 @@ impl MicroVm<Created> {
             Ok::<_, Error>(())
         })?;
         let console = machine.console().clone();
-        let stopped = Stopped { vcpus, machine: Box::new(machine) };
+        let origin = Box::default();
+        let stopped = Stopped { vcpus, machine: Box::new(machine), origin };
         Ok(Self { state: Created { stopped }, console, recorder })
     }
 

@@ -1,11 +1,12 @@
 //! [`MicroVm`]: a VM whose state is its type.
 //!
 //! ```text
-//!             start              pause
-//!   Created ────────▶ Running ◀────────▶ Paused
-//!                        │      resume      │
-//!              wait,     │                  │ terminate
-//!              terminate ▼                  ▼
+//!             start              pause              suspend
+//!   Created ────────▶ Running ◀────────▶ Paused ────────────▶ Suspended
+//!                      │   ▲    resume    │  ▲                │  │
+//!              wait,   │   └──────────────┼──┼── resume ──────┘  │ into_snapshot
+//!              terminate                  │  └── restore, fork ─┴─ Snapshot
+//!                      ▼                  ▼ terminate
 //!                          Terminated
 //! ```
 //!
@@ -17,13 +18,18 @@ mod any;
 mod created;
 mod devices;
 mod paused;
+mod restored;
 mod running;
+mod saving;
 mod state;
+mod suspended;
 mod terminated;
 mod vsock;
 
 pub use self::any::AnyMicroVm;
-pub use self::state::{Created, Paused, Running, State, Terminated};
+pub use self::restored::PreparedShell;
+pub(crate) use self::state::Lease;
+pub use self::state::{Created, Paused, Running, State, Suspended, Terminated};
 
 use std::fmt;
 
@@ -35,7 +41,8 @@ use crate::exit::ExitStatus;
 use crate::phase::Phase;
 use crate::timings::{Recorder, Timings};
 
-/// A microVM in one of its states: [`Created`], [`Running`], [`Paused`], [`Terminated`].
+/// A microVM in one of its states: [`Created`], [`Running`], [`Paused`], [`Suspended`],
+/// [`Terminated`].
 ///
 /// It lives in this process: a thread for each vCPU, a mapping for the guest's memory, some file
 /// descriptors. Dropping it ends the guest, in whatever state, and returns at once; descriptors,
@@ -134,6 +141,7 @@ const _: () = {
     assert_send::<MicroVm<Created>>();
     assert_send::<MicroVm<Running>>();
     assert_send::<MicroVm<Paused>>();
+    assert_send::<MicroVm<Suspended>>();
     assert_send::<MicroVm<Terminated>>();
     assert_send::<AnyMicroVm>();
 };

@@ -19,11 +19,12 @@ impl MicroVm<Running> {
     /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded), with the VM `Terminated`, where
     /// the guest has ended by itself.
     pub fn pause(self) -> Result<MicroVm<Paused>, TransitionError<Terminated>> {
-        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        let Self { state: Running { run, machine, origin }, console, mut recorder } = self;
         let vcpus = recorder.timed(Phase::Pause, || machine.stop(run));
         match machine.exit_status() {
             None => {
-                let stopped = Stopped { vcpus, machine };
+                let stopped = Stopped { vcpus, machine, origin };
+                stopped.note_written();
                 Ok(MicroVm { state: Paused { stopped }, console, recorder })
             }
             Some(status) => {
@@ -38,7 +39,7 @@ impl MicroVm<Running> {
 
     /// Waits until the guest ends by itself, for as long as that takes.
     pub fn wait(self) -> MicroVm<Terminated> {
-        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        let Self { state: Running { run, machine, .. }, console, mut recorder } = self;
         let vcpus = recorder.timed(Phase::Wait, || machine.wait(run));
         MicroVm { state: terminated(vcpus, *machine), console, recorder }
     }
@@ -54,7 +55,7 @@ impl MicroVm<Running> {
         self,
         timeout: Duration,
     ) -> Result<MicroVm<Terminated>, TransitionError<Running>> {
-        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        let Self { state: Running { run, machine, origin }, console, mut recorder } = self;
         let start = Instant::now();
         match machine.wait_timeout(run, timeout) {
             Ok(vcpus) => {
@@ -67,7 +68,7 @@ impl MicroVm<Running> {
                     None => LifecycleError::Timeout { seconds: timeout.as_secs_f64() },
                     Some(status) => LifecycleError::NotBack { status },
                 };
-                let vm = MicroVm { state: Running { run, machine }, console, recorder };
+                let vm = MicroVm { state: Running { run, machine, origin }, console, recorder };
                 let error = vm.error(Phase::Wait, why);
                 Err(TransitionError { vm, error })
             }
@@ -78,7 +79,7 @@ impl MicroVm<Running> {
     /// blocks. A guest that ended by itself
     /// before keeps its own exit status.
     pub fn terminate(self) -> MicroVm<Terminated> {
-        let Self { state: Running { run, machine }, console, mut recorder } = self;
+        let Self { state: Running { run, machine, .. }, console, mut recorder } = self;
         let vcpus = recorder.timed(Phase::Terminate, || {
             machine.end();
             machine.stop(run)

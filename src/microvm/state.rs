@@ -1,9 +1,15 @@
 //! The states of a [`MicroVm`](super::MicroVm), and what each holds.
 
+use std::path::PathBuf;
+
+use crate::config::{ConsoleOutput, RestoreOptions};
+use crate::console::Console;
 use crate::error::Error;
 use crate::exit::ExitStatus;
 use crate::kvm::Vcpu;
-use crate::machine::{self, Machine, NotRun};
+use crate::machine::{self, Machine, NotRun, Shell};
+use crate::snapshot::{Disks, Sleeper, Snapshot};
+use crate::timings::Recorder;
 
 mod sealed {
     pub trait Sealed {}
@@ -27,12 +33,20 @@ pub struct Created {
 pub struct Running {
     pub(super) run: machine::Running,
     pub(super) machine: Box<Machine>,
+    pub(super) origin: Box<Origin>,
 }
 
 /// Stopped between two instructions; nothing of the guest runs, its memory is kept.
 #[derive(Debug)]
 pub struct Paused {
     pub(super) stopped: Stopped,
+}
+
+/// Asleep: in files, or in memory that no VM has. No guest code can run, and no thread or
+/// descriptor of the VM is left.
+#[derive(Debug)]
+pub struct Suspended {
+    pub(super) asleep: Box<Asleep>,
 }
 
 /// Over. The console, the timings and the exit status are left to look at.
@@ -47,15 +61,139 @@ pub(super) struct Stopped {
     // The vCPUs go first, so that the machine's threads are the last to hold the VM.
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) machine: Box<Machine>,
+    pub(super) origin: Box<Origin>,
+}
+
+/// Where a VM comes from, and who wants to know of its end.
+#[derive(Debug, Default)]
+pub(super) struct Origin {
+    /// The snapshot that its memory stands on.
+    pub(super) snapshot: Option<Snapshot>,
+    pub(super) lease: Option<Lease>,
+}
+
+/// Calls somebody when a VM is over, in whatever state it was.
+pub(crate) struct Lease(Option<Box<dyn FnOnce() + Send>>);
+
+impl Lease {
+    pub(crate) fn new(end: impl FnOnce() + Send + 'static) -> Self {
+        Self(Some(Box::new(end)))
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(end) = self.0.take() {
+            end();
+        }
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lease")
+    }
+}
+
+impl super::MicroVm<Paused> {
+    /// Tells somebody of the VM's end.
+    pub(crate) fn lease(&mut self, lease: Lease) {
+        self.state.stopped.origin.lease = Some(lease);
+    }
 }
 
 impl Stopped {
     /// Gives the vCPUs to their threads, or everything back.
     pub(super) fn run(self) -> Result<Running, (Self, Error)> {
-        let Self { vcpus, machine } = self;
+        let Self { vcpus, machine, origin } = self;
         match machine.run(vcpus) {
-            Ok(run) => Ok(Running { run, machine }),
-            Err(NotRun { vcpus, error }) => Err((Self { vcpus, machine }, error.into())),
+            Ok(run) => Ok(Running { run, machine, origin }),
+            Err(NotRun { vcpus, error }) => Err((Self { vcpus, machine, origin }, error.into())),
+        }
+    }
+
+    /// Notes what the guest has written, where nobody did before it.
+    pub(super) fn note_written(&self) {
+        if let Some(snapshot) = &self.origin.snapshot {
+            snapshot.note_written(self.machine.ram());
+        }
+    }
+
+    /// What saves it.
+    pub(super) fn sleeper(&self) -> Sleeper<'_> {
+        let Self { vcpus, machine, origin } = self;
+        Sleeper { machine, vcpus, origin: origin.snapshot.as_ref() }
+    }
+
+    /// A machine as it was when it was saved.
+    pub(super) fn restored(
+        snapshot: &Snapshot,
+        options: &RestoreOptions,
+        disks: Disks,
+        (shell, console): (Option<Shell>, Option<&Console>),
+        recorder: &mut Recorder,
+    ) -> Result<Self, Error> {
+        let (machine, vcpus) = snapshot.machine(shell, options, disks, console, recorder)?;
+        let origin = Box::new(Origin { snapshot: Some(snapshot.clone()), lease: None });
+        Ok(Self { vcpus, machine: Box::new(machine), origin })
+    }
+}
+
+/// A VM in its sleep.
+#[derive(Debug)]
+pub(super) struct Asleep {
+    place: Place,
+    writer: Option<ConsoleOutput>,
+    lease: Option<Lease>,
+}
+
+#[derive(Debug)]
+enum Place {
+    Directory(PathBuf),
+    Memory(Snapshot),
+}
+
+impl Asleep {
+    /// A machine that lies in this snapshot, in files or in memory.
+    pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
+        let place = match snapshot.directory() {
+            Some(directory) => Place::Directory(directory.to_owned()),
+            None => Place::Memory(snapshot),
+        };
+        let writer = stopped.machine.config().console_writer.clone();
+        Self { place, writer, lease: stopped.origin.lease }
+    }
+
+    pub(super) fn wake(
+        &mut self,
+        console: &Console,
+        recorder: &mut Recorder,
+    ) -> Result<Stopped, Error> {
+        let options =
+            RestoreOptions::default().console_output(self.writer.clone()).outside_paths(true);
+        let snapshot = self.snapshot()?;
+        let mut stopped = Stopped::restored(
+            &snapshot,
+            &options,
+            Disks::InPlace,
+            (None, Some(console)),
+            recorder,
+        )?;
+        stopped.origin.lease = self.lease.take();
+        Ok(stopped)
+    }
+
+    pub(super) fn snapshot(&self) -> Result<Snapshot, Error> {
+        match &self.place {
+            Place::Directory(directory) => Snapshot::open(directory),
+            Place::Memory(snapshot) => Ok(snapshot.clone()),
+        }
+    }
+
+    /// Removes the files that the VM lies in.
+    pub(super) fn remove(self) {
+        if let Place::Directory(directory) = &self.place {
+            Snapshot::remove(directory);
         }
     }
 }
@@ -69,4 +207,4 @@ macro_rules! states {
     )* };
 }
 
-states! { Created Running Paused Terminated }
+states! { Created Running Paused Suspended Terminated }

@@ -1,2 +1,278 @@
+//! A snapshot: a VM's memory, disks and registers, in a directory or in memory.
+//!
+//! `state` is read and checked when it is opened; memory and disks are mapped, and read by whoever
+//! touches them. docs/snapshot-format.md describes the files.
+
 mod directory;
+mod error;
 mod format;
+mod options;
+mod restore;
+mod save;
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::ops::ControlFlow;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use self::directory::{STATE, WRITTEN, disk_name, memory_name};
+use self::error::SnapshotError;
+pub use self::options::{SaveProgress, SaveStage, SnapshotOptions};
+pub(crate) use self::save::{Disks, Sleeper};
+use crate::arch::layout;
+use crate::config::MachineConfig;
+use crate::disk::SavedDisk;
+use crate::error::Error;
+use crate::input_file;
+use crate::kvm::CpuProfile;
+use crate::machine::MachineState;
+use crate::memory::{MemoryImage, PageRun, SavedMemory};
+
+/// A VM that was saved: in a directory, by [`MicroVm::snapshot`] and [`MicroVm::suspend`], or in
+/// memory. It never changes, and any number of VMs come from it, here and in other processes.
+///
+/// A clone of the handle is the same snapshot. It keeps open one descriptor for each layer of the
+/// memory.
+///
+/// ```no_run
+/// use dormouse::Snapshot;
+///
+/// let base = Snapshot::open("base")?;
+/// for vm in base.fork(100)? {
+///     let running = vm.resume()?;
+///     // …
+/// }
+/// # Ok::<(), dormouse::Error>(())
+/// ```
+///
+/// [`MicroVm::snapshot`]: crate::MicroVm::snapshot
+/// [`MicroVm::suspend`]: crate::MicroVm::suspend
+#[derive(Clone)]
+pub struct Snapshot(Arc<Inner>);
+
+struct Inner {
+    place: Place,
+    state: State,
+    image: MemoryImage,
+    /// The pages that a restored guest wrote first.
+    written: OnceLock<Vec<PageRun>>,
+}
+
+/// Where the files of a snapshot are.
+enum Place {
+    Directory(PathBuf),
+    /// Its memory is in this process; its disks are in a directory that goes with it.
+    Memory(Temporary),
+}
+
+/// What the file `state` holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct State {
+    dormouse: String,
+    id: [u8; 16],
+    created: u64,
+    host: CpuProfile,
+    config: MachineConfig,
+    machine: MachineState,
+    memory: Vec<SavedMemory>,
+    disks: Vec<SavedDisk>,
+}
+
+/// What is known of a snapshot, to be looked at and compared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct SnapshotFacts {
+    /// 16 random bytes: no two snapshots have the same.
+    pub id: [u8; 16],
+    /// The version of this crate that wrote it.
+    pub dormouse: String,
+    /// When it was written.
+    pub created: SystemTime,
+    /// The host's kernel.
+    pub kernel: String,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Layers of memory, each over those before it.
+    pub memory_layers: usize,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// The model-specific registers that are saved of each vCPU, by their index.
+    pub msrs: Vec<u32>,
+    /// The CPUID table that the guest was given: leaf, subleaf, EAX, EBX, ECX, EDX.
+    pub cpuid: Vec<[u32; 6]>,
+}
+
+impl Snapshot {
+    /// Opens the snapshot in a directory: reads and checks its state, some 100 µs, and opens its
+    /// memory.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) for what is no snapshot, is damaged, or is
+    /// of another version. Whether it fits this host is seen when it is restored.
+    pub fn open(directory: impl AsRef<Path>) -> Result<Self, Error> {
+        Ok(Self::open_directory(directory.as_ref())?)
+    }
+
+    fn open_directory(directory: &Path) -> Result<Self, SnapshotError> {
+        let path = directory.join(STATE);
+        let bytes = read(&path).map_err(SnapshotError::open(&path))?;
+        let damaged = |source| SnapshotError::State { path: path.clone(), source };
+        let bytes = bytes.ok_or_else(|| damaged(format::FormatError::TooLong))?;
+        let state: State = format::decode(&bytes).map_err(damaged)?;
+        state.check().map_err(|what| SnapshotError::Impossible { path: path.clone(), what })?;
+        let mut layers = Vec::new();
+        for (index, saved) in state.memory.iter().enumerate() {
+            let path = directory.join(memory_name(index));
+            let file = input_file::open(&path).map_err(SnapshotError::open(&path))?;
+            layers.push((file, saved.clone()));
+        }
+        let ranges = layout::ram_ranges(state.config.memory_bytes);
+        let image = MemoryImage::open(&ranges, layers)
+            .map_err(|source| SnapshotError::Memory { directory: directory.to_owned(), source })?;
+        let written = OnceLock::new();
+        if let Some(runs) = read_written(&directory.join(WRITTEN)) {
+            let _ = written.set(runs);
+        }
+        let place = Place::Directory(directory.to_owned());
+        Ok(Self(Arc::new(Inner { place, state, image, written })))
+    }
+
+    /// Reads all of the memory and disks and compares them with their checksums: some 1 GiB a
+    /// second.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), which names what differs.
+    pub fn verify(&self) -> Result<(), Error> {
+        let Place::Directory(directory) = &self.0.place else { return Ok(()) };
+        let verified = self.0.image.verify(&|_| ControlFlow::Continue(()));
+        let damaged = |source| SnapshotError::Memory { directory: directory.clone(), source };
+        verified.map_err(damaged)?;
+        for (index, disk) in self.0.state.disks.iter().enumerate() {
+            let path = directory.join(disk_name(index));
+            let verified = disk.verify(&path, &mut |_| ControlFlow::Continue(()));
+            verified.map_err(SnapshotError::from)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a snapshot of the same VM whose memory is one layer and whose files are no other
+    /// snapshot's. It takes reading and writing all of the memory.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written, and for a
+    /// snapshot in memory.
+    pub fn merge(&self, directory: impl AsRef<Path>) -> Result<Self, Error> {
+        self.merge_with(directory, &SnapshotOptions::default())
+    }
+
+    /// As [`merge`](Self::merge), in a way of one's own.
+    ///
+    /// # Errors
+    ///
+    /// As `merge`; [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted) where the progress
+    /// says so.
+    pub fn merge_with(
+        &self,
+        directory: impl AsRef<Path>,
+        options: &SnapshotOptions,
+    ) -> Result<Self, Error> {
+        self.write_merged(directory.as_ref(), options)?;
+        Self::open(directory)
+    }
+
+    /// The directory that it is in; none for one in memory.
+    pub fn directory(&self) -> Option<&Path> {
+        match &self.0.place {
+            Place::Directory(directory) => Some(directory),
+            Place::Memory(_) => None,
+        }
+    }
+
+    /// Removes the files of the snapshot in a directory, and the directory where nothing else is
+    /// in it.
+    pub(crate) fn remove(directory: &Path) {
+        directory::remove_snapshot(directory);
+    }
+
+    /// What is known of it.
+    pub fn facts(&self) -> SnapshotFacts {
+        let State { dormouse, id, created, host, config, machine, .. } = &self.0.state;
+        SnapshotFacts {
+            id: *id,
+            dormouse: dormouse.clone(),
+            created: SystemTime::UNIX_EPOCH + Duration::from_secs(*created),
+            kernel: host.host().kernel.clone(),
+            memory_bytes: config.memory_bytes,
+            memory_layers: self.0.image.files().count(),
+            vcpus: config.vcpus,
+            msrs: machine.msrs(),
+            cpuid: host.first_cpuid(),
+        }
+    }
+}
+
+impl State {
+    /// Counts that a hostile file may have wrong.
+    fn check(&self) -> Result<(), String> {
+        self.config.check().map_err(|error| error.to_string())?;
+        self.machine.check(&self.config)?;
+        let (found, expected) = (self.disks.len(), self.config.blocks.len());
+        if found != expected {
+            return Err(format!("{found} disks are saved of {expected}"));
+        }
+        if SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(self.created)).is_none() {
+            return Err("it was written after the end of time".to_owned());
+        }
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    input_file::read_bounded(input_file::open(path)?, format::MAX_STATE_BYTES)
+}
+
+/// The pages that are worth having before a guest runs, where that can be read.
+fn read_written(path: &Path) -> Option<Vec<PageRun>> {
+    format::decode(&read(path).ok()??).ok()
+}
+
+impl std::fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.directory() {
+            Some(directory) => write!(f, "Snapshot({})", directory.display()),
+            None => f.write_str("Snapshot(in memory)"),
+        }
+    }
+}
+
+fn random_bytes() -> io::Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A directory in the folder for temporary files, which goes with this value.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn new() -> io::Result<Self> {
+        let name = u128::from_ne_bytes(random_bytes()?);
+        let path = std::env::temp_dir().join(format!("dormouse-{name:032x}"));
+        fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        directory::remove_snapshot(&self.0);
+    }
+}

@@ -13,7 +13,8 @@ use std::time::SystemTime;
 use vm_memory::GuestAddress;
 
 use super::{
-    Answer, Chain, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served, VirtioDevice,
+    Answer, Chain, ConfigSpace, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served,
+    VirtioDevice,
 };
 use crate::config::BalloonConfig;
 use crate::memory::{GuestBytes, GuestRam};
@@ -265,7 +266,8 @@ impl VirtioDevice for Balloon {
             STATSQ if self.features & F_STATS_VQ != 0 => self.serve_stats(queues),
             _ if self.features & F_REPORTING != 0 => {
                 serve_some(queues, index, REPORTS_PER_TURN, |chain| {
-                    self.metrics.reported_bytes += chain.writable.discard(MAX_REPORT_BYTES);
+                    self.metrics.reported_bytes +=
+                        ram.discard_bytes(&chain.writable, MAX_REPORT_BYTES);
                 })
             }
             // The driver did not choose what the queue is for.
@@ -286,13 +288,26 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+    fn restore(
+        &mut self,
+        state: &DeviceState,
+        ram: &GuestRam,
+    ) -> Result<ConfigSpace, RestoreError> {
         let DeviceState::Balloon { num_pages, actual, stats_buffer, stats } = *state else {
             return Err(RestoreError::Device);
         };
+        let (pages, most) = (u64::from(num_pages), ram.bytes() >> PAGE_SHIFT);
+        if pages > most {
+            return Err(RestoreError::Balloon { pages, most });
+        }
+        if let Some(buffer) = stats_buffer
+            && buffer >= QUEUE_SIZE
+        {
+            return Err(RestoreError::Queue { index: STATSQ });
+        }
+        // The driver may claim any number of pages, and nothing is counted on it.
         (self.num_pages, self.actual) = (num_pages, actual);
-        // One that the queue does not have stops the device when it is given back.
         (self.stats_buffer, self.stats) = (stats_buffer, stats);
-        Ok(())
+        Ok(ConfigSpace::Same)
     }
 }

@@ -8,11 +8,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use virtio_queue::QueueT;
 
-use super::mmio::{DEVICE_NEEDS_RESET, DRIVER_OK};
+use super::mmio::{DEVICE_NEEDS_RESET, DRIVER_OK, FEATURES_OK};
 use super::state::{Registers, RestoreError, TransportState};
 use super::{
-    F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, QueueError, Queues, Served, VirtQueue,
-    VirtioDevice,
+    ConfigSpace, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, QueueError, Queues, Served,
+    VirtQueue, VirtioDevice,
 };
 use crate::memory::GuestRam;
 use crate::metrics::DeviceMetrics;
@@ -144,8 +144,14 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
     }
 
     /// Serves again. Whether it had stopped: doorbells that rang meanwhile are to be rung again.
+    /// What the driver was told and has not acknowledged it is told again, since the interrupt
+    /// controllers may be others than those that heard it.
     pub(crate) fn resume(&self) -> bool {
-        std::mem::take(&mut self.lock().paused)
+        let paused = std::mem::take(&mut self.lock().paused);
+        if paused {
+            self.0.interrupt.wake();
+        }
+        paused
     }
 
     /// Serves nothing any more, and lets go of what is of the host.
@@ -203,10 +209,6 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         self.lock().queues.len() as u32
     }
 
-    #[cfg_attr(
-        not(any(test, fuzzing)),
-        expect(dead_code, reason = "for snapshots, which come next")
-    )]
     /// All that a snapshot keeps of a paused device.
     pub(crate) fn state(&self) -> TransportState {
         let core = self.lock();
@@ -218,20 +220,21 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         }
     }
 
-    #[cfg_attr(
-        not(any(test, fuzzing)),
-        expect(dead_code, reason = "for snapshots, which come next")
-    )]
-    /// Goes on from a state. Where it fails the device is of no use.
+    /// Goes on from a state, with the same configuration or with what may be another one in a
+    /// clone. The device is paused then: [`resume`](Self::resume) serves what waits in its queues.
+    /// Where it fails the device is of no use.
     pub(crate) fn restore(&self, state: &TransportState) -> Result<(), RestoreError> {
         let mut core = self.lock();
         let core = &mut *core;
+        core.paused = true;
         let (found, expected) = (state.queues.len(), core.queues.len());
         if found != expected {
             return Err(RestoreError::QueueCount { found, expected });
         }
         let (found, offered) = (state.registers.driver_features, core.offered());
-        if found & !offered != 0 {
+        // Before it has them accepted, a driver writes what it likes.
+        let accepted = state.registers.status & (FEATURES_OK | DRIVER_OK) != 0;
+        if accepted && !core.accepts(found) {
             return Err(RestoreError::Features { found, offered });
         }
         for (index, (queue, state)) in core.queues.iter_mut().zip(&state.queues).enumerate() {
@@ -244,13 +247,21 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
             core.device.activate(core.registers.driver_features);
         }
         self.0.interrupt.restore_status(state.interrupt_status);
-        core.device.restore(&state.device)
+        if core.device.restore(&state.device, &core.ram)? == ConfigSpace::Changed {
+            core.config_changed();
+        }
+        Ok(())
     }
 }
 
 impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
     pub(super) fn offered(&self) -> u64 {
         self.device.features() | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
+    }
+
+    /// Whether a driver may choose these features.
+    pub(super) fn accepts(&self, features: u64) -> bool {
+        features & !self.offered() == 0 && features & F_VERSION_1 != 0
     }
 
     /// Whether requests may be served.

@@ -46,6 +46,14 @@ impl Interrupt {
         self.status.store(status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
     }
 
+    /// Raises the line again where the driver has not acknowledged what it was told. An edge that
+    /// it has seen already is a spurious interrupt to it.
+    pub(super) fn wake(&self) {
+        if self.status() != 0 {
+            self.raise(0);
+        }
+    }
+
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
         // A counter that is full has been raised often enough.

@@ -6,7 +6,7 @@
 use virtio_queue::QueueT;
 
 use super::handle::DeviceCore;
-use super::{DeviceHandle, F_EVENT_IDX, F_VERSION_1, Served, VirtioDevice};
+use super::{DeviceHandle, F_EVENT_IDX, Served, VirtioDevice};
 use crate::bus::BusDevice;
 
 /// Register offsets (§4.2.2).
@@ -43,7 +43,7 @@ const VERSION_2: u32 = 2;
 const VENDOR: u32 = 0x4d52_4f44;
 
 /// Device status bits (§2.1).
-const FEATURES_OK: u32 = 8;
+pub(super) const FEATURES_OK: u32 = 8;
 pub(super) const DRIVER_OK: u32 = 4;
 pub(super) const DEVICE_NEEDS_RESET: u32 = 64;
 
@@ -87,7 +87,7 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
     fn write_status(&mut self, value: u32) {
         let mut status = value | (self.registers.status & DEVICE_NEEDS_RESET);
         let features = self.registers.driver_features;
-        if features & !self.offered() != 0 || features & F_VERSION_1 == 0 {
+        if !self.accepts(features) {
             status &= !(FEATURES_OK | DRIVER_OK);
         }
         let begins = status & DRIVER_OK != 0 && self.registers.status & DRIVER_OK == 0;

@@ -21,6 +21,7 @@ mod vsock;
 
 use std::os::fd::AsRawFd;
 
+use crate::memory::GuestRam;
 use crate::metrics::DeviceMetrics;
 
 pub(crate) use self::balloon::Balloon;
@@ -32,7 +33,7 @@ pub(crate) use self::net::{Backend, Net, Passt, Stream};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
 pub(crate) use self::rate_limiter::RateLimiter;
 pub(crate) use self::rng::Rng;
-pub(crate) use self::state::{DeviceState, RestoreError};
+pub(crate) use self::state::{DeviceState, RestoreError, TransportState};
 pub(crate) use self::vsock::{ACCEPTED, Arrival, Backlog, NO_PORT, OpenError, REFUSED, Vsock};
 
 /// Device types (§5).
@@ -143,17 +144,33 @@ pub(crate) trait VirtioDevice: Send {
         DeviceState::Stateless
     }
 
-    /// Goes on from a state that [`state`](Self::state) gave.
+    /// Goes on from a state that [`state`](Self::state) gave, after
+    /// [`activate`](Self::activate) where its driver had come so far. The back end, and what the
+    /// configuration overrides, may be others than those of the state.
     ///
     /// # Errors
     ///
-    /// The state is of another kind of device, or impossible.
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+    /// The state is of another kind of device, or impossible with this RAM.
+    fn restore(
+        &mut self,
+        state: &DeviceState,
+        ram: &GuestRam,
+    ) -> Result<ConfigSpace, RestoreError> {
+        let _ = ram;
         match state {
-            DeviceState::Stateless => Ok(()),
+            DeviceState::Stateless => Ok(ConfigSpace::Same),
             _ => Err(RestoreError::Device),
         }
     }
+}
+
+/// What a restored device's driver finds in the configuration space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ConfigSpace {
+    /// What it knows.
+    Same,
+    /// Something else, which it is told of.
+    Changed,
 }
 
 #[cfg(test)]

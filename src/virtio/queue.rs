@@ -305,6 +305,21 @@ impl VirtQueue {
         Ok(self.queue.enable_notification(ram.inner())?)
     }
 
+    /// How many buffers the driver has given, modulo 65,536.
+    pub(crate) fn given(&self, ram: &GuestRam) -> Result<u16, QueueError> {
+        Ok(self.queue.avail_idx(ram.inner(), Ordering::Acquire)?.0)
+    }
+
+    /// Asks for the doorbell when the driver gives more than so many buffers, whether or not
+    /// those were taken. True where it has.
+    pub(crate) fn wait_beyond(&mut self, ram: &GuestRam, given: u16) -> Result<bool, QueueError> {
+        let next = self.queue.next_avail();
+        self.queue.set_next_avail(given);
+        let more = self.queue.enable_notification(ram.inner());
+        self.queue.set_next_avail(next);
+        Ok(more?)
+    }
+
     pub(super) fn state(&self) -> QueueState {
         let state = self.queue.state();
         QueueState {

@@ -18,6 +18,8 @@ pub(crate) enum RestoreError {
     Queue { index: usize },
     #[error("the state is of another kind of device")]
     Device,
+    #[error("a memory balloon of {pages} pages: the guest has {most}")]
+    Balloon { pages: u64, most: u64 },
     #[error("the driver's features {found:#x} are not among those of the device, {offered:#x}")]
     Features { found: u64, offered: u64 },
 }

@@ -20,6 +20,24 @@ fn iasl(dir: &Path, arguments: &[&str]) -> String {
 }
 
 #[test]
+fn the_generation_device_has_its_driver_and_the_first_generation_is_no_fork() {
+    let script = r#"
+cat /sys/bus/acpi/devices/DORM0001:00/path
+for driver in /sys/bus/acpi/devices/DORM0001:00/driver \
+    /sys/bus/acpi/devices/DORM0001:00/physical_node/driver; do
+    [ -e $driver ] && echo "driver $(basename $(readlink $driver))"
+done
+grep -i ged /proc/interrupts || grep ACPI:Event /proc/interrupts || cat /proc/interrupts
+dmesg | grep -i 'virtual machine fork'
+poweroff -f"#;
+    let (_, text) = run(config(Release::Linux6_12.kernel(), script));
+    assert!(text.contains(r"\_SB_.VGEN"), "{text}");
+    assert!(text.contains("driver vmgenid"), "{text}");
+    assert!(text.contains("ACPI:Ged"), "{text}");
+    assert!(!text.contains("virtual machine fork"), "{text}");
+}
+
+#[test]
 fn iasl_takes_the_tables_apart_and_together_again_without_a_complaint() {
     let script = r#"
 cd /sys/firmware/acpi/tables

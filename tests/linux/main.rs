@@ -14,6 +14,7 @@ mod programs;
 #[path = "../payload/resources.rs"]
 #[allow(dead_code, reason = "nothing is counted here")]
 mod resources;
+mod snapshots;
 mod vsock;
 
 use std::env;

@@ -1,12 +1,14 @@
 //! Lifecycle, ends, leaks and limits, with bare-metal guests: any /dev/kvm will do.
 
 mod bad_input;
+mod crash;
 mod guest;
 mod lifecycle;
 mod limits;
 mod network;
 mod resources;
 mod seccomp;
+mod snapshot;
 mod vsock;
 
 use std::io::{self, Write};

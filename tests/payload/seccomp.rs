@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use dormouse::{ExitStatus, MicroVm};
 
@@ -36,18 +38,24 @@ fn the_threads_of_a_vm_are_confined_and_no_others() {
         let config = config(&Program::Heartbeat).vcpus(2).entropy(true).seccomp(seccomp);
         let vm = MicroVm::create(config.console(writer)).unwrap().start().unwrap();
         assert_eq!(output.next(), b'B');
-        // The second vCPU's thread, and the device's, come to it in their own time.
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        (vm, filters())
+        vm
     };
     for (seccomp, vcpus) in [(true, base + 1), (false, base)] {
-        let (vm, threads) = start(seccomp);
-        let of = |name: &str| {
-            let named = threads.iter().filter(|thread| thread.0.starts_with(name));
-            named.map(|thread| thread.1).collect::<Vec<_>>()
+        let vm = start(seccomp);
+        // The second vCPU's thread, and the device's, come to it in their own time.
+        let begin = Instant::now();
+        let threads = loop {
+            let threads = filters();
+            let of = |name: &str| {
+                let named = threads.iter().filter(|thread| thread.0.starts_with(name));
+                named.map(|thread| thread.1).collect::<Vec<_>>()
+            };
+            if of("dormouse-vcpu") == [vcpus; 2] && of("dormouse-device") == [base + 1] {
+                break threads;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{threads:?}");
+            sleep(Duration::from_millis(1));
         };
-        assert_eq!(of("dormouse-vcpu"), [vcpus, vcpus], "{threads:?}");
-        assert_eq!(of("dormouse-device"), [base + 1], "{threads:?}");
         // KVM has a thread of its own in a VM's process, which never leaves the kernel.
         let ours = |name: &str| name.starts_with("dormouse-") || name.starts_with("kvm-");
         let others = threads.iter().filter(|thread| !ours(&thread.0));

@@ -29,6 +29,10 @@ pub(crate) const RESET_VALUE: u8 = 1;
 /// The sleep type of S5, "soft off", in the package `_S5`.
 pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 
+/// The device that has the VM's generation, and what it is notified with when that changed.
+const GENERATION: &str = "VGEN";
+const GENERATION_CHANGED: u8 = 0x80;
+
 /// IA-PC boot architecture flags (ACPI 6.5 table 5.11): what a guest must not look for. The bits
 /// for legacy devices and for a keyboard controller stay clear.
 const NO_VGA: u16 = 1 << 2;
@@ -123,6 +127,8 @@ fn dsdt(vcpus: u8, virtio_devices: u32) -> Sdt {
         device(&mut dsdt, &format!("V{id:03X}"), &objects);
     }
 
+    generation(&mut dsdt);
+
     // ACPI 6.5 §8.4: the MADT's entry of the same _UID has the processor's APIC id.
     for id in 0..vcpus {
         device(&mut dsdt, &format!("C{id:03X}"), &[("_HID", &"ACPI0007"), ("_UID", &id)]);
@@ -133,11 +139,46 @@ fn dsdt(vcpus: u8, virtio_devices: u32) -> Sdt {
     dsdt
 }
 
+/// The VM's generation, and the event that says that it changed. Sources: "Virtual Machine
+/// Generation ID" (Microsoft, 2012); ACPI 6.5 §5.6.9, interrupt-signalled events.
+fn generation(dsdt: &mut Sdt) {
+    let address = layout::VM_GENERATION.0;
+    let address = (address as u32, (address >> 32) as u32);
+    let address = aml::Package::new(vec![&address.0, &address.1]);
+    // The paper's name, by which guests find it; Linux knows both.
+    let compatible = aml::Package::new(vec![&"VM_Gen_Counter", &"VMGENCTR"]);
+    let objects: [(&str, &dyn Aml); 4] = [
+        ("_HID", &"DORM0001"),
+        ("_CID", &compatible),
+        ("_DDN", &"VM_Gen_Counter"),
+        ("ADDR", &address),
+    ];
+    device(dsdt, GENERATION, &objects);
+
+    let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_IRQ);
+    let interrupt = ResourceTemplate::new(vec![&interrupt]);
+    let generation = aml::Path::new(GENERATION);
+    let notify = aml::Notify::new(&generation, &GENERATION_CHANGED);
+    let (event, ours) = (aml::Arg(0), layout::EVENT_IRQ);
+    let is_ours = aml::Equal::new(&event, &ours);
+    let when_ours = aml::If::new(&is_ours, vec![&notify]);
+    let handler = aml::Method::new("_EVT".into(), 1, true, vec![&when_ours]);
+    let objects: [(&str, &dyn Aml); 3] =
+        [("_HID", &"ACPI0013"), ("_UID", &aml::ZERO), ("_CRS", &interrupt)];
+    device_with(dsdt, "EVNT", &objects, &[&handler]);
+}
+
 /// Adds a device under `\_SB` with these named objects.
 fn device(table: &mut Sdt, name: &str, objects: &[(&str, &dyn Aml)]) {
+    device_with(table, name, objects, &[]);
+}
+
+/// The same, with methods.
+fn device_with(table: &mut Sdt, name: &str, objects: &[(&str, &dyn Aml)], methods: &[&dyn Aml]) {
     let objects: Vec<aml::Name> =
         objects.iter().map(|(name, value)| aml::Name::new((*name).into(), *value)).collect();
-    let objects = objects.iter().map(|object| object as &dyn Aml).collect();
+    let objects = objects.iter().map(|object| object as &dyn Aml);
+    let objects = objects.chain(methods.iter().copied()).collect();
     let device = aml::Device::new(name.into(), objects);
     aml::Scope::new("_SB_".into(), vec![&device]).to_aml_bytes(table);
 }

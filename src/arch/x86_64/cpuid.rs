@@ -7,7 +7,8 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-use crate::config::{CpuTemplate, CpuidRegister};
+use super::features::register_of;
+use crate::config::CpuTemplate;
 
 /// Leaf 1, ECX: the local APIC's timer takes TSC deadlines. KVM does it with its own local APIC,
 /// and leaves it to the VMM to say so.
@@ -38,6 +39,7 @@ pub(crate) fn for_vcpu(
     let amd = entries.iter().any(|entry| entry.function == 0 && is_amd(entry));
     let topology = Topology { id: u32::from(id), count: u32::from(count), amd };
     hide_unusable_amx(&mut entries);
+    hide_shadow_stacks(&mut entries);
     for leaf in [0xb, 0x1f] {
         if leaf <= max_leaf {
             entries.extend(topology.extended_topology(leaf));
@@ -56,12 +58,7 @@ fn apply(template: &CpuTemplate, entries: &mut [kvm_cpuid_entry2]) {
             entry.function == change.leaf && entry.index == change.subleaf
         };
         for entry in entries.iter_mut().filter(same) {
-            let register = match change.register {
-                CpuidRegister::Eax => &mut entry.eax,
-                CpuidRegister::Ebx => &mut entry.ebx,
-                CpuidRegister::Ecx => &mut entry.ecx,
-                CpuidRegister::Edx => &mut entry.edx,
-            };
+            let register = register_of(entry, change.register);
             *register = (*register & !change.clear) | change.set;
         }
     }
@@ -93,6 +90,16 @@ fn hide_unusable_amx(entries: &mut [kvm_cpuid_entry2]) {
         for entry in entries.iter_mut().filter(|entry| entry.function == 7 && entry.index == 0) {
             entry.edx &= !AMX;
         }
+    }
+}
+
+/// Shadow stacks (leaf 7, ECX bit 7): the pointer to the one in use is in no structure that a VM's
+/// state is made of, but in a register of KVM_GET_ONE_REG alone, from Linux 6.18 on. A guest that
+/// was restored without it would die of its next return.
+fn hide_shadow_stacks(entries: &mut [kvm_cpuid_entry2]) {
+    const SHADOW_STACKS: u32 = 1 << 7;
+    for entry in entries.iter_mut().filter(|entry| entry.function == 7 && entry.index == 0) {
+        entry.ecx &= !SHADOW_STACKS;
     }
 }
 
@@ -156,6 +163,7 @@ impl Topology {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::CpuidRegister;
 
     fn host() -> CpuId {
         let entry = |function, eax, ebx, ecx, edx| kvm_cpuid_entry2 {
@@ -170,7 +178,7 @@ mod tests {
             entry(0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65),
             entry(1, 0, 0x0710_0800, 1 << 21, HTT),
             entry(4, 0xfc1f_c143, 0, 0, 0),
-            entry(7, 0, 1 << 16, 0, 0),
+            entry(7, 0, 1 << 16, 1 << 7, 0),
             entry(0xb, 1, 2, 0x100, 7),
             entry(0x8000_0008, 0, 0, 0xffff, 0),
         ])
@@ -198,6 +206,12 @@ mod tests {
         assert_eq!(leaf(&entries, 1, 0).edx & HTT, 0);
         assert_eq!(leaf(&entries, 0xb, 1).eax, 0);
         assert_eq!(leaf(&entries, 4, 0).eax >> 14, 0);
+    }
+
+    #[test]
+    fn what_a_restore_would_lose_is_not_shown() {
+        let entries = for_vcpu(&host(), 0, 1, &CpuTemplate::default());
+        assert_eq!(leaf(&entries, 7, 0).ecx & 1 << 7, 0, "shadow stacks");
     }
 
     #[test]

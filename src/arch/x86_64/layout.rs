@@ -6,6 +6,7 @@
 //!         0x7000   boot_params                       |  the first 640 KiB
 //!         0x9000   page tables of the 64-bit entry   |
 //!        0x20000   kernel command line              /
+//!        0xdf000   the VM's generation, in a page of its own
 //!        0xe0000   ACPI tables, the RSDP first
 //!        0xffff0   reset vector
 //!       0x100000   RAM: the kernel; the initramfs at the end
@@ -33,6 +34,10 @@ pub(crate) const PD: GuestAddress = GuestAddress(0xb000);
 pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 /// The end of conventional memory; what follows is not RAM for the guest.
 pub(crate) const LOW_RAM_END: u64 = 0x9_fc00;
+/// The VM's generation, 16 bytes: in RAM, in a page that the guest's memory map reserves and that
+/// has nothing else, as "Virtual Machine Generation ID" asks for. It does not begin the page,
+/// because a PC's option ROMs are looked for at each 2 KiB from here on down.
+pub(crate) const VM_GENERATION: GuestAddress = GuestAddress(0xd_f028);
 /// The ACPI tables, in the area that a guest scans for the RSDP.
 pub(crate) const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// Where a PC's firmware begins after a reset, in real mode: f000:fff0.
@@ -64,6 +69,9 @@ const VIRTIO_FIRST_IRQ: u32 = 5;
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_PORT_COUNT: u8 = 8;
 pub(crate) const SERIAL_IRQ: u32 = 4;
+/// What ACPI tells the guest of by an interrupt (the Generic Event Device): the line of a second
+/// serial port, which there is not.
+pub(crate) const EVENT_IRQ: u32 = 3;
 /// Keyboard controller, of which only the reset line is there: ports 0x60 to 0x64.
 pub(crate) const I8042_PORT: u16 = 0x60;
 pub(crate) const I8042_PORT_COUNT: u8 = 5;
@@ -98,6 +106,21 @@ pub(crate) fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_generation_has_a_reserved_page_to_itself() {
+        let page = VM_GENERATION.0 & !0xfff;
+        assert!(VM_GENERATION.0.is_multiple_of(8) && VM_GENERATION.0 + 16 <= page + 0x1000);
+        assert!(page >= LOW_RAM_END && page + 0x1000 <= ACPI.0);
+    }
+
+    #[test]
+    fn no_two_devices_have_one_interrupt() {
+        let virtio: Vec<u32> = (0..19).map(virtio_irq).collect();
+        assert!(!virtio.contains(&SERIAL_IRQ) && !virtio.contains(&EVENT_IRQ));
+        assert_ne!(SERIAL_IRQ, EVENT_IRQ);
+        assert!(virtio.iter().all(|irq| *irq < 24), "the IOAPIC has so many inputs");
+    }
 
     #[test]
     fn ram_leaves_the_hole_to_devices_and_loses_nothing() {

@@ -3,6 +3,7 @@
 pub(crate) mod acpi;
 pub(crate) mod boot_params;
 pub(crate) mod cpuid;
+pub(crate) mod features;
 pub(crate) mod firmware;
 pub(crate) mod layout;
 pub(crate) mod msr;

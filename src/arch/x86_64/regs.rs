@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn the_first_gib_is_mapped_one_to_one() {
-        let ram = GuestRam::anonymous(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+        let ram = GuestRam::fresh(&[(GuestAddress(0), 0x10_0000)]).unwrap();
         Entry::Linux64 { address: 0x100_0000 }.write_tables(&ram).unwrap();
         let read = |address: u64| ram.inner().read_obj::<u64>(GuestAddress(address)).unwrap();
         assert_eq!(read(0x9000), 0xa003);

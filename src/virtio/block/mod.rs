@@ -7,6 +7,7 @@
 
 mod pending;
 mod request;
+mod saving;
 
 use std::io;
 use std::sync::Arc;
@@ -47,7 +48,7 @@ const LIMITER: usize = 1;
 /// The device.
 #[derive(Debug)]
 pub(crate) struct Block {
-    /// `None` once the VM is over.
+    /// `None` once the VM is over, and while the disk of a paused one is saved.
     disk: Option<Disk>,
     io: Arc<FileIo>,
     sectors: u64,

@@ -24,7 +24,7 @@ const STATUS: u64 = 0xf00;
 
 pub(super) fn ram() -> GuestRam {
     let ranges = RAM.map(|(start, len)| (GuestAddress(start), len));
-    GuestRam::anonymous(&ranges).expect("some RAM")
+    GuestRam::fresh(&ranges).expect("some RAM")
 }
 
 pub(super) fn interrupt() -> Arc<Interrupt> {

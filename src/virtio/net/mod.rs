@@ -22,10 +22,11 @@ use self::header::{
 pub(crate) use self::passt::Passt;
 pub(crate) use self::stream::Stream;
 use super::{
-    Answer, Chain, DeviceState, DeviceType, QueueError, Queues, RateLimiter, RestoreError, Served,
-    Source, VirtioDevice,
+    Answer, Chain, ConfigSpace, DeviceState, DeviceType, QueueError, Queues, RateLimiter,
+    RestoreError, Served, Source, VirtioDevice,
 };
 use crate::config::{MacAddress, NetConfig, RateLimit};
+use crate::memory::GuestRam;
 use crate::metrics::{DeviceMetrics, NetMetrics};
 
 /// Queues (§5.1.2).
@@ -43,6 +44,8 @@ pub(crate) struct Net {
     receive_limiter: RateLimiter,
     transmit_limiter: RateLimiter,
     mac: MacAddress,
+    /// The address of the configuration, if that has one.
+    own_mac: Option<MacAddress>,
     mtu: Option<u16>,
     link_up: bool,
     /// What the driver has chosen.
@@ -69,6 +72,7 @@ impl Net {
             receive_limiter: RateLimiter::new(config.receive_limit)?,
             transmit_limiter: RateLimiter::new(config.transmit_limit)?,
             mac,
+            own_mac: config.mac,
             mtu: config.mtu,
             link_up,
             features: 0,
@@ -232,15 +236,20 @@ impl VirtioDevice for Net {
         DeviceState::Net { mac: self.mac, link_up: self.link_up }
     }
 
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
-        match state {
-            DeviceState::Net { mac, link_up } => {
-                self.mac = *mac;
-                // What the driver was told last; the first turn tells it what has changed.
-                self.link_up = *link_up;
-                Ok(())
-            }
-            _ => Err(RestoreError::Device),
+    /// An address that the configuration gives is the interface's, whatever its driver knows:
+    /// a clone may get another one. A driver is told, but Linux's reads the address when it begins
+    /// and never again: there the guest has to set it (`ip link set dev eth0 address …`). The
+    /// link is what the back end is.
+    fn restore(&mut self, state: &DeviceState, _: &GuestRam) -> Result<ConfigSpace, RestoreError> {
+        let DeviceState::Net { mac, link_up } = *state else { return Err(RestoreError::Device) };
+        self.mac = self.own_mac.unwrap_or(mac);
+        self.link_up = self.backend.is_up();
+        if self.link_up != link_up {
+            self.metrics.link_changes += 1;
+        }
+        match (self.mac, self.link_up) == (mac, link_up) {
+            true => Ok(ConfigSpace::Same),
+            false => Ok(ConfigSpace::Changed),
         }
     }
 }

@@ -19,7 +19,7 @@ const RAM_BYTES: usize = 256 << 20;
 
 thread_local! {
     static RAM: Arc<GuestRam> =
-        Arc::new(GuestRam::anonymous(&[(GuestAddress(0), RAM_BYTES)]).unwrap());
+        Arc::new(GuestRam::fresh(&[(GuestAddress(0), RAM_BYTES)]).unwrap());
     /// Pages are given out and never taken back: a test is short.
     static NEXT_PAGE: Cell<u64> = const { Cell::new(1) };
     /// What the drivers have got back, and the device must not touch any more.

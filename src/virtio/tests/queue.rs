@@ -84,7 +84,7 @@ struct Model {
 impl Driver {
     /// A driver, and the queue that it shares with a device.
     fn new(power: u8, event_idx: bool, first: u16) -> (Self, VirtQueue) {
-        let (ram, size) = (GuestRam::anonymous(&[(GuestAddress(0), RAM_BYTES)]), 1u16 << power);
+        let (ram, size) = (GuestRam::fresh(&[(GuestAddress(0), RAM_BYTES)]), 1u16 << power);
         let (ram, line) = (Arc::new(ram.unwrap()), EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let interrupt = Arc::new(Interrupt::new(line));
         let mut queue = VirtQueue::new(MAX_SIZE, Arc::clone(&interrupt)).unwrap();

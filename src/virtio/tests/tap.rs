@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::Command;
 
+use virtio_drivers::transport::Transport;
 use vm_memory::GuestAddress;
 
 use super::driver::{TestTransport, ram};
@@ -219,6 +220,53 @@ fn a_tap_that_goes_down_comes_back_and_is_removed_takes_the_link_with_it() {
             assert_eq!((metrics.tx_frames, metrics.tx_dropped), (3, 107));
         },
     );
+}
+
+/// Whether the kernel leaves checksums of frames to the tap's reader (ETHTOOL_GTXCSUM).
+fn leaves_checksums(name: &str) -> bool {
+    const ETHTOOL_GTXCSUM: u32 = 0x16;
+    let socket = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+    let mut value = [ETHTOOL_GTXCSUM, 0];
+    // SAFETY: all-zero is an ifreq; the request writes to `value`, which is an ethtool_value.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+        checked(libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as libc::c_ulong, &request));
+    }
+    value[1] != 0
+}
+
+#[test]
+fn a_restored_interface_has_its_offloads_on_another_tap() {
+    in_a_network_of_its_own("a_restored_interface_has_its_offloads_on_another_tap", || {
+        const F_GUEST_CSUM: u64 = 1 << 1;
+        let first = net(Tap::open("dm0").unwrap());
+        set_up("dm0", true);
+        let (transport, used) = TestTransport::with_handle(first);
+        let mut driver = RawDriver::over(transport.with_features(F_GUEST_CSUM), 1);
+        assert!(leaves_checksums("dm0"));
+        used.pause();
+        let state = used.state();
+
+        // The new tap is down when the state comes, and up when the guest goes on.
+        let (transport, restored) = TestTransport::with_handle(net(Tap::open("dm1").unwrap()));
+        assert!(!leaves_checksums("dm1"));
+        restored.restore(&state).unwrap();
+        assert!(leaves_checksums("dm1"));
+        assert_eq!(transport.read_config_space::<u16>(6), Ok(0), "the link is down");
+        driver.transport = transport;
+        set_up("dm1", true);
+        restored.resume();
+        let wire = Wire::new("dm1");
+        ram().write(&[0; 12], GuestAddress(BUFFERS)).unwrap();
+        ram().write(&marked(7, 1000), GuestAddress(BUFFERS + 12)).unwrap();
+        driver.submit(&[Raw(BUFFERS, 1012, 0, 0)]);
+        assert_eq!(wire.receive(), marked(7, 1000));
+        assert_eq!(driver.transport.read_config_space::<u16>(6), Ok(1), "the link is up");
+    });
 }
 
 #[test]

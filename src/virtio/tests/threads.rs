@@ -154,7 +154,7 @@ fn sleep_on(event: &EventFd, what: &str) {
 #[test]
 fn no_doorbell_and_no_interrupt_is_lost_between_two_threads() {
     const REQUESTS: usize = 200_000;
-    let ram = Arc::new(GuestRam::anonymous(&[(GuestAddress(0), 0x10000)]).unwrap());
+    let ram = Arc::new(GuestRam::fresh(&[(GuestAddress(0), 0x10000)]).unwrap());
     for slot in 0..u64::from(SIZE) {
         // One byte to write to.
         let descriptor = [&0x8000u64.to_le_bytes()[..], &[1, 0, 0, 0, 2, 0, 0, 0]].concat();

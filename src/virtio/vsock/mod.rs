@@ -23,9 +23,11 @@ pub(crate) use self::connection::{ACCEPTED, REFUSED};
 use self::muxer::Muxer;
 pub(crate) use self::muxer::{NO_PORT, OpenError};
 use super::{
-    Answer, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served, Source, VirtioDevice,
+    Answer, ConfigSpace, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served, Source,
+    VirtioDevice,
 };
 use crate::config::VsockConfig;
+use crate::memory::GuestRam;
 use crate::metrics::DeviceMetrics;
 
 /// The queues.
@@ -45,8 +47,9 @@ enum TransportReset {
     Known,
     /// It has to be told, before anything else.
     Owed,
-    /// It was told, and has not looked at it yet.
-    Told,
+    /// It was told when it had given so many buffers for events (modulo 65,536), and knows when
+    /// it gives the next one: drivers give a buffer back when they have dealt with its event.
+    Told { given: u16 },
 }
 
 /// The device.
@@ -153,25 +156,28 @@ impl Vsock {
         Ok(served)
     }
 
-    /// Tells a guest that was restored that its connections are gone.
+    /// Tells a guest that was restored that its connections are gone, as soon as it has a buffer
+    /// for that, and sees whether it knows. The doorbell alone does not say so: it also rings
+    /// when the VM goes on.
     fn tell_reset(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
         let ram = queues.ram();
-        match self.reset {
-            TransportReset::Known => {}
-            TransportReset::Owed => {
-                let Some(event) = queues.get(EVENT) else { return Ok(()) };
-                let Some(chain) = event.next(ram)? else {
-                    event.wait_for_more(ram)?;
-                    return Ok(());
-                };
-                let written = chain.writable.copy_from(&EVENT_TRANSPORT_RESET.to_le_bytes());
-                event.add_used(ram, chain.head, written as u32)?;
+        let Some(event) = queues.get(EVENT) else { return Ok(()) };
+        if self.reset == TransportReset::Owed {
+            // Before the guest can have answered.
+            let given = event.given(ram)?;
+            let Some(chain) = event.next(ram)? else {
                 event.wait_for_more(ram)?;
-                event.signal(ram)?;
-                self.reset = TransportReset::Told;
-            }
-            // The buffer is back: the guest has read it.
-            TransportReset::Told => self.reset = TransportReset::Known,
+                return Ok(());
+            };
+            let written = chain.writable.copy_from(&EVENT_TRANSPORT_RESET.to_le_bytes());
+            event.add_used(ram, chain.head, written as u32)?;
+            event.signal(ram)?;
+            self.reset = TransportReset::Told { given };
+        }
+        if let TransportReset::Told { given } = self.reset
+            && event.wait_beyond(ram, given)?
+        {
+            self.reset = TransportReset::Known;
         }
         Ok(())
     }
@@ -231,12 +237,13 @@ impl VirtioDevice for Vsock {
 
     /// Connections do not outlive a snapshot. The host's ports go on from where they were, so
     /// that no new connection is taken for one that the guest still believes in.
-    fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError> {
+    fn restore(&mut self, state: &DeviceState, _: &GuestRam) -> Result<ConfigSpace, RestoreError> {
         let DeviceState::Vsock { last_port } = state else { return Err(RestoreError::Device) };
         self.muxer.last_port = *last_port;
         if self.active {
             self.reset = TransportReset::Owed;
         }
-        Ok(())
+        // A driver reads its CID again when it is told of the reset.
+        Ok(ConfigSpace::Same)
     }
 }

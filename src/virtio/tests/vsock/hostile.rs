@@ -4,6 +4,9 @@ use std::io::{ErrorKind as Io, Read, Write};
 use std::net::Shutdown;
 use std::time::Duration;
 
+use vm_memory::{Bytes, GuestAddress};
+
+use super::super::driver::ram;
 use super::*;
 use crate::error::ErrorKind;
 
@@ -325,15 +328,19 @@ fn a_restored_guest_is_told_of_the_reset_before_anything_else() {
     // The same driver, on a device that knows its state only.
     let (transport, restored, vsock) = device(&VsockConfig::default());
     restored.restore(&state).unwrap();
-    restored.pause();
     let connecting = vsock.begin_connect(7).unwrap();
     guest.transport = transport;
-    restored.resume();
-    for queue in 0..3 {
-        guest.transport.notify(queue);
+    assert!(restored.resume(), "it was paused, so that its doorbells are rung again");
+    // The guest is paused again before it looks at the event, and goes on.
+    for _ in 0..2 {
+        for queue in 0..3 {
+            guest.transport.notify(queue);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(guest.try_receive(), None, "it has not looked at the event yet");
+        restored.pause();
+        restored.resume();
     }
-    std::thread::sleep(Duration::from_millis(20));
-    assert_eq!(guest.try_receive(), None, "it was not told yet");
     let event = guest.event.poll(&mut guest.transport, |bytes| Ok(Some(bytes.to_vec())));
     assert_eq!(event.unwrap().unwrap(), [0; 4]);
     guest.transport.notify(2);
@@ -343,6 +350,41 @@ fn a_restored_guest_is_told_of_the_reset_before_anything_else() {
     let _stream = connecting.finish_timeout(PATIENCE).unwrap();
     guest.send(&Packet::data(1, 9, b"old"));
     guest.expect(RST);
+}
+
+#[test]
+fn a_restored_guest_without_buffers_for_events_is_told_when_it_has_one() {
+    let (guest, handle, _) = guest();
+    handle.pause();
+    let state = handle.state();
+    // As if the device had used all sixteen, and the driver had not given them back.
+    let mut used_up = state.clone();
+    used_up.queues[2].next_avail = 16;
+    let (transport, restored, vsock) = device(&VsockConfig::default().guest_cid(77));
+    restored.restore(&used_up).unwrap();
+    let mut guest = RawGuest { transport, ..guest };
+    let connecting = vsock.begin_connect(7).unwrap();
+    restored.resume();
+    (0..3).for_each(|queue| guest.transport.notify(queue));
+    assert_eq!(guest.try_receive(), None);
+    assert_eq!(guest.transport.read_config_space::<u64>(0), Ok(77), "a clone may get another CID");
+
+    // A seventeenth buffer: the driver's queue is not asked, since the device's place is not its.
+    let avail = state.queues[2].available_ring;
+    let give = |count: u16| {
+        ram().write(&count.to_le_bytes(), GuestAddress(avail + 2)).unwrap();
+    };
+    give(17);
+    guest.transport.notify(2);
+    let used: u16 = ram().inner().read_obj(GuestAddress(state.queues[2].used_ring + 2)).unwrap();
+    assert_eq!(used, 1, "it was told");
+    guest.transport.notify(2);
+    assert_eq!(guest.try_receive(), None, "a doorbell alone says nothing");
+    give(18);
+    guest.transport.notify(2);
+    let request = guest.expect(REQUEST);
+    assert_eq!((request.dst_cid, request.dst_port), (77, 7));
+    drop(connecting);
 }
 
 #[test]

@@ -1,0 +1,181 @@
+//! What a restored VM gets of this host, in place of what the snapshot's VM had.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use super::{ConfigError, ConsoleOutput, MachineConfig, NetConfig};
+
+/// How a snapshot becomes a VM. What is not set is as it was: the clone has the devices of the
+/// VM that was saved, the same network interfaces and vsock path, no console writer, and disks
+/// whose writes are its own.
+///
+/// ```
+/// use dormouse::{NetConfig, RestoreOptions};
+///
+/// let options = RestoreOptions::new()
+///     .console(std::io::stderr())
+///     .disk_delta(0, "vm-7.delta")
+///     .network(0, NetConfig::tap("tap7"));
+/// ```
+#[derive(Clone, Debug)]
+pub struct RestoreOptions {
+    console: Option<ConsoleOutput>,
+    pub(crate) disks: BTreeMap<usize, DiskOverride>,
+    networks: BTreeMap<usize, NetConfig>,
+    pub(crate) vsock_socket: Option<PathBuf>,
+    seccomp: Option<bool>,
+    kvm_device: Option<PathBuf>,
+    pub(crate) clock: Clock,
+    pub(crate) populate: bool,
+    pub(crate) outside_paths: bool,
+}
+
+/// Where a clone's disk is.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DiskOverride {
+    pub(crate) base: Option<PathBuf>,
+    pub(crate) delta: Option<PathBuf>,
+}
+
+/// What a restored guest's clocks say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clock {
+    /// The guest slept: its clocks went on. `date` is right at the first instruction, CLOCK_MONOTONIC
+    /// is later by the time that the VM was suspended, and timers that are due have run out.
+    #[default]
+    Advance,
+    /// The guest was frozen: its clocks go on where they stopped. No timer is early; the wall
+    /// clock is late by the time that the VM was suspended, until somebody in the guest sets it.
+    Freeze,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self {
+            console: None,
+            disks: BTreeMap::new(),
+            networks: BTreeMap::new(),
+            vsock_socket: None,
+            seccomp: None,
+            kvm_device: None,
+            clock: Clock::default(),
+            populate: true,
+            outside_paths: false,
+        }
+    }
+}
+
+impl RestoreOptions {
+    /// Everything as it was.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Copies the console's output to a writer, as
+    /// [`VmConfig::console`](crate::VmConfig::console) does.
+    #[must_use]
+    pub fn console(mut self, writer: impl Write + Send + 'static) -> Self {
+        self.console = Some(ConsoleOutput(Arc::new(Mutex::new(writer))));
+        self
+    }
+
+    pub(crate) fn console_output(mut self, output: Option<ConsoleOutput>) -> Self {
+        self.console = output;
+        self
+    }
+
+    /// The file that a disk stands on is at another place now. Disks are counted from 0. It has
+    /// to be the same file, byte for byte: its size is checked.
+    #[must_use]
+    pub fn disk_base(mut self, index: usize, path: impl Into<PathBuf>) -> Self {
+        self.disks.entry(index).or_default().base = Some(path.into());
+        self
+    }
+
+    /// What this VM writes to a disk goes to this file, which is created; without it, to a file
+    /// without a name in the folder for temporary files, and is gone with the VM.
+    #[must_use]
+    pub fn disk_delta(mut self, index: usize, path: impl Into<PathBuf>) -> Self {
+        self.disks.entry(index).or_default().delta = Some(path.into());
+        self
+    }
+
+    /// Connects a network interface otherwise: another tap, another hardware address. Interfaces
+    /// are counted from 0. A guest that runs has read its address before: it learns of a new one
+    /// by an interrupt, and Linux takes it when the driver binds again.
+    #[must_use]
+    pub fn network(mut self, index: usize, network: NetConfig) -> Self {
+        self.networks.insert(index, network);
+        self
+    }
+
+    /// Another path for the vsock device's UNIX socket: two VMs cannot have one.
+    #[must_use]
+    pub fn vsock_unix_socket(mut self, path: impl Into<PathBuf>) -> Self {
+        self.vsock_socket = Some(path.into());
+        self
+    }
+
+    /// What the guest's clocks say; [`Clock::Advance`] unless set.
+    #[must_use]
+    pub fn clock(mut self, clock: Clock) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Whether the pages that such a VM wrote first the last time are made its own before it
+    /// runs: 2 µs each instead of some 6 at a fault. On unless set.
+    #[must_use]
+    pub fn populate(mut self, on: bool) -> Self {
+        self.populate = on;
+        self
+    }
+
+    /// Whether the snapshot may name files outside of its directory: the disks that it stands
+    /// on, and the path of a UNIX socket. Off unless set, because whoever wrote the snapshot would
+    /// choose what the guest gets of this host; a place that is given here needs no leave.
+    #[must_use]
+    pub fn outside_paths(mut self, on: bool) -> Self {
+        self.outside_paths = on;
+        self
+    }
+
+    /// As [`VmConfig::seccomp`](crate::VmConfig::seccomp).
+    #[must_use]
+    pub fn seccomp(mut self, on: bool) -> Self {
+        self.seccomp = Some(on);
+        self
+    }
+
+    /// The KVM device node, where it is not `/dev/kvm`.
+    #[must_use]
+    pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
+        self.kvm_device = Some(path.into());
+        self
+    }
+
+    /// Changes a saved configuration, but for its disks.
+    pub(crate) fn apply(&self, config: &mut MachineConfig) -> Result<(), ConfigError> {
+        config.console_writer = self.console.clone();
+        for (&index, network) in &self.networks {
+            let count = config.networks.len();
+            let slot = config.networks.get_mut(index);
+            *slot.ok_or(ConfigError::NoNetwork { index, count })? = network.clone();
+        }
+        if let Some(path) = &self.vsock_socket {
+            let vsock = config.vsock.as_mut().ok_or(ConfigError::NoVsock)?;
+            vsock.unix_socket = Some(path.clone());
+        }
+        if let Some(on) = self.seccomp {
+            config.seccomp = on;
+        }
+        // Whoever wrote the snapshot does not choose the device.
+        config.kvm_device = match &self.kvm_device {
+            Some(path) => path.clone(),
+            None => MachineConfig::default().kvm_device,
+        };
+        Ok(())
+    }
+}

@@ -1,0 +1,176 @@
+//! Saving a disk: a copy of its file, or one delta of all that lies over it.
+//!
+//! A file system that can share blocks (FICLONE: btrfs, XFS) does; elsewhere the kernel copies
+//! what is no hole (copy_file_range), and where it cannot, we do. The copy is then read once for its
+//! checksums, from the page cache that it was just written to. Nothing is synced to the disk here.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::{copy_file_range, ioctl_ficlone};
+
+use super::checksums::{Checksums, Failed};
+use super::delta::Delta;
+use super::saved::{Base, SavedDisk};
+use super::{Disk, extents};
+use crate::disk::DiskError;
+
+/// What is copied between two looks at whether to go on.
+const PIECE_BYTES: u64 = 4 << 20;
+/// Zeros of this length become a hole where we copy ourselves.
+const BLOCK_BYTES: usize = 4096;
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Called with each number of bytes that were copied or read; says whether to go on.
+pub(crate) type Progress<'a> = dyn FnMut(u64) -> ControlFlow<()> + 'a;
+
+impl Disk {
+    /// Leaves the disk where it is, for a guest that sleeps; what would be gone with the disk is
+    /// saved.
+    ///
+    /// # Errors
+    ///
+    /// As [`save`](Self::save).
+    pub(crate) fn leave(
+        &self,
+        to: &Path,
+        progress: &mut Progress<'_>,
+    ) -> Result<SavedDisk, DiskError> {
+        let has_name = self.delta.as_ref().is_none_or(|delta| delta.has_name());
+        if self.read_only || !self.frozen.is_empty() || !has_name {
+            return self.save(to, progress);
+        }
+        let failed = |source| DiskError::Save { path: to.to_owned(), source };
+        // The guest's last write is in its time of modification.
+        let metadata = self.file.metadata().map_err(failed)?;
+        let facts = super::facts(&metadata, self.facts.bytes);
+        let path = fs::canonicalize(&self.path).map_err(failed)?;
+        Ok(SavedDisk::Left { base: Base { path, facts } })
+    }
+
+    /// Saves the disk as it is now: what the guest wrote is complete, flushed or not. No request
+    /// may be under way, and none may come meanwhile.
+    ///
+    /// A disk without deltas that the guest writes to becomes a copy of its file at `to`; what
+    /// lies over a file becomes one delta at `to`. Of a file that the guest only reads there is
+    /// nothing to save. Costs a reading of what is saved, and its writing where blocks cannot be
+    /// shared. The file at `to` is new, and there only if this succeeds; it is the caller's to
+    /// sync.
+    ///
+    /// # Errors
+    ///
+    /// `to` exists, there is no room, or `progress` breaks off.
+    pub(crate) fn save(
+        &self,
+        to: &Path,
+        progress: &mut Progress<'_>,
+    ) -> Result<SavedDisk, DiskError> {
+        let failed = |source| DiskError::Save { path: to.to_owned(), source };
+        let base = || -> Result<Base, DiskError> {
+            // It may have lost its name, or be about to be used from another folder.
+            let path = fs::canonicalize(&self.path).or_else(|_| std::path::absolute(&self.path));
+            Ok(Base { path: path.map_err(failed)?, facts: self.facts })
+        };
+        if !self.has_deltas() && self.read_only {
+            return Ok(SavedDisk::ReadOnly { base: base()? });
+        }
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true).open(to).map_err(failed)?;
+        let saved = match self.has_deltas() {
+            true => self.save_deltas(&file, progress),
+            false => self.save_file(&file, progress),
+        };
+        let saved = saved.and_then(|()| Checksums::of(&file, progress));
+        let data = saved.map_err(|error| {
+            let _ = fs::remove_file(to);
+            match error {
+                Failed::Interrupted => DiskError::Interrupted,
+                Failed::Io(error) => failed(error),
+            }
+        })?;
+        match self.has_deltas() {
+            true => Ok(SavedDisk::Delta { base: base()?, data }),
+            false => Ok(SavedDisk::Raw { data }),
+        }
+    }
+
+    fn save_file(&self, to: &File, progress: &mut Progress<'_>) -> Result<(), Failed> {
+        if ioctl_ficlone(to, &self.file).is_ok() {
+            return Ok(());
+        }
+        to.set_len(self.facts.bytes)?;
+        copy((&self.file, 0), (to, 0), self.facts.bytes, progress)
+    }
+
+    /// Merges all deltas into one.
+    fn save_deltas(&self, to: &File, progress: &mut Progress<'_>) -> Result<(), Failed> {
+        let mut merged = Delta::create(to.try_clone()?, self.sectors)?;
+        let deltas = self.deltas();
+        let mut used: Vec<(u64, u64)> = deltas.iter().flat_map(|delta| delta.used()).collect();
+        used.sort_unstable();
+        used.dedup();
+        let end = self.sectors * super::SECTOR_BYTES;
+        for (offset, len) in used {
+            let mut at = offset;
+            for piece in self.pieces(offset, len.min(end.saturating_sub(offset))) {
+                if let Some(delta) = piece.delta {
+                    copy(delta.place(at), merged.place(at), piece.len, progress)?;
+                    merged.mark(at, piece.len);
+                }
+                at += piece.len;
+            }
+        }
+        Ok(merged.write_bitmap()?)
+    }
+}
+
+/// Copies `len` bytes from a place in one file to a place of another that is zeros so far.
+fn copy(
+    (from, source): (&File, u64),
+    (to, target): (&File, u64),
+    len: u64,
+    progress: &mut Progress<'_>,
+) -> Result<(), Failed> {
+    let (mut at, end) = (source, source + len);
+    let mut by_kernel = true;
+    while let Some(data) = extents::next(from, at, end)? {
+        at = data.start;
+        while at < data.end {
+            let len = (data.end - at).min(PIECE_BYTES);
+            let done = copy_some((from, at), (to, target + (at - source)), len, &mut by_kernel)?;
+            at += done;
+            if progress(done) == ControlFlow::Break(()) {
+                return Err(Failed::Interrupted);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Copies some of `len` bytes, and says how many.
+fn copy_some(
+    (from, mut source): (&File, u64),
+    (to, mut target): (&File, u64),
+    len: u64,
+    by_kernel: &mut bool,
+) -> io::Result<u64> {
+    if *by_kernel {
+        let (at, into) = (Some(&mut source), Some(&mut target));
+        match copy_file_range(from, at, to, into, len as usize) {
+            Ok(done) if done > 0 => return Ok(done as u64),
+            // Between two kinds of file systems, or from a block device.
+            _ => *by_kernel = false,
+        }
+    }
+    let mut buffer = vec![0; BUFFER_BYTES.min(len as usize)];
+    from.read_exact_at(&mut buffer, source)?;
+    for (block, bytes) in buffer.chunks(BLOCK_BYTES).enumerate() {
+        if bytes.iter().any(|byte| *byte != 0) {
+            to.write_all_at(bytes, target + (block * BLOCK_BYTES) as u64)?;
+        }
+    }
+    Ok(buffer.len() as u64)
+}

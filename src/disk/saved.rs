@@ -1,0 +1,131 @@
+//! A disk that was saved: what a snapshot keeps of it, and how other disks go on from there.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::DiskError;
+use super::checksums::Checksums;
+use super::copy::Progress;
+use crate::config::{BlockConfig, FileFacts, Writes};
+
+/// What became of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum SavedDisk {
+    /// The guest does not write to it. Nothing was saved.
+    ReadOnly { base: Base },
+    /// The saved file is the whole disk.
+    Raw { data: Checksums },
+    /// The saved file is a delta over the disk's file.
+    Delta { base: Base, data: Checksums },
+    /// The disk's file, and the delta that it may have, stay where they are: the guest sleeps.
+    /// Nothing was saved.
+    Left { base: Base },
+}
+
+/// The file that a saved disk needs, as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Base {
+    pub(super) path: PathBuf,
+    pub(super) facts: FileFacts,
+}
+
+impl SavedDisk {
+    /// The configuration of a disk that goes on from the saved one, for one VM of many: the saved
+    /// file at `saved` stays as it is, and so does the file below. What the guest writes goes to
+    /// `delta`, or to a file without a name. All else is as in `original`, the configuration of
+    /// the disk that was saved.
+    ///
+    /// [`Disk::open`](super::Disk::open) refuses it where the file below has changed since.
+    pub(crate) fn config(
+        &self,
+        original: &BlockConfig,
+        saved: &Path,
+        delta: Option<&Path>,
+    ) -> BlockConfig {
+        let mut config = original.clone();
+        config.frozen.clear();
+        if config.writes != Writes::Refused {
+            config.writes = match delta {
+                Some(delta) => Writes::ToDelta(delta.to_owned()),
+                None => Writes::Discarded,
+            };
+        }
+        match self {
+            Self::ReadOnly { base } => config.below(base),
+            Self::Left { base } => match &original.writes {
+                Writes::ToDelta(left) => config.below(base).over(left),
+                _ => config.below(base),
+            },
+            Self::Delta { base, .. } => config.below(base).over(saved),
+            Self::Raw { data } => {
+                let facts = FileFacts { bytes: data.bytes, modified: None, inode: None };
+                config.below(&Base { path: saved.to_owned(), facts })
+            }
+        }
+    }
+
+    /// The configuration of the same disk when its guest wakes: as it was, with what was saved
+    /// of it at `saved`.
+    pub(crate) fn own_config(&self, original: &BlockConfig, saved: &Path) -> BlockConfig {
+        match self {
+            Self::Left { base } => original.clone().below(base),
+            _ => self.config(original, saved, None),
+        }
+    }
+
+    /// Whether there is a saved file.
+    pub(crate) fn has_file(&self) -> bool {
+        matches!(self, Self::Raw { .. } | Self::Delta { .. })
+    }
+
+    /// The file of the host that the saved disk needs.
+    pub(crate) fn base(&self) -> Option<&Path> {
+        match self {
+            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base } => {
+                Some(&base.path)
+            }
+            Self::Raw { .. } => None,
+        }
+    }
+
+    /// The same disk, on a file at another place, which is known by its size alone.
+    pub(crate) fn moved(&self, path: &Path) -> Self {
+        let mut moved = self.clone();
+        match &mut moved {
+            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base } => {
+                base.path = path.to_owned();
+                (base.facts.modified, base.facts.inode) = (None, None);
+            }
+            Self::Raw { .. } => {}
+        }
+        moved
+    }
+
+    /// Reads the saved file whole, and says where it is not what it was. A disk of which nothing
+    /// was saved is not looked at.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::Damaged`] where a byte has changed; the file cannot be read; or `progress`
+    /// breaks off.
+    pub(crate) fn verify(
+        &self,
+        saved: &Path,
+        progress: &mut Progress<'_>,
+    ) -> Result<(), DiskError> {
+        match self {
+            Self::ReadOnly { .. } | Self::Left { .. } => Ok(()),
+            Self::Raw { data } | Self::Delta { data, .. } => data.verify(saved, progress),
+        }
+    }
+}
+
+impl BlockConfig {
+    fn below(mut self, base: &Base) -> Self {
+        self.path.clone_from(&base.path);
+        self.expected = Some(base.facts);
+        self
+    }
+}

@@ -1,0 +1,151 @@
+//! What can be made before it is known which guest runs: KVM's VM, its vCPUs, their threads.
+//!
+//! A shell has memory, of which only the addresses matter so far, and no device. All that takes
+//! time in making a VM is done with it: KVM_CREATE_VM, the vCPUs' CPUID, the threads' filters.
+//! Devices come after: an ioeventfd or irqfd is registered in about 1 µs, and none of them makes a
+//! VM wait for an SRCU grace period, for no memory slot changes any more.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_cpuid_entry2;
+
+use super::vcpu_threads::IdleThreads;
+use crate::arch::{cpuid, msr};
+use crate::config::{CpuTemplate, MachineConfig};
+use crate::error::Error;
+use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
+use crate::memory::GuestRam;
+use crate::phase::Phase;
+use crate::seccomp::Confinement;
+use crate::timings::Recorder;
+
+/// A VM without devices, and without a guest.
+#[derive(Debug)]
+pub(crate) struct Shell {
+    // In this order: the threads are the last to hold the VM.
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) vm: Arc<Vm>,
+    pub(super) threads: IdleThreads,
+}
+
+/// What a shell is made of, beside its memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ShellConfig<'a> {
+    pub(crate) kvm_device: &'a Path,
+    pub(crate) cpus: Cpus<'a>,
+    /// Whether the threads are confined.
+    pub(crate) seccomp: bool,
+}
+
+/// What the vCPUs show to the guest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Cpus<'a> {
+    /// This host's CPU, changed as a template says.
+    OfHost { count: u8, template: &'a CpuTemplate },
+    /// These tables, one a vCPU: those that a saved guest was shown.
+    Exactly(&'a [Vec<kvm_cpuid_entry2>]),
+}
+
+impl<'a> From<&'a MachineConfig> for ShellConfig<'a> {
+    fn from(config: &'a MachineConfig) -> Self {
+        Self {
+            kvm_device: &config.kvm_device,
+            cpus: Cpus::OfHost { count: config.vcpus, template: &config.cpu },
+            seccomp: config.seccomp,
+        }
+    }
+}
+
+impl Shell {
+    /// Makes a shell over `ram`, in about 1 ms, of which KVM_CREATE_VM is the largest part.
+    pub(crate) fn new(
+        config: &ShellConfig,
+        ram: GuestRam,
+        recorder: &mut Recorder,
+    ) -> Result<Self, Error> {
+        let (kvm, vm, count) = recorder.run(Phase::Kvm, || {
+            let kvm = Kvm::open(config.kvm_device)?;
+            let (count, max) = (config.cpus.count(), kvm.capabilities().max_vcpus);
+            let fits = u8::try_from(count).ok().filter(|_| count <= max);
+            let count = fits.ok_or(KvmError::TooManyVcpus { count, max: max.min(255) })?;
+            let vm = Arc::new(Vm::new(&kvm, Arc::new(ram))?);
+            Ok::<_, KvmError>((kvm, vm, count))
+        })?;
+        recorder.run(Phase::Vcpus, || {
+            let supported = &kvm.capabilities().supported_cpuid;
+            let cpuid: Vec<_> = match config.cpus {
+                Cpus::OfHost { template, .. } => {
+                    (0..count).map(|id| cpuid::for_vcpu(supported, id, count, template)).collect()
+                }
+                Cpus::Exactly(tables) => tables.to_vec(),
+            };
+            let create = |(id, cpuid): (u8, &Vec<kvm_cpuid_entry2>)| {
+                let vcpu = vm.create_vcpu(id)?;
+                vcpu.configure(cpuid, &msr::at_boot())?;
+                Ok(vcpu)
+            };
+            let vcpus = (0..).zip(&cpuid).map(create).collect::<Result<Vec<_>, KvmError>>()?;
+            let confinement = config.seccomp.then_some(Confinement::Vcpu);
+            let threads = IdleThreads::spawn(count, confinement, Arc::clone(&vm))?;
+            Ok::<_, Error>(Self { vcpus, vm, threads })
+        })
+    }
+}
+
+impl Shell {
+    /// The memory, which may have no content yet.
+    pub(crate) fn ram(&self) -> &GuestRam {
+        self.vm.ram()
+    }
+
+    /// The vCPU that boots.
+    pub(crate) fn first_vcpu(&self) -> Option<&Vcpu> {
+        self.vcpus.first()
+    }
+}
+
+impl Cpus<'_> {
+    fn count(&self) -> usize {
+        match self {
+            Self::OfHost { count, .. } => usize::from(*count),
+            Self::Exactly(tables) => tables.len(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::error::ErrorKind;
+
+    fn shell(cpus: Cpus) -> Result<Shell, Error> {
+        let ram = GuestRam::fresh(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let config = ShellConfig { kvm_device: Path::new("/dev/kvm"), cpus, seccomp: true };
+        Shell::new(&config, ram, &mut Recorder::new())
+    }
+
+    #[test]
+    fn a_shell_shows_the_cpus_that_a_saved_guest_was_shown() {
+        let template = &CpuTemplate::default();
+        let first = match shell(Cpus::OfHost { count: 2, template }) {
+            Ok(first) => first,
+            // Nothing to be tested where there is no KVM.
+            Err(error) => return assert_ne!(*error.kind(), ErrorKind::Kvm, "{error}"),
+        };
+        let tables = |shell: &Shell| -> Vec<_> {
+            shell.vcpus.iter().map(|vcpu| vcpu.cpuid().unwrap()).collect()
+        };
+        let shown = tables(&first);
+        assert_ne!(shown[0], shown[1], "each has its number");
+        assert_eq!(tables(&shell(Cpus::Exactly(&shown)).unwrap()), shown);
+    }
+
+    #[test]
+    fn more_vcpus_than_a_vm_takes_are_refused() {
+        let error = shell(Cpus::Exactly(&vec![Vec::new(); 256])).unwrap_err();
+        assert_ne!(*error.kind(), ErrorKind::Kvm, "{error}");
+    }
+}

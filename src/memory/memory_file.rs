@@ -1,0 +1,132 @@
+//! Files that hold guest RAM: page `p` is at `p * 4096`, and a hole is zeros.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+use super::pages::{PAGE_BYTES, PageRun, PageSet};
+
+/// Not executable, and sealed against becoming so (Linux 6.3; some systems insist on it).
+const MFD_NOEXEC_SEAL: libc::c_uint = 8;
+
+/// A file of `pages` pages without a name, in the host's memory; all holes.
+pub(super) fn in_memory(pages: u64) -> io::Result<File> {
+    const NAME: &CStr = c"dormouse-memory";
+    let len = pages.checked_mul(PAGE_BYTES as u64).ok_or(io::ErrorKind::InvalidInput)?;
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    let create = |flags| {
+        // SAFETY: the name is a C string.
+        match unsafe { libc::memfd_create(NAME.as_ptr(), flags) } {
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: the descriptor is new, and nobody else's.
+            fd => Ok(unsafe { File::from_raw_fd(fd) }),
+        }
+    };
+    let file = match create(flags | MFD_NOEXEC_SEAL) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => create(flags)?,
+        created => created?,
+    };
+    file.set_len(len)?;
+    Ok(file)
+}
+
+/// Has a file in memory stay as it is for good: no write, no new mapping that could write, no
+/// other length. The caller has no mapping left that could.
+///
+/// F_SEAL_FUTURE_WRITE says just that. F_SEAL_WRITE would have the kernel look at every page for
+/// a mapping that is left (15 µs a MiB), and wait where somebody holds one for a moment.
+pub(super) fn seal(file: &File) -> io::Result<()> {
+    let others = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+    for writes in [libc::F_SEAL_FUTURE_WRITE, libc::F_SEAL_WRITE] {
+        // SAFETY: the call has no memory arguments.
+        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, writes | others) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        // Linux before 5.1 does not know the first.
+        if error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(error);
+        }
+    }
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Adds the pages of `within` that the file has data for. A file system that does not know its
+/// holes says that all is data.
+pub(super) fn add_data(file: &File, within: PageRun, pages: &mut PageSet) -> io::Result<()> {
+    let page_bytes = PAGE_BYTES as u64;
+    let mut page = within.first;
+    while page < within.end() {
+        let Some(begin) = seek(file, page * page_bytes, libc::SEEK_DATA)? else { break };
+        let first = (begin / page_bytes).max(page);
+        if first >= within.end() {
+            break;
+        }
+        let hole = seek(file, begin, libc::SEEK_HOLE)?.unwrap_or(u64::MAX);
+        let end = hole.div_ceil(page_bytes).max(first + 1).min(within.end());
+        pages.insert(PageRun::between(first, end));
+        page = end;
+    }
+    Ok(())
+}
+
+/// lseek, which says `None` behind the last data. The file's position is nobody's: all else that
+/// is done with it names its place.
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the call has no memory arguments.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_sealed_file_refuses_what_would_change_it() {
+        let file = in_memory(4).unwrap();
+        file.write_all_at(&[1], 0).unwrap();
+        seal(&file).unwrap();
+        assert!(file.write_all_at(&[2], 0).is_err());
+        assert!(file.set_len(4096).is_err());
+        assert!(file.set_len(1 << 20).is_err());
+        // SAFETY: the call has no memory arguments.
+        let punched = unsafe {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            libc::fallocate(file.as_raw_fd(), mode, 0, 4096)
+        };
+        assert_eq!(punched, -1);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 0).unwrap();
+        assert_eq!(byte, [1]);
+    }
+
+    #[test]
+    fn data_is_found_in_whole_pages_and_within_bounds() {
+        let file = in_memory(100).unwrap();
+        for page in [0, 1, 5, 50, 99] {
+            file.write_all_at(&[1], page * 4096 + 4095).unwrap();
+        }
+        let data = |first, count| {
+            let mut pages = PageSet::new(100);
+            add_data(&file, PageRun { first, count }, &mut pages).unwrap();
+            pages.runs().map(|run| (run.first, run.count)).collect::<Vec<_>>()
+        };
+        assert_eq!(data(0, 100), [(0, 2), (5, 1), (50, 1), (99, 1)]);
+        assert_eq!(data(1, 49), [(1, 1), (5, 1)]);
+        assert_eq!(data(6, 44), []);
+        assert_eq!(data(51, 10), []);
+        assert_eq!(data(99, 1), [(99, 1)]);
+        assert_eq!(data(0, 0), []);
+    }
+}

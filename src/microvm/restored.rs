@@ -1,0 +1,111 @@
+//! VMs that come from a snapshot.
+
+use super::state::Stopped;
+use super::{MicroVm, Paused};
+use crate::config::RestoreOptions;
+use crate::error::Error;
+use crate::machine::Shell;
+use crate::snapshot::{Disks, Snapshot};
+use crate::timings::Recorder;
+
+impl Snapshot {
+    /// A VM as it was when it was saved, paused, in about a millisecond at any size of its
+    /// memory: see [`restore_with`](Self::restore_with).
+    ///
+    /// # Errors
+    ///
+    /// As that one.
+    pub fn restore(&self) -> Result<MicroVm<Paused>, Error> {
+        self.restore_with(&RestoreOptions::default())
+    }
+
+    /// A VM as it was when it was saved, paused. Its memory is mapped, and a page is read when
+    /// the guest, or a device, first touches it; what it writes is its own. It has a new VMGenID;
+    /// connections of its vsock device are reset.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it does not fit this host, or
+    /// names files of it without leave; else as [`MicroVm::create`].
+    pub fn restore_with(&self, options: &RestoreOptions) -> Result<MicroVm<Paused>, Error> {
+        self.restored(None, options, Recorder::new())
+    }
+
+    /// Makes what a VM of this snapshot needs of the kernel, but for its memory and its devices:
+    /// [`PreparedShell::restore`] is left with a third of the work. It holds its descriptors and
+    /// threads until it is used or dropped.
+    ///
+    /// # Errors
+    ///
+    /// As [`restore_with`](Self::restore_with).
+    pub fn prepare(&self) -> Result<PreparedShell, Error> {
+        let options = RestoreOptions::default();
+        let shell = self.shell(&options, &mut Recorder::new())?;
+        Ok(PreparedShell { shell, snapshot: self.clone() })
+    }
+
+    fn restored(
+        &self,
+        shell: Option<Shell>,
+        options: &RestoreOptions,
+        mut recorder: Recorder,
+    ) -> Result<MicroVm<Paused>, Error> {
+        let from = (shell, None);
+        let stopped = Stopped::restored(self, options, Disks::Copy, from, &mut recorder)?;
+        let console = stopped.machine.console().clone();
+        Ok(MicroVm { state: Paused { stopped }, console, recorder })
+    }
+
+    /// `count` VMs as [`restore`](Self::restore) makes them.
+    ///
+    /// # Errors
+    ///
+    /// As `restore`. None is left then.
+    pub fn fork(&self, count: usize) -> Result<Vec<MicroVm<Paused>>, Error> {
+        self.fork_with(count, |_| RestoreOptions::default())
+    }
+
+    /// As [`fork`](Self::fork), with options for each VM, counted from 0: two cannot have the
+    /// same tap.
+    ///
+    /// # Errors
+    ///
+    /// As `restore`.
+    pub fn fork_with(
+        &self,
+        count: usize,
+        mut options: impl FnMut(usize) -> RestoreOptions,
+    ) -> Result<Vec<MicroVm<Paused>>, Error> {
+        (0..count).map(|index| self.restore_with(&options(index))).collect()
+    }
+}
+
+/// What a VM of a snapshot needs of the kernel, made ahead: see [`Snapshot::prepare`].
+#[derive(Debug)]
+#[must_use = "dropping it throws away what it took to make"]
+pub struct PreparedShell {
+    shell: Shell,
+    snapshot: Snapshot,
+}
+
+impl PreparedShell {
+    /// A VM as it was when it was saved, paused, in about a third of a millisecond: see
+    /// [`Snapshot::restore_with`], whose seccomp and KVM device are those that the shell was made
+    /// with.
+    ///
+    /// # Errors
+    ///
+    /// As that one. The shell is gone then.
+    pub fn restore_with(self, options: &RestoreOptions) -> Result<MicroVm<Paused>, Error> {
+        self.snapshot.restored(Some(self.shell), options, Recorder::new())
+    }
+
+    /// As [`restore_with`](Self::restore_with), with everything as it was.
+    ///
+    /// # Errors
+    ///
+    /// As that one.
+    pub fn restore(self) -> Result<MicroVm<Paused>, Error> {
+        self.restore_with(&RestoreOptions::default())
+    }
+}

@@ -1,0 +1,185 @@
+//! Saving a VM: snapshots, suspended VMs, clones.
+
+use std::path::Path;
+
+use super::state::{Asleep, Stopped};
+use super::{LifecycleError, MicroVm, Paused, Running, Suspended, TransitionError};
+use crate::config::RestoreOptions;
+use crate::error::Error;
+use crate::phase::Phase;
+use crate::snapshot::{Disks, Snapshot, SnapshotOptions};
+
+impl MicroVm<Paused> {
+    /// Writes memory, disks and registers to a directory, and leaves the VM as it is.
+    ///
+    /// Of the memory, what is present and not zero is written, at the speed of the file system;
+    /// of a VM that came from a snapshot, only what it has written since: the rest is shared with
+    /// that one's files. Disks that the guest writes are copied (by reference, where the file system can).
+    /// The directory appears whole, or not at all; a snapshot that is there is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written; what was there stays.
+    pub fn snapshot(&self, directory: impl AsRef<Path>) -> Result<Snapshot, Error> {
+        self.snapshot_with(directory, &SnapshotOptions::default())
+    }
+
+    /// As [`snapshot`](Self::snapshot), in a way of one's own.
+    ///
+    /// # Errors
+    ///
+    /// As `snapshot`; [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted) where the progress says so.
+    pub fn snapshot_with(
+        &self,
+        directory: impl AsRef<Path>,
+        options: &SnapshotOptions,
+    ) -> Result<Snapshot, Error> {
+        let sleeper = self.state.stopped.sleeper();
+        let saved = sleeper.save(directory.as_ref(), Disks::Copy, options);
+        saved.map_err(|error| self.error(Phase::Save, error))
+    }
+
+    /// Writes the VM to a directory, and ends it here: what is left is files. Its disks stay where
+    /// they are, and it goes on with them in [`resume`](MicroVm::<Suspended>::resume).
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot`](Self::snapshot), with the VM as it was.
+    pub fn suspend(
+        self,
+        directory: impl AsRef<Path>,
+    ) -> Result<MicroVm<Suspended>, TransitionError<Paused>> {
+        self.suspend_with(directory, &SnapshotOptions::default())
+    }
+
+    /// As [`suspend`](Self::suspend), in a way of one's own.
+    ///
+    /// # Errors
+    ///
+    /// As `suspend`; [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted) where the progress says so.
+    pub fn suspend_with(
+        mut self,
+        directory: impl AsRef<Path>,
+        options: &SnapshotOptions,
+    ) -> Result<MicroVm<Suspended>, TransitionError<Paused>> {
+        let directory = directory.as_ref();
+        let stopped = &self.state.stopped;
+        let saved = self
+            .recorder
+            .timed(Phase::Save, || stopped.sleeper().save(directory, Disks::InPlace, options));
+        match saved {
+            Ok(snapshot) => Ok(self.asleep(snapshot)),
+            Err(error) => {
+                let error = self.error(Phase::Save, error);
+                Err(TransitionError { vm: self, error })
+            }
+        }
+    }
+
+    /// Puts the VM to sleep in memory: its RAM stays, in a sealed memfd, and everything else goes.
+    /// Nothing is copied that the VM did not write since it was restored, whatever its size.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), with the VM as it was.
+    pub fn suspend_in_memory(mut self) -> Result<MicroVm<Suspended>, TransitionError<Paused>> {
+        let stopped = &self.state.stopped;
+        let kept = self.recorder.timed(Phase::Save, || stopped.sleeper().keep(Disks::InPlace));
+        match kept {
+            Ok(snapshot) => Ok(self.asleep(snapshot)),
+            Err(error) => {
+                let error = self.error(Phase::Save, error);
+                Err(TransitionError { vm: self, error })
+            }
+        }
+    }
+
+    /// Makes `count` clones, each with the memory of this VM, which is shared until one of them
+    /// writes, and with disks of its own over this VM's. This VM goes on as it likes: no one sees
+    /// what another writes. Each clone is told that it is one (VMGenID), before it runs.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where the memory or a disk cannot be
+    /// shared; else those of [`Snapshot::restore_with`]. No clone is left then.
+    pub fn fork(&mut self, count: usize) -> Result<Vec<MicroVm<Paused>>, Error> {
+        self.fork_with(count, |_| RestoreOptions::default())
+    }
+
+    /// As [`fork`](Self::fork), with options for each clone, counted from 0: two cannot have the
+    /// same tap.
+    ///
+    /// # Errors
+    ///
+    /// As `fork`.
+    pub fn fork_with(
+        &mut self,
+        count: usize,
+        options: impl FnMut(usize) -> RestoreOptions,
+    ) -> Result<Vec<MicroVm<Paused>>, Error> {
+        let sleeper = self.state.stopped.sleeper();
+        let kept = self.recorder.timed(Phase::Save, || sleeper.keep(Disks::Copy));
+        let snapshot = kept.map_err(|error| self.error(Phase::Save, error))?;
+        snapshot.fork_with(count, options)
+    }
+
+    fn asleep(self, snapshot: Snapshot) -> MicroVm<Suspended> {
+        let Self { state: Paused { stopped }, console, recorder } = self;
+        let asleep = Box::new(Asleep::new(snapshot, stopped));
+        MicroVm { state: Suspended { asleep }, console, recorder }
+    }
+}
+
+impl MicroVm<Running> {
+    /// Pauses the VM, writes it to a directory, and ends it here: see
+    /// [`MicroVm<Paused>::suspend`](MicroVm::<Paused>::suspend).
+    ///
+    /// # Errors
+    ///
+    /// As that one, with the VM running on. [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded)
+    /// where the guest has ended by itself.
+    pub fn suspend(
+        self,
+        directory: impl AsRef<Path>,
+    ) -> Result<MicroVm<Suspended>, TransitionError<Running>> {
+        self.suspend_with(directory, &SnapshotOptions::default())
+    }
+
+    /// As [`suspend`](Self::suspend), in a way of one's own.
+    ///
+    /// # Errors
+    ///
+    /// As `suspend`; [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted) where the progress says so.
+    pub fn suspend_with(
+        self,
+        directory: impl AsRef<Path>,
+        options: &SnapshotOptions,
+    ) -> Result<MicroVm<Suspended>, TransitionError<Running>> {
+        let Self { state: Running { run, machine, origin }, console, mut recorder } = self;
+        let vcpus = recorder.timed(Phase::Pause, || machine.stop(run));
+        let ended = machine.exit_status();
+        let stopped = Stopped { vcpus, machine, origin };
+        let paused = MicroVm { state: Paused { stopped }, console, recorder };
+        let suspended = match ended {
+            None => paused.suspend_with(directory, options),
+            Some(status) => {
+                let error = LifecycleError::Ended { attempt: "suspend", status };
+                let error = paused.error(Phase::Pause, error);
+                Err(TransitionError { vm: paused, error })
+            }
+        };
+        suspended.map_err(|TransitionError { vm, error }| run_on(vm, error))
+    }
+}
+
+/// A VM that could not be suspended goes on.
+fn run_on(vm: MicroVm<Paused>, error: Error) -> TransitionError<Running> {
+    let MicroVm { state: Paused { stopped }, console, recorder } = vm;
+    let Stopped { vcpus, machine, origin } = stopped;
+    for vcpu in &vcpus {
+        vcpu.forgive_pause();
+    }
+    let run = machine.run_or_end(vcpus);
+    let state = Running { run, machine, origin };
+    TransitionError { vm: MicroVm { state, console, recorder }, error }
+}

@@ -1,0 +1,246 @@
+//! VMs of one snapshot that are kept ready to run.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use thiserror::Error as ThisError;
+
+use crate::config::RestoreOptions;
+use crate::error::{Error, ErrorKind};
+use crate::microvm::{Lease, MicroVm, Paused};
+use crate::snapshot::Snapshot;
+
+/// Why the pool has no VM to give.
+#[derive(Debug, ThisError)]
+enum PoolError {
+    #[error("all {max} VMs of the pool are in use, and none has ended within {seconds} s")]
+    AllInUse { max: usize, seconds: f64 },
+    #[error("a pool of {min} VMs ready and {max} in use: it takes 1 or more in use")]
+    Sizes { min: usize, max: usize },
+    #[error("cannot start the pool's thread")]
+    Thread(#[source] std::io::Error),
+}
+
+impl From<PoolError> for Error {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::AllInUse { .. } => Error::new(ErrorKind::Timeout, error)
+                .fix("end VMs that are done, or allow more with `PoolOptions::max`"),
+            PoolError::Sizes { .. } => Error::new(ErrorKind::Config, error),
+            PoolError::Thread(_) => Error::new(ErrorKind::Resources, error)
+                .fix("raise the limit of processes (ulimit -u)"),
+        }
+    }
+}
+
+/// How many VMs a [`Pool`] keeps ready, and how many it lets be in use.
+#[derive(Clone, Debug)]
+pub struct PoolOptions {
+    min: usize,
+    max: usize,
+    wait: Duration,
+    restore: RestoreOptions,
+}
+
+impl Default for PoolOptions {
+    fn default() -> Self {
+        let wait = Duration::from_secs(10);
+        Self { min: 1, max: usize::MAX, wait, restore: RestoreOptions::default() }
+    }
+}
+
+impl PoolOptions {
+    /// One ready, any number in use.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many VMs are kept ready: each costs its descriptors, its threads and some 200 KiB.
+    #[must_use]
+    pub fn min(mut self, count: usize) -> Self {
+        self.min = count;
+        self
+    }
+
+    /// How many VMs of the pool may be in use at once: beyond that, [`Pool::acquire`] waits until
+    /// one has ended.
+    #[must_use]
+    pub fn max(mut self, count: usize) -> Self {
+        self.max = count;
+        self
+    }
+
+    /// How long [`Pool::acquire`] waits at most; 10 s unless set.
+    #[must_use]
+    pub fn wait(mut self, timeout: Duration) -> Self {
+        self.wait = timeout;
+        self
+    }
+
+    /// How each VM is restored. What only one VM can have, such as a tap, makes the second fail.
+    #[must_use]
+    pub fn restore(mut self, options: RestoreOptions) -> Self {
+        self.restore = options;
+        self
+    }
+}
+
+/// Keeps VMs of a snapshot restored, so that one runs within microseconds of being asked for.
+///
+/// A thread of its own restores them, one after the other. A VM that is taken is the caller's,
+/// and of nobody else; when it ends, whatever its state, its place is free again. Dropping the
+/// pool ends the VMs that are ready, not those in use.
+///
+/// ```no_run
+/// use dormouse::{Pool, PoolOptions, Snapshot};
+///
+/// let pool = Pool::new(Snapshot::open("base")?, PoolOptions::new().min(4).max(100))?;
+/// let vm = pool.acquire()?.resume()?;
+/// # Ok::<(), dormouse::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    snapshot: Snapshot,
+    options: PoolOptions,
+    vms: Mutex<Vms>,
+    /// Signalled when a VM became ready, was taken or has ended.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Vms {
+    ready: VecDeque<MicroVm<Paused>>,
+    in_use: usize,
+    /// Why the thread could not make the last one: it tries again when somebody asks.
+    failed: Option<Error>,
+    over: bool,
+}
+
+impl Pool {
+    /// A pool of this snapshot. Returns at once; the first VMs are ready a little later.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] for a pool of no VMs, [`ErrorKind::Resources`] where its thread
+    /// cannot be started.
+    pub fn new(snapshot: Snapshot, options: PoolOptions) -> Result<Self, Error> {
+        if options.max == 0 {
+            return Err(PoolError::Sizes { min: options.min, max: options.max }.into());
+        }
+        let shared =
+            Arc::new(Shared { snapshot, options, vms: Mutex::default(), changed: Condvar::new() });
+        let worker = Arc::clone(&shared);
+        let builder = thread::Builder::new().name("dormouse-pool".to_owned());
+        let thread = builder.spawn(move || worker.keep_ready()).map_err(PoolError::Thread)?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// A VM that is restored and has not run: one that is ready, in a few microseconds; else one
+    /// that is made now, in about a millisecond; and where as many are in use as may be, the first
+    /// whose place becomes free.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Timeout`] where no place became free; whatever
+    /// [`Snapshot::restore_with`] says where one is made.
+    pub fn acquire(&self) -> Result<MicroVm<Paused>, Error> {
+        self.shared.acquire()
+    }
+
+    /// How many VMs are ready now.
+    pub fn ready(&self) -> usize {
+        self.shared.lock().ready.len()
+    }
+
+    /// How many VMs of the pool are in use now.
+    pub fn in_use(&self) -> usize {
+        self.shared.lock().in_use
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.lock().over = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        // Out of the lock, which the end of each of them takes.
+        let ready = std::mem::take(&mut self.shared.lock().ready);
+        drop(ready);
+    }
+}
+
+impl Shared {
+    fn acquire(self: &Arc<Self>) -> Result<MicroVm<Paused>, Error> {
+        let begin = Instant::now();
+        let max = self.options.max;
+        let mut vms = self.lock();
+        while vms.in_use >= max {
+            let left = self.options.wait.saturating_sub(begin.elapsed());
+            if left.is_zero() {
+                let seconds = self.options.wait.as_secs_f64();
+                return Err(PoolError::AllInUse { max, seconds }.into());
+            }
+            let waited = self.changed.wait_timeout(vms, left);
+            vms = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        vms.in_use += 1;
+        vms.failed = None;
+        let ready = vms.ready.pop_front();
+        drop(vms);
+        self.changed.notify_all();
+        // Gives the place back however this ends.
+        let shared = Arc::clone(self);
+        let lease = Lease::new(move || shared.give_back());
+        let mut vm = match ready {
+            Some(vm) => vm,
+            None => self.snapshot.restore_with(&self.options.restore)?,
+        };
+        vm.lease(lease);
+        Ok(vm)
+    }
+
+    fn give_back(&self) {
+        let mut vms = self.lock();
+        vms.in_use = vms.in_use.saturating_sub(1);
+        drop(vms);
+        self.changed.notify_all();
+    }
+
+    /// The thread's life.
+    fn keep_ready(&self) {
+        loop {
+            let vms = self.lock();
+            let waited = self.changed.wait_while(vms, |vms| {
+                !vms.over && (vms.ready.len() >= self.options.min || vms.failed.is_some())
+            });
+            if waited.unwrap_or_else(PoisonError::into_inner).over {
+                return;
+            }
+            let made = self.snapshot.restore_with(&self.options.restore);
+            let mut vms = self.lock();
+            match made {
+                Ok(vm) => vms.ready.push_back(vm),
+                Err(error) => {
+                    tracing::warn!(%error, "a pool cannot make a VM ready");
+                    vms.failed = Some(error);
+                }
+            }
+            drop(vms);
+            self.changed.notify_all();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vms> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

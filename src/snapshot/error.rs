@@ -1,0 +1,108 @@
+//! Why a snapshot cannot be written, read or restored.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error as ThisError;
+
+use super::directory::DirectoryError;
+use super::format::FormatError;
+use crate::config::ConfigError;
+use crate::disk::DiskError;
+use crate::error::{Error, ErrorKind};
+use crate::memory::MemoryError;
+
+#[derive(Debug, ThisError)]
+pub(crate) enum SnapshotError {
+    #[error("cannot open {}", path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error("{} is not the state of a snapshot, or is damaged", path.display())]
+    State { path: PathBuf, source: FormatError },
+    #[error("{} is of a machine that cannot be: {what}", path.display())]
+    Impossible { path: PathBuf, what: String },
+    #[error("the memory of the snapshot in {} cannot be used", directory.display())]
+    Memory { directory: PathBuf, source: MemoryError },
+    #[error(
+        "the snapshot's disk {index} stands on {}, which is outside of its directory",
+        path.display()
+    )]
+    OutsideDisk { index: usize, path: PathBuf },
+    #[error(
+        "the snapshot has a UNIX socket at {}, which is outside of its directory", path.display()
+    )]
+    OutsideSocket { path: PathBuf },
+    #[error("there is no disk {index}: the snapshot has {count}, counted from 0")]
+    NoDisk { index: usize, count: usize },
+    #[error("the save was interrupted")]
+    Interrupted,
+    #[error("cannot make a directory for disks in the folder for temporary files")]
+    Temporary(#[source] io::Error),
+    #[error("cannot read random bytes from the host")]
+    Random(#[source] io::Error),
+    #[error("cannot write {}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("cannot save the guest's memory to {}", path.display())]
+    SaveMemory { path: PathBuf, source: MemoryError },
+    #[error("cannot share the guest's memory")]
+    Freeze(#[source] MemoryError),
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+impl SnapshotError {
+    pub(super) fn open(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Open { path, source }
+    }
+}
+
+impl SnapshotError {
+    /// What a save of the memory says.
+    pub(super) fn save_memory(path: PathBuf) -> impl FnOnce(MemoryError) -> Self {
+        move |source| match source {
+            MemoryError::Interrupted => Self::Interrupted,
+            source => Self::SaveMemory { path, source },
+        }
+    }
+}
+
+impl From<SnapshotError> for Error {
+    fn from(error: SnapshotError) -> Self {
+        let error = match error {
+            // Their own words are better.
+            SnapshotError::Disk(error) => return error.into(),
+            error => error,
+        };
+        let fix = match &error {
+            SnapshotError::Interrupted => return Error::new(ErrorKind::Interrupted, error),
+            SnapshotError::Config(_) => return Error::new(ErrorKind::Config, error),
+            SnapshotError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Some("name a directory that `MicroVm::snapshot` or `MicroVm::suspend` wrote")
+            }
+            SnapshotError::State { source: FormatError::Version { .. }, .. } => {
+                Some("use the version of dormouse that wrote it, or save the VM again")
+            }
+            SnapshotError::OutsideDisk { .. } => Some(
+                "name the file with `RestoreOptions::disk_base`, or, where whoever wrote the snapshot \
+                 is trusted, allow it with `RestoreOptions::outside_paths(true)`",
+            ),
+            SnapshotError::OutsideSocket { .. } => Some(
+                "name a path with `RestoreOptions::vsock_unix_socket`, or, where whoever wrote the \
+                 snapshot is trusted, allow it with `RestoreOptions::outside_paths(true)`",
+            ),
+            SnapshotError::Directory(
+                DirectoryError::Foreign { .. } | DirectoryError::NotADirectory { .. },
+            ) => Some("choose a path where nothing is, or a snapshot that may be replaced"),
+            _ => None,
+        };
+        let error = Error::new(ErrorKind::Snapshot, error);
+        match fix {
+            Some(fix) => error.fix(fix),
+            None => error,
+        }
+    }
+}

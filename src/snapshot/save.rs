@@ -1,0 +1,220 @@
+//! A stopped machine, written to a directory or kept in memory.
+
+use std::fs;
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use rustix::fs::{AtFlags, CWD, linkat};
+
+use super::directory::{STATE, Staging, WRITTEN, disk_name, memory_name};
+use super::error::SnapshotError;
+use super::options::{SaveStage, SnapshotOptions};
+use super::{Inner, Place, Snapshot, State, Temporary, format, random_bytes};
+use crate::disk::DiskError;
+use crate::error::Error;
+use crate::kvm::Vcpu;
+use crate::machine::Machine;
+use crate::memory::{GuestRam, MAX_LAYERS, MemoryProgress, Save, SavedMemory};
+
+/// What becomes of the disks that a guest writes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Disks {
+    /// They are copied: the VM goes on, or others come from it.
+    Copy,
+    /// They stay where they are: the VM sleeps.
+    InPlace,
+}
+
+/// A machine that is stopped, and what it came from.
+#[derive(Clone, Copy)]
+pub(crate) struct Sleeper<'a> {
+    pub(crate) machine: &'a Machine,
+    pub(crate) vcpus: &'a [Vcpu],
+    pub(crate) origin: Option<&'a Snapshot>,
+}
+
+impl Sleeper<'_> {
+    /// Writes a snapshot to a directory, which appears there whole or not at all. The machine
+    /// stays as it is.
+    pub(crate) fn save(
+        self,
+        directory: &Path,
+        disks: Disks,
+        options: &SnapshotOptions,
+    ) -> Result<Snapshot, Error> {
+        let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
+        let mut state = self.state(&|index| staging.path(&disk_name(index)), disks, options)?;
+        state.memory = self.save_memory(&staging, options)?;
+        finish(staging, &state, options)?;
+        Snapshot::open(directory)
+    }
+
+    /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
+    /// memory over what is shared.
+    pub(crate) fn keep(self, disks: Disks) -> Result<Snapshot, Error> {
+        let temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
+        let options = SnapshotOptions::default();
+        let state = self.state(&|index| temporary.0.join(disk_name(index)), disks, &options)?;
+        let ram = self.machine.ram();
+        let image = match disks {
+            Disks::Copy => ram.freeze(),
+            Disks::InPlace => ram.freeze_for_good(),
+        };
+        let image = image.map_err(SnapshotError::Freeze)?;
+        let place = Place::Memory(temporary);
+        let written = OnceLock::new();
+        Ok(Snapshot(Arc::new(Inner { place, state, image, written })))
+    }
+
+    /// Everything but the memory; what disks there are to copy goes to `path`.
+    fn state(
+        self,
+        path: &dyn Fn(usize) -> PathBuf,
+        disks: Disks,
+        options: &SnapshotOptions,
+    ) -> Result<State, Error> {
+        let machine = self.machine.state(self.vcpus)?;
+        let controls = self.machine.controls();
+        let mut saved = Vec::new();
+        for (index, disk) in controls.disks.iter().enumerate() {
+            let mut done = 0;
+            let mut report = |bytes| {
+                done += bytes;
+                options.report(SaveStage::Disk(index), done, None)
+            };
+            let disk = match disks {
+                Disks::Copy => disk.save(&path(index), &mut report),
+                Disks::InPlace => disk.leave(&path(index), &mut report),
+            };
+            saved.push(disk.map_err(|error| match error {
+                DiskError::Interrupted => SnapshotError::Interrupted,
+                error => error.into(),
+            })?);
+        }
+        let since_1970 = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        Ok(State {
+            dormouse: env!("CARGO_PKG_VERSION").to_owned(),
+            id: random_bytes().map_err(SnapshotError::Random)?,
+            created: since_1970.as_secs(),
+            host: self.machine.profile(self.vcpus)?,
+            config: self.machine.config().clone(),
+            machine,
+            memory: Vec::new(),
+            disks: saved,
+        })
+    }
+
+    /// Shares the layers of the snapshot that the machine came from, and adds what it wrote; or
+    /// writes everything.
+    fn save_memory(
+        self,
+        staging: &Staging,
+        options: &SnapshotOptions,
+    ) -> Result<Vec<SavedMemory>, SnapshotError> {
+        let origin = self.origin.filter(|_| !options.full);
+        let shared = origin.and_then(|origin| Some((origin, share_layers(origin, staging)?)));
+        let (mut layers, save) = match shared {
+            Some((origin, layers)) => (layers, Save::Diff(&origin.0.image)),
+            None => (Vec::new(), Save::Full),
+        };
+        let name = memory_name(layers.len());
+        let file = staging.create(&name)?;
+        let saved = self.machine.ram().save(&file, save, &report_memory(options));
+        layers.push(saved.map_err(SnapshotError::save_memory(staging.path(&name)))?);
+        Ok(layers)
+    }
+}
+
+impl Snapshot {
+    pub(super) fn write_merged(
+        &self,
+        directory: &Path,
+        options: &SnapshotOptions,
+    ) -> Result<(), SnapshotError> {
+        let staging = Staging::begin(directory)?;
+        let name = memory_name(0);
+        let file = staging.create(&name)?;
+        let merged = self.0.image.merge(&file, &report_memory(options));
+        let merged = merged.map_err(SnapshotError::save_memory(staging.path(&name)))?;
+        for (index, disk) in self.0.state.disks.iter().enumerate() {
+            let name = disk_name(index);
+            let (from, to) = (self.path(&name), staging.path(&name));
+            if disk.has_file() {
+                fs::copy(from, &to).map_err(|source| SnapshotError::Write { path: to, source })?;
+            }
+        }
+        let id = random_bytes().map_err(SnapshotError::Random)?;
+        let state = State { id, memory: vec![merged], ..self.0.state.clone() };
+        finish(staging, &state, options)
+    }
+
+    /// Notes which pages a guest that came from here has written until it first stood still, for
+    /// those that come after it. It is of use, and no more: where it fails nothing is noted.
+    pub(crate) fn note_written(&self, ram: &GuestRam) {
+        let Place::Directory(directory) = &self.0.place else { return };
+        if self.0.written.get().is_some() {
+            return;
+        }
+        let Ok(pages) = ram.written_pages() else { return };
+        let runs: Vec<_> = pages.runs().take(MAX_NOTED).collect();
+        let pages = runs.iter().map(|run| run.count).sum::<u64>();
+        if pages > MAX_NOTED as u64 || self.0.written.set(runs.clone()).is_err() {
+            return;
+        }
+        if let Ok(bytes) = format::encode(&runs) {
+            replace_file(&directory.join(WRITTEN), &bytes);
+        }
+    }
+}
+
+/// The most pages that are worth having before a guest runs: 16 MiB, some 8 ms.
+const MAX_NOTED: usize = 4096;
+
+/// Puts a file into its place whole, or not at all.
+fn replace_file(path: &Path, bytes: &[u8]) {
+    let Ok(random) = random_bytes() else { return };
+    let part = path.with_extension(format!("{:032x}", u128::from_ne_bytes(random)));
+    if fs::write(&part, bytes).and_then(|()| fs::rename(&part, path)).is_err() {
+        let _ = fs::remove_file(&part);
+    }
+}
+
+fn report_memory(options: &SnapshotOptions) -> impl Fn(MemoryProgress) -> ControlFlow<()> + Sync {
+    |progress| options.report(SaveStage::Memory, progress.done_bytes, Some(progress.total_bytes))
+}
+
+/// Writes the state, which is the last of a snapshot's files, and puts the directory into place.
+fn finish(staging: Staging, state: &State, options: &SnapshotOptions) -> Result<(), SnapshotError> {
+    let path = staging.path(STATE);
+    let bytes = format::encode(state)
+        .map_err(|source| SnapshotError::State { path: path.clone(), source })?;
+    let mut file = staging.create(STATE)?;
+    file.write_all(&bytes).map_err(|source| SnapshotError::Write { path, source })?;
+    drop(file);
+    Ok(staging.commit(options.sync)?)
+}
+
+/// Gives the files of an origin's layers a second name; `None` where that is not possible: they
+/// have no name any more, they never had one, or it is in another file system.
+fn share_layers(origin: &Snapshot, staging: &Staging) -> Option<Vec<SavedMemory>> {
+    let layers = &origin.0.state.memory;
+    if layers.is_empty() || layers.len() >= MAX_LAYERS {
+        return None;
+    }
+    for (index, file) in origin.0.image.files().enumerate() {
+        // By what is open, whatever has become of the directory.
+        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let path = staging.path(&memory_name(index));
+        if linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW).is_err() {
+            for linked in 0..index {
+                let _ = fs::remove_file(staging.path(&memory_name(linked)));
+            }
+            return None;
+        }
+    }
+    Some(layers.clone())
+}

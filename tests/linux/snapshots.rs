@@ -1,0 +1,380 @@
+//! Stock kernels that are suspended, resumed and cloned in the middle of their work.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
+
+use dormouse::{
+    BlockConfig, Clock, ErrorKind, MicroVm, Paused, RestoreOptions, Running, Snapshot, VmConfig,
+    VsockConfig,
+};
+
+use crate::devices::{DISK, Image, config, config_with};
+use crate::{PATIENCE, Release, Transcript, guest_tool, programs};
+
+/// Does what is typed, line by line.
+const SHELL: &str = "stty -echo; echo ready; while read -r line; do eval \"$line\"; done";
+
+/// A directory that goes with the test.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir();
+        let path = path.join(format!("dormouse-sleep-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A guest that does what is typed.
+struct Guest {
+    vm: MicroVm<Running>,
+    transcript: Transcript,
+}
+
+impl Guest {
+    fn boot(config: VmConfig) -> Self {
+        let transcript = Transcript::default();
+        let vm = MicroVm::create(config.console(transcript.clone())).unwrap().start().unwrap();
+        transcript.wait_for("ready\n");
+        Self { vm, transcript }
+    }
+
+    fn restore(snapshot: &Snapshot, clock: Clock) -> Self {
+        let transcript = Transcript::default();
+        let options = RestoreOptions::new().outside_paths(true).clock(clock);
+        let vm = snapshot.restore_with(&options.console(transcript.clone())).unwrap();
+        Self { vm: vm.resume().unwrap(), transcript }
+    }
+
+    /// What a command writes.
+    fn ask(&self, command: &str) -> String {
+        let before = self.transcript.text().len();
+        self.vm.console_input(format!("{command}; echo =$?=\n")).unwrap();
+        let begin = Instant::now();
+        loop {
+            let text = self.transcript.text();
+            let answer = text.get(before..).unwrap_or_default();
+            if let Some((answer, _)) = answer.split_once("=0=\n") {
+                return answer.to_owned();
+            }
+            assert!(begin.elapsed() < PATIENCE, "no answer to {command:?} in:\n{text}");
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn pause(self) -> MicroVm<Paused> {
+        self.vm.pause().unwrap()
+    }
+
+    /// Nothing that a kernel says when it has lost its way.
+    fn is_sane(&self) {
+        let log = self.ask("dmesg");
+        for complaint in ["soft lockup", "stall", "BUG", "WARNING", "Oops", "I/O error"] {
+            assert!(!log.contains(complaint), "{log}");
+        }
+    }
+}
+
+/// A sum that is made again and again, and must always be the same.
+const COMPUTE: &str = "dd if=/dev/urandom of=/data bs=1k count=512 2>/dev/null; sum=$(sha256sum </data); \
+    (while [ \"$(sha256sum </data)\" = \"$sum\" ]; do echo x >>/rounds; done; echo >/broken) & \
+    (while :; do :; done) &";
+
+const FIO: &str = "(fio --output=/log --eta=never --name=verify --filename=/dev/vda --rw=randwrite \
+    --bsrange=4k-64k --size=24m --io_size=24m --direct=1 --ioengine=libaio --iodepth=8 --verify=crc32c \
+    --verify_fatal=1 --do_verify=1 --randrepeat=0 --rate=4m >/dev/null 2>&1; echo fio=$? >/fio) &";
+
+/// A guest that computes and writes is saved in the middle, again and again, and each that comes
+/// of it finds everything as it should be.
+fn generations(release: Release, vcpus: u8, count: usize) {
+    let scratch = Scratch::new("generations");
+    let image = Image::new("generations", 32);
+    let add = |initramfs| programs::add(initramfs, "fio");
+    let config = config_with(release, DISK, SHELL, add).memory_mib(256).vcpus(vcpus);
+    let disk = BlockConfig::new(&image.0).delta(scratch.0.join("delta"));
+    let mut guest = Guest::boot(config.block(disk));
+    guest.ask(&format!("{COMPUTE} {FIO} sleep 2"));
+    let mut first = None;
+    for generation in 0..count {
+        let dir = scratch.0.join(generation.to_string());
+        let vm = guest.pause();
+        let snapshot = vm.snapshot(&dir).unwrap();
+        let facts = snapshot.facts();
+        let first = first.get_or_insert(facts.clone());
+        assert_eq!((&facts.msrs, &facts.cpuid), (&first.msrs, &first.cpuid));
+        if generation == 0 {
+            // The original goes on too.
+            snapshot.verify().unwrap();
+            let transcript = guest_transcript(&vm);
+            let original = Guest { vm: vm.resume().unwrap(), transcript };
+            drop(original);
+        }
+        guest = Guest::restore(&snapshot, Clock::Advance);
+        assert_eq!(guest.ask("ls /broken 2>/dev/null; sleep 1; true"), "");
+        guest.ask("rounds=$(wc -l </rounds); sleep 2; [ $(wc -l </rounds) -gt $rounds ]");
+    }
+    let answer = guest.ask("while [ ! -e /fio ]; do sleep 1; done; cat /fio /log");
+    assert!(answer.starts_with("fio=0\n"), "{answer}");
+    assert_eq!(guest.ask("ls /broken 2>/dev/null; true"), "");
+    guest.is_sane();
+}
+
+/// The original's transcript is not needed any more.
+fn guest_transcript(_: &MicroVm<Paused>) -> Transcript {
+    Transcript::default()
+}
+
+#[test]
+fn ten_generations_of_linux_6_12_on_2_vcpus() {
+    generations(Release::Linux6_12, 2, 10);
+}
+
+#[test]
+fn ten_generations_of_linux_6_1_on_1_vcpu() {
+    generations(Release::Linux6_1, 1, 10);
+}
+
+#[test]
+fn generations_of_linux_6_12_on_1_vcpu() {
+    generations(Release::Linux6_12, 1, 2);
+}
+
+#[test]
+fn generations_of_linux_6_1_on_2_vcpus() {
+    generations(Release::Linux6_1, 2, 2);
+}
+
+/// 32 clones of one VM: nothing random is the same in two of them.
+fn clones_differ(release: Release) {
+    let guest = Guest::boot(config(release, &[], SHELL).memory_mib(128));
+    let original = guest.ask(RANDOM);
+    let mut vm = guest.pause();
+    let mut seen: HashSet<String> = original.lines().map(str::to_owned).collect();
+    for (at, clone) in vm.fork(32).unwrap().into_iter().enumerate() {
+        let guest = Guest { vm: clone.resume().unwrap(), transcript: Transcript::default() };
+        let answer = of_a_clone(&guest.vm, RANDOM);
+        let lines: Vec<_> = answer.lines().collect();
+        assert_eq!(lines.len(), 3, "{answer}");
+        for line in lines {
+            assert!(seen.insert(line.to_owned()), "clone {at} has {line} like another");
+        }
+        if at == 0 {
+            let log = of_a_clone(&guest.vm, "dmesg | grep -c 'virtual machine fork'");
+            assert_eq!(log.trim(), "1", "the driver of VMGenID did nothing");
+        }
+    }
+}
+
+/// What differs from clone to clone, a line each.
+const RANDOM: &str = "sleep 1; cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | hexdump -v -e '1/1 \"%02x\"'; echo; \
+    head -c 4 /dev/urandom | sha256sum";
+
+/// The answer of a VM without a writer, out of its console's tail.
+fn of_a_clone(vm: &MicroVm<Running>, command: &str) -> String {
+    let mark = format!("mark-{}", SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos());
+    vm.console_input(format!("echo {mark}; {command}; echo =$?=\n")).unwrap();
+    let begin = Instant::now();
+    loop {
+        let tail = vm.console().tail().replace('\r', "");
+        let answer = tail.split_once(&format!("{mark}\n")).map(|(_, answer)| answer);
+        if let Some((answer, _)) = answer.and_then(|answer| answer.split_once("=0=\n")) {
+            return answer.to_owned();
+        }
+        assert!(begin.elapsed() < PATIENCE, "no answer to {command:?} in:\n{tail}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn thirty_two_clones_of_linux_6_12_share_no_random_bytes() {
+    clones_differ(Release::Linux6_12);
+}
+
+/// Lets so many seconds pass for everybody: on a machine of our own by its clock.
+fn pass(seconds: i64) {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    if name.trim() != "testbed" {
+        return sleep(Duration::from_secs(seconds.min(60) as u64));
+    }
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap();
+    let time = libc::timespec {
+        tv_sec: now.as_secs() as libc::time_t + seconds,
+        tv_nsec: now.subsec_nanos().into(),
+    };
+    // SAFETY: the call reads the one struct.
+    assert_eq!(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &time) }, 0);
+}
+
+fn now() -> i64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs() as i64
+}
+
+/// The guest's wall clock is as late as this, in seconds.
+fn lateness(guest: &Guest) -> i64 {
+    let before = now();
+    let guests: i64 = guest.ask("date +%s").trim().parse().unwrap();
+    // It was read between two looks at the host's.
+    let after = now();
+    if guests < before { before - guests } else { (after - guests).min(0) }
+}
+
+#[test]
+fn clocks_are_right_after_a_second_a_minute_and_a_day() {
+    let scratch = Scratch::new("clocks");
+    let guest = Guest::boot(config(Release::Linux6_12, &[], SHELL).vcpus(2));
+    let start = lateness(&guest);
+    guest.ask("cut -d. -f1 /proc/uptime >/uptime; (sleep 100000; echo >/slept) & (sleep 40; echo >/dozed) &");
+    let mut vm = guest.pause();
+    for (at, seconds) in [1, 60, 86_400].into_iter().enumerate() {
+        let dir = scratch.0.join(at.to_string());
+        let snapshot = vm.suspend(&dir).unwrap().into_snapshot().unwrap();
+        pass(seconds);
+        // Frozen, the guest is late by what it slept, and none of its timers has run out.
+        let frozen = Guest::restore(&snapshot, Clock::Freeze);
+        assert!((seconds - 1..seconds + 20).contains(&(lateness(&frozen) - start)));
+        assert_eq!(frozen.ask("ls /slept 2>/dev/null; true"), "");
+        drop(frozen);
+        let guest = Guest::restore(&snapshot, Clock::Advance);
+        let late = lateness(&guest) - start;
+        assert!((-1..=1).contains(&late), "{late} s late after {seconds} s");
+        let dozed = guest.ask("sleep 1; ls /dozed 2>/dev/null; true");
+        assert_eq!(dozed == "/dozed\n", at > 0, "{dozed:?} after {seconds} s");
+        assert_eq!(guest.ask("ls /slept 2>/dev/null; true"), "");
+        let uptime = "echo $(($(cut -d. -f1 /proc/uptime) - $(cat /uptime)))";
+        let uptime: i64 = guest.ask(uptime).trim().parse().unwrap();
+        assert!(uptime >= seconds, "up for {uptime} s after {seconds} s");
+        // Sleeps that begin now end.
+        guest.ask("sleep 1");
+        guest.is_sane();
+        vm = guest.pause();
+    }
+}
+
+#[test]
+fn another_process_wakes_a_guest_that_this_one_put_to_sleep() {
+    const DIRECTORY: &str = "DORMOUSE_TEST_SNAPSHOT";
+    if let Some(dir) = std::env::var_os(DIRECTORY) {
+        let guest = Guest::restore(&Snapshot::open(dir).unwrap(), Clock::Advance);
+        assert_eq!(guest.ask("cat /kept"), "something\n");
+        return guest.is_sane();
+    }
+    let scratch = Scratch::new("process");
+    let dir = scratch.0.join("asleep");
+    let guest = Guest::boot(config(Release::Linux6_12, &[], SHELL).vcpus(2));
+    guest.ask("echo something >/kept");
+    drop(guest.vm.suspend(&dir).unwrap());
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--test-threads=1", "another_process_wakes"])
+        .env(DIRECTORY, &dir)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// What a clone writes to its disk, nobody else reads.
+#[test]
+fn disks_of_clones_are_their_own() {
+    let scratch = Scratch::new("disks");
+    let image = Image::new("clones", 16);
+    fs::write(&image.0, vec![b'0'; 16 << 20]).unwrap();
+    let disks = [
+        BlockConfig::new(&image.0).delta(scratch.0.join("delta")),
+        BlockConfig::new(&image.0).discard_writes(),
+    ];
+    let config = config(Release::Linux6_12, DISK, SHELL);
+    let guest = Guest::boot(disks.into_iter().fold(config, VmConfig::block));
+    let write = |value: &str| {
+        let dd = |disk| {
+            format!(
+                "yes {value} | tr -d '\\n' | head -c 8192 | dd of=/dev/{disk} bs=4k conv=fsync 2>/dev/null"
+            )
+        };
+        format!("{}; {}", dd("vda"), dd("vdb"))
+    };
+    let read = "for disk in vda vdb; do dd if=/dev/$disk bs=1k count=12 iflag=direct 2>/dev/null | fold -w 1 | sort | uniq -c | tr -d ' ' | tr '\\n' ' '; done; echo";
+    guest.ask(&write("1"));
+    let transcript = guest.transcript.clone();
+    let vm = guest.pause();
+    let snapshot = vm.snapshot(scratch.0.join("base")).unwrap();
+    let original = Guest { vm: vm.resume().unwrap(), transcript };
+    original.ask(&write("2"));
+    let clones = [(); 2].map(|()| Guest::restore(&snapshot, Clock::Advance));
+    assert_eq!(clones[0].ask(read), "40960 81921 40960 81921 \n");
+    clones[0].ask(&write("3"));
+    assert_eq!(clones[1].ask(read), "40960 81921 40960 81921 \n");
+    assert_eq!(clones[0].ask(read), "40960 81923 40960 81923 \n");
+    assert_eq!(original.ask(read), "40960 81922 40960 81922 \n");
+    snapshot.verify().unwrap();
+    assert_eq!(fs::read(&image.0).unwrap(), vec![b'0'; 16 << 20], "the base was written to");
+}
+
+/// A connection does not outlive a restore, and its ends learn of it; the next one works.
+#[test]
+fn vsock_connections_end_with_a_restore_and_new_ones_work() {
+    let scratch = Scratch::new("vsock");
+    let modules = ["virtio_mmio", "vmw_vsock_virtio_transport"];
+    let add =
+        |initramfs: dormouse::InitramfsBuilder| initramfs.host_file("bin/guest-tool", guest_tool());
+    let config = config_with(Release::Linux6_12, &modules, SHELL, add);
+    let guest = Guest::boot(config.vsock(VsockConfig::default()));
+    guest.ask("guest-tool vsock-echo 1000 1000 & sleep 1");
+    let mut stream = guest.vm.connect(1000).unwrap();
+    stream.write_all(b"before").unwrap();
+    stream.read_exact(&mut [0; 6]).unwrap();
+    // The guest's end of another connection says when it is over.
+    let listener = guest.vm.listen(2000).unwrap();
+    guest.ask("(guest-tool vsock-cat 2000 </dev/zero >/dev/null 2>&1; echo >/over) &");
+    let cat = listener.accept_timeout(PATIENCE).unwrap();
+    let snapshot = guest.vm.suspend(scratch.0.join("asleep")).unwrap().into_snapshot().unwrap();
+    assert!(!matches!(stream.read(&mut [0; 6]), Ok(len) if len > 0));
+    drop(cat);
+
+    let guest = Guest::restore(&snapshot, Clock::Advance);
+    guest.ask("while [ ! -e /over ]; do sleep 1; done");
+    for _ in 0..20 {
+        let mut stream = guest.vm.connect(1000).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"after").unwrap();
+        let mut text = [0; 5];
+        stream.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"after");
+    }
+    assert_eq!(guest.vm.connect(4242).unwrap_err().kind(), &ErrorKind::Refused);
+    guest.is_sane();
+}
+
+/// `Path` in an error, as a stranger sees it: a snapshot does not choose files of this host.
+#[test]
+fn a_snapshot_names_no_files_of_the_host_unless_it_may() {
+    let scratch = Scratch::new("outside");
+    let image = Image::new("outside", 8);
+    let disk = BlockConfig::new(&image.0).read_only();
+    let guest = Guest::boot(config(Release::Linux6_12, DISK, SHELL).block(disk));
+    drop(guest.vm.suspend(scratch.0.join("asleep")).unwrap());
+    let snapshot = Snapshot::open(scratch.0.join("asleep")).unwrap();
+    let error = snapshot.restore().unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Snapshot);
+    let fix = error.how_to_fix().unwrap();
+    assert!(fix.contains("disk_base") && fix.contains("outside_paths"), "{error}");
+    assert!(error.to_string().contains(path(&image.0)), "{error}");
+    let options = RestoreOptions::new().disk_base(0, &image.0);
+    drop(snapshot.restore_with(&options).unwrap());
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}

@@ -1,0 +1,397 @@
+//! Snapshots, suspended VMs and clones of a guest that does what it is told with its memory.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
+
+use dormouse::{
+    ErrorKind, ExitStatus, MicroVm, Paused, Pool, PoolOptions, RestoreOptions, Running, Snapshot,
+    SnapshotOptions, Suspended,
+};
+
+use crate::guest::Program;
+use crate::resources::{self, alone};
+use crate::{Output, PATIENCE, create, output};
+
+/// A directory that goes with the test.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new() -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir();
+        let path = path.join(format!("dormouse-snapshot-{}-{count}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.0).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A guest that runs, and what it says.
+pub struct Guest {
+    pub vm: MicroVm<Running>,
+    pub output: Output,
+}
+
+impl Guest {
+    pub fn boot() -> Self {
+        let (vm, output) = create(&Program::Memory);
+        let vm = vm.start().unwrap();
+        assert_eq!([output.next(), output.next()], *b"B>");
+        Self { vm, output }
+    }
+
+    pub fn restore(snapshot: &Snapshot) -> Self {
+        let (options, output) = listening();
+        Self { vm: snapshot.restore_with(&options).unwrap().resume().unwrap(), output }
+    }
+
+    /// Writes a value to the first byte of so many pages.
+    pub fn write(&self, pages: u8, value: u8) {
+        self.vm.console_input([b'w', pages, value]).unwrap();
+        assert_eq!(self.output.next(), b'w');
+    }
+
+    /// The sum of the first bytes of so many pages.
+    pub fn sum(&self, pages: u8) -> u32 {
+        self.vm.console_input([b's', pages]).unwrap();
+        u32::from_le_bytes(std::array::from_fn(|_| self.output.next()))
+    }
+
+    pub fn resumed(vm: MicroVm<Paused>, output: Output) -> Self {
+        Self { vm: vm.resume().unwrap(), output }
+    }
+
+    pub fn pause(self) -> (MicroVm<Paused>, Output) {
+        (self.vm.pause().unwrap(), self.output)
+    }
+
+    pub fn off(self) {
+        self.vm.console_input("q").unwrap();
+        let ended = self.vm.wait_timeout(PATIENCE).unwrap();
+        assert_eq!(ended.exit_status(), &ExitStatus::PoweredOff);
+    }
+}
+
+fn listening() -> (RestoreOptions, Output) {
+    let (writer, output) = output();
+    (RestoreOptions::new().console(writer), output)
+}
+
+/// A guest in its tenth page of ones, saved to `dir`.
+fn saved(dir: &Path) -> Snapshot {
+    let guest = Guest::boot();
+    guest.write(10, 1);
+    guest.pause().0.snapshot(dir).unwrap()
+}
+
+#[test]
+fn the_original_goes_on_after_a_snapshot_and_the_restored_goes_its_own_way() {
+    let scratch = Scratch::new();
+    let guest = Guest::boot();
+    guest.write(10, 7);
+    let (vm, output) = guest.pause();
+    let snapshot = vm.snapshot(scratch.join("base")).unwrap();
+    let original = Guest::resumed(vm, output);
+    assert_eq!(original.sum(10), 70);
+    original.write(10, 9);
+    let clone = Guest::restore(&snapshot);
+    assert_eq!(clone.sum(10), 70);
+    clone.write(5, 1);
+    assert_eq!((original.sum(10), clone.sum(10)), (90, 40));
+    snapshot.verify().unwrap();
+    original.off();
+    clone.off();
+    assert_eq!(Guest::restore(&Snapshot::open(scratch.join("base")).unwrap()).sum(10), 70);
+    assert_eq!(scratch.names(), ["base"]);
+}
+
+#[test]
+fn clones_of_a_paused_vm_and_the_vm_itself_never_see_one_another() {
+    let guest = Guest::boot();
+    guest.write(20, 3);
+    let (mut vm, output) = guest.pause();
+    let clones = vm.fork(5).unwrap();
+    let later = vm.fork(1).unwrap();
+    let original = Guest::resumed(vm, output);
+    original.write(20, 100);
+    let mut guests: Vec<_> =
+        clones.into_iter().chain(later).map(|clone| clone.resume().unwrap()).collect();
+    for (clone, value) in guests.iter().zip(1..) {
+        clone.console_input([b'w', 2, value]).unwrap();
+    }
+    for (clone, value) in guests.iter().zip(1u32..) {
+        // A clone has no console writer; what it says is in its tail.
+        clone.console_input([b's', 20]).unwrap();
+        let expected = [&b"w"[..], &(18 * 3 + 2 * value).to_le_bytes()].concat();
+        let begin = std::time::Instant::now();
+        while !clone.console().tail().as_bytes().ends_with(&expected) {
+            assert!(begin.elapsed() < PATIENCE, "{:?}", clone.console());
+            sleep(Duration::from_millis(1));
+        }
+    }
+    assert_eq!(original.sum(20), 2000);
+    // A clone of a clone, of a VM that has ended.
+    let last = guests.pop().unwrap();
+    original.off();
+    let mut last = last.pause().unwrap();
+    let of_a_clone = last.fork(1).unwrap().pop().unwrap();
+    drop((last, guests));
+    let of_a_clone = of_a_clone.resume().unwrap();
+    of_a_clone.console_input("q").unwrap();
+    assert!(of_a_clone.wait_timeout(PATIENCE).unwrap().exit_status().is_clean());
+}
+
+#[test]
+fn a_suspended_vm_is_files_only_and_wakes_as_it_was() {
+    if !alone("snapshot::a_suspended_vm_is_files_only_and_wakes_as_it_was") {
+        return;
+    }
+    let scratch = Scratch::new();
+    drop(Guest::boot());
+    let before = resources::settled();
+    let guest = Guest::boot();
+    guest.write(30, 5);
+    let suspended = guest.vm.suspend(scratch.join("asleep")).unwrap();
+    resources::assert_back_to(&before);
+    let vm = suspended.resume().unwrap();
+    let guest = Guest { vm, output: guest.output };
+    assert_eq!(guest.sum(30), 150);
+    guest.off();
+    resources::assert_back_to(&before);
+    assert_eq!(scratch.names(), ["asleep"]);
+}
+
+#[test]
+fn a_suspended_vm_that_is_terminated_leaves_no_files() {
+    let scratch = Scratch::new();
+    let suspended = Guest::boot().vm.suspend(scratch.join("asleep")).unwrap();
+    assert_eq!(suspended.terminate().exit_status(), &ExitStatus::Terminated);
+    assert_eq!(scratch.names(), [""; 0]);
+}
+
+#[test]
+fn a_vm_that_sleeps_in_memory_wakes_and_becomes_clones() {
+    let guest = Guest::boot();
+    guest.write(10, 4);
+    let (vm, output) = guest.pause();
+    let suspended: MicroVm<Suspended> = vm.suspend_in_memory().unwrap();
+    let vm = suspended.resume().unwrap();
+    let guest = Guest { vm, output };
+    assert_eq!(guest.sum(10), 40);
+    guest.write(1, 8);
+    let (vm, output) = guest.pause();
+    let snapshot = vm.suspend_in_memory().unwrap().into_snapshot().unwrap();
+    drop(output);
+    for _ in 0..3 {
+        let clone = Guest::restore(&snapshot);
+        assert_eq!(clone.sum(10), 44);
+        clone.write(10, 0);
+    }
+}
+
+#[test]
+fn another_process_opens_the_snapshot_and_the_guest_goes_on() {
+    const DIRECTORY: &str = "DORMOUSE_TEST_SNAPSHOT";
+    if let Some(dir) = std::env::var_os(DIRECTORY) {
+        let guest = Guest::restore(&Snapshot::open(dir).unwrap());
+        assert_eq!(guest.sum(10), 10);
+        return guest.off();
+    }
+    let scratch = Scratch::new();
+    drop(saved(&scratch.join("base")));
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--test-threads=1", "another_process_opens_the_snapshot"])
+        .env(DIRECTORY, scratch.join("base"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+#[test]
+fn ten_generations_hold_the_same_registers_and_what_each_has_written() {
+    let scratch = Scratch::new();
+    let mut snapshot = saved(&scratch.join("0"));
+    let first = snapshot.facts();
+    for generation in 1..=10u8 {
+        let guest = Guest::restore(&snapshot);
+        assert_eq!(guest.sum(30), u32::from(10 + generation - 1));
+        guest.vm.console_input([b'w', 10 + generation, 1]).unwrap();
+        assert_eq!(guest.output.next(), b'w');
+        snapshot = guest.pause().0.snapshot(scratch.join(&generation.to_string())).unwrap();
+        let facts = snapshot.facts();
+        assert_eq!(facts.msrs, first.msrs);
+        assert_eq!(facts.cpuid, first.cpuid);
+        assert_eq!(facts.memory_layers, 1 + usize::from(generation));
+        snapshot.verify().unwrap();
+    }
+    // Each is whole without those before it.
+    for generation in 0..10 {
+        fs::remove_dir_all(scratch.join(&generation.to_string())).unwrap();
+    }
+    let snapshot = Snapshot::open(scratch.join("10")).unwrap();
+    assert_eq!(Guest::restore(&snapshot).sum(30), 20);
+    let merged = snapshot.merge(scratch.join("merged")).unwrap();
+    assert_eq!(merged.facts().memory_layers, 1);
+    fs::remove_dir_all(scratch.join("10")).unwrap();
+    merged.verify().unwrap();
+    assert_eq!(Guest::restore(&merged).sum(30), 20);
+}
+
+#[test]
+fn a_save_that_is_interrupted_leaves_the_vm_and_the_old_snapshot() {
+    let scratch = Scratch::new();
+    let old = saved(&scratch.join("base"));
+    let guest = Guest::boot();
+    guest.write(10, 2);
+    let (vm, output) = guest.pause();
+    let options = SnapshotOptions::new().progress(|_| ControlFlow::Break(()));
+    let error = vm.snapshot_with(scratch.join("base"), &options).unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Interrupted);
+    assert_eq!(scratch.names(), ["base"]);
+    assert_eq!(Guest::restore(&old).sum(10), 10);
+    let failed = vm.suspend_with(scratch.join("base"), &options).unwrap_err();
+    let guest = Guest::resumed(failed.vm, output);
+    assert_eq!(guest.sum(10), 20);
+}
+
+#[test]
+fn a_directory_with_other_things_in_it_is_not_touched() {
+    let scratch = Scratch::new();
+    fs::write(scratch.join("thesis.txt"), "years of work").unwrap();
+    let failed = Guest::boot().vm.suspend(&scratch.0).unwrap_err();
+    assert_eq!(failed.error.kind(), &ErrorKind::Snapshot);
+    assert!(failed.error.to_string().contains("thesis.txt"), "{}", failed.error);
+    assert!(failed.vm.exit_status().is_none());
+    assert_eq!(scratch.names(), ["thesis.txt"]);
+}
+
+#[test]
+fn what_is_no_snapshot_is_refused_with_the_reason() {
+    let scratch = Scratch::new();
+    let base = scratch.join("base");
+    saved(&base);
+    let refusal = |dir: &Path| {
+        let error = Snapshot::open(dir).unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Snapshot, "{error}");
+        error.to_string()
+    };
+    assert!(refusal(&scratch.join("nowhere")).contains("nowhere"));
+    assert!(refusal(&scratch.0).contains("state"));
+
+    let state = fs::read(base.join("state")).unwrap();
+    let put = |bytes: &[u8]| fs::write(base.join("state"), bytes).unwrap();
+    for len in (0..state.len()).step_by(state.len() / 97 + 1) {
+        put(&state[..len]);
+        refusal(&base);
+    }
+    let mut seed = 1u64;
+    for _ in 0..1000 {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let bit = (seed >> 20) as usize % (state.len() * 8);
+        let mut flipped = state.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        put(&flipped);
+        refusal(&base);
+    }
+    let mut newer = state.clone();
+    newer[8] = 2;
+    put(&newer);
+    assert!(refusal(&base).contains("version 2"));
+    put(&state);
+    Snapshot::open(&base).unwrap().verify().unwrap();
+
+    // Memory that is cut would be a fault of the guest.
+    let memory = base.join("memory-0");
+    let len = fs::metadata(&memory).unwrap().len();
+    fs::File::options().write(true).open(&memory).unwrap().set_len(len - 4096).unwrap();
+    assert!(refusal(&base).contains("layer 0"));
+    fs::remove_file(&memory).unwrap();
+    assert!(refusal(&base).contains("memory-0"));
+}
+
+#[test]
+fn verify_finds_any_flip_in_memory() {
+    use std::os::unix::fs::FileExt;
+    let scratch = Scratch::new();
+    let base = scratch.join("base");
+    let snapshot = saved(&base);
+    let memory = fs::File::options().read(true).write(true).open(base.join("memory-0")).unwrap();
+    let len = memory.metadata().unwrap().len();
+    // In the guest's code, in a page of zeros, at both ends.
+    for at in [0x110_0000, 0x100_0001, 0, 4095, len / 2 + 17, len - 1] {
+        let mut byte = [0];
+        memory.read_exact_at(&mut byte, at).unwrap();
+        memory.write_all_at(&[byte[0] ^ 4], at).unwrap();
+        let error = snapshot.verify().unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Snapshot);
+        memory.write_all_at(&byte, at).unwrap();
+        snapshot.verify().unwrap();
+    }
+}
+
+#[test]
+fn a_pool_keeps_vms_ready_and_counts_those_in_use() {
+    let scratch = Scratch::new();
+    let snapshot = saved(&scratch.join("base"));
+    let options = PoolOptions::new().min(2).max(3).wait(Duration::from_millis(50));
+    let pool = Pool::new(snapshot, options).unwrap();
+    let begin = std::time::Instant::now();
+    while pool.ready() < 2 {
+        assert!(begin.elapsed() < PATIENCE);
+        sleep(Duration::from_millis(1));
+    }
+    let mut taken: Vec<_> = (0..3).map(|_| pool.acquire().unwrap()).collect();
+    assert_eq!(pool.in_use(), 3);
+    assert_eq!(pool.acquire().unwrap_err().kind(), &ErrorKind::Timeout);
+    // One that ends makes room, in whatever state it was.
+    let one = taken.pop().unwrap().resume().unwrap();
+    assert_eq!(pool.acquire().unwrap_err().kind(), &ErrorKind::Timeout);
+    drop(one.terminate());
+    let one = pool.acquire().unwrap();
+    drop(pool);
+    // Those in use outlive the pool.
+    let one = one.resume().unwrap();
+    one.console_input("q").unwrap();
+    assert!(one.wait_timeout(PATIENCE).unwrap().exit_status().is_clean());
+}
+
+#[test]
+fn restored_and_dropped_vms_leave_nothing_behind() {
+    if !alone("snapshot::restored_and_dropped_vms_leave_nothing_behind") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let snapshot = saved(&scratch.join("base"));
+    drop(snapshot.restore().unwrap().resume().unwrap());
+    let before = resources::settled();
+    for _ in 0..100 {
+        let vm = snapshot.restore().unwrap().resume().unwrap();
+        drop(vm.pause().unwrap().fork(1).unwrap());
+    }
+    resources::assert_back_to(&before);
+}
