@@ -87,7 +87,7 @@ fn raw_ready(saved: &Saved) -> Duration {
 /// A VM out of a pool, which keeps one ready.
 fn pool(size: &str, snapshot: &Snapshot, saved: &Saved) -> Metric {
     let ours = || {
-        // One pool a round: another VM that is made ready meanwhile would be measured too.
+        // It makes the next one ready beside the one that is measured, as it does for anyone.
         let (options, said) = listening();
         let options = PoolOptions::new().min(1).max(1).restore(options);
         let pool = Pool::new(snapshot.clone(), options).expect("pool");
