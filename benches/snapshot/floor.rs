@@ -68,7 +68,7 @@ impl Saved {
     }
 
     /// From nothing to the first dot, on the calling thread.
-    pub fn from_nothing(&self) -> Duration {
+    pub fn cold(&self) -> Duration {
         let begin = Instant::now();
         let kvm = Kvm::new().expect("/dev/kvm");
         let ram = Mapping::reserve(self.bytes);

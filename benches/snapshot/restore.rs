@@ -32,8 +32,8 @@ pub fn metrics(scratch: &Scratch) -> Vec<Metric> {
         let tail = tail(&on_shell);
         metrics.push(on_shell);
         metrics.push(tail);
-        let floor = Saved::from_nothing;
-        metrics.push(metric("restore with nothing prepared → first dot", from_nothing, floor));
+        let floor = Saved::cold;
+        metrics.push(metric("restore with nothing prepared → first dot", cold, floor));
         metrics.push(metric("resume of a restored VM → first dot", ready, raw_ready));
         metrics.push(pool(size, &snapshot, &saved));
         metrics.push(fork(size, memory_mib, &snapshot));
@@ -63,7 +63,7 @@ fn raw_on_shell(saved: &Saved) -> Duration {
     prepared.run() - begin
 }
 
-fn from_nothing(snapshot: &Snapshot) -> Duration {
+fn cold(snapshot: &Snapshot) -> Duration {
     let (options, said) = listening();
     let begin = Instant::now();
     resume(snapshot.restore_with(&options).expect("restore"), &said, begin)
