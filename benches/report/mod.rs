@@ -31,6 +31,14 @@ pub enum Unit {
     MibPerSecond,
     /// Events in a second that nobody wanted.
     PerSecond,
+    /// VMs in a second: many are good.
+    VmsPerSecond,
+    /// KiB that something costs.
+    Kib,
+    /// One figure over another: few are good.
+    Times,
+    /// Things that are left over.
+    Count,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -70,7 +78,7 @@ impl Metric {
     }
 
     /// What so many percent of the samples are not worse than.
-    fn percentile(&self, samples: &[f64], percent: usize) -> Option<f64> {
+    pub fn percentile(&self, samples: &[f64], percent: usize) -> Option<f64> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
         if self.unit.many_are_good() {
@@ -106,7 +114,7 @@ impl Metric {
 
 impl Unit {
     fn many_are_good(self) -> bool {
-        matches!(self, Self::ThousandsPerSecond | Self::MibPerSecond)
+        matches!(self, Self::ThousandsPerSecond | Self::MibPerSecond | Self::VmsPerSecond)
     }
 
     fn short(self) -> &'static str {
@@ -115,6 +123,10 @@ impl Unit {
             Self::ThousandsPerSecond => "k/s",
             Self::MibPerSecond => "MiB/s",
             Self::PerSecond => "1/s",
+            Self::VmsPerSecond => "VMs/s",
+            Self::Kib => "KiB",
+            Self::Times => "x",
+            Self::Count => "count",
         }
     }
 }
@@ -126,6 +138,10 @@ impl fmt::Display for Unit {
             Self::ThousandsPerSecond => "1,000 a second",
             Self::MibPerSecond => "MiB a second",
             Self::PerSecond => "a second",
+            Self::VmsPerSecond => "VMs a second",
+            Self::Kib => "KiB",
+            Self::Times => "times",
+            Self::Count => "left over",
         })
     }
 }
