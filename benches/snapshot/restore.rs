@@ -52,7 +52,7 @@ fn on_shell(snapshot: &Snapshot) -> Duration {
     settle();
     let (options, said) = listening();
     let begin = Instant::now();
-    resume(shell.restore_with(&options).expect("restore"), &said, begin)
+    resume(snapshot.restore_on(shell, &options).expect("restore"), &said, begin)
 }
 
 fn raw_on_shell(saved: &Saved) -> Duration {
@@ -110,15 +110,17 @@ fn fork(size: &str, memory_mib: u32, snapshot: &Snapshot) -> Metric {
         let mut vm = vm.pause().expect("pause");
         let (console, said) = console();
         let mut console = Some(console);
+        let shell = vm.prepare().expect("prepare");
+        settle();
         let begin = Instant::now();
-        let clones = vm.fork_with(1, |_| {
+        let clones = vm.fork_on(vec![shell], |_| {
             dormouse::RestoreOptions::new().console(console.take().expect("one clone"))
         });
         let elapsed = resume(clones.expect("fork").remove(0), &said, begin);
         parent = Some(vm);
         elapsed
     };
-    let name = format!("fork → first dot of the clone, {size} (floor: ours on a shell)");
+    let name = format!("fork on a shell → first dot of the clone, {size} (floor: ours on a shell)");
     in_turn(name, Some(BAR), ours, || on_shell(snapshot))
 }
 

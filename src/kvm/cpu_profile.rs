@@ -61,13 +61,17 @@ pub(crate) struct CpuProfile {
 const MAX_VCPUS: usize = 256;
 
 impl CpuProfile {
-    /// The profile of a guest on this host, all of whose vCPUs are given.
-    pub(crate) fn new(kvm: &Kvm, vcpus: &[Vcpu]) -> Result<Self, KvmError> {
-        let cpuid = vcpus.iter().map(Vcpu::cpuid).collect::<Result<Vec<_>, _>>()?;
+    /// The profile of a guest on this host, given the CPUID of each of its vCPUs as it was set
+    /// (KVM_GET_CPUID2 gives what the guest has changed since), and its first vCPU.
+    pub(crate) fn new(
+        kvm: &Kvm,
+        cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+        vcpu: Option<&Vcpu>,
+    ) -> Result<Self, KvmError> {
         let supported = kvm.capabilities().supported_cpuid.as_slice();
         let first = cpuid.first().map_or(&[][..], Vec::as_slice);
         let features = features::of_the_cpu(first, supported);
-        Ok(Self { host: HostFacts::of(kvm, vcpus.first())?, cpuid, features })
+        Ok(Self { host: HostFacts::of(kvm, vcpu)?, cpuid, features })
     }
 
     /// The CPUID of each vCPU: what a restore sets, exactly.

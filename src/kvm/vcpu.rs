@@ -4,8 +4,8 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_cpuid_entry2, kvm_run,
+    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    kvm_cpuid_entry2, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -62,10 +62,11 @@ impl Vcpu {
         kick::open_kick_in_run(&self.fd)
     }
 
+    #[cfg(test)]
     /// The CPUID that the vCPU has (api.rst §4.53): the one that it was given, but for the bits that
     /// follow the guest's own registers.
     pub(crate) fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-        let cpuid = self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+        let cpuid = self.fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
         Ok(cpuid.map_err(KvmError::call("KVM_GET_CPUID2"))?.as_slice().to_vec())
     }
 

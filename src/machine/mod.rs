@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use thiserror::Error as ThisError;
 
 pub(crate) use self::state::MachineState;
@@ -89,6 +90,8 @@ pub(crate) struct Machine {
     vm: Arc<Vm>,
     threads: VcpuThreads,
     config: MachineConfig,
+    /// What each vCPU was given.
+    cpuid: Vec<Vec<kvm_cpuid_entry2>>,
 }
 
 impl Machine {
@@ -125,7 +128,7 @@ impl Machine {
         let sink = ConsoleSink::new(console.clone(), writer);
         let Devices { bus, serial_input, generation, virtio, vsock, controls } =
             recorder.run(Phase::Devices, || Devices::new(config, &shell.vm, &exit, sink))?;
-        let Shell { vcpus, vm, threads } = shell;
+        let Shell { vcpus, cpuid, vm, threads } = shell;
         let threads = threads.attach(bus, Arc::clone(&exit), Arc::clone(recorder.first_run()));
         let config = config.clone();
         let machine = Self {
@@ -139,6 +142,7 @@ impl Machine {
             vm,
             threads,
             config,
+            cpuid,
         };
         Ok((machine, vcpus))
     }

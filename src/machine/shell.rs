@@ -25,6 +25,8 @@ use crate::timings::Recorder;
 pub(crate) struct Shell {
     // In this order: the threads are the last to hold the VM.
     pub(super) vcpus: Vec<Vcpu>,
+    /// What each of them was given.
+    pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     pub(super) vm: Arc<Vm>,
     pub(super) threads: IdleThreads,
 }
@@ -88,7 +90,7 @@ impl Shell {
             let vcpus = (0..).zip(&cpuid).map(create).collect::<Result<Vec<_>, KvmError>>()?;
             let confinement = config.seccomp.then_some(Confinement::Vcpu);
             let threads = IdleThreads::spawn(count, confinement, Arc::clone(&vm))?;
-            Ok::<_, Error>(Self { vcpus, vm, threads })
+            Ok::<_, Error>(Self { vcpus, cpuid, vm, threads })
         })
     }
 }
@@ -97,6 +99,12 @@ impl Shell {
     /// The memory, which may have no content yet.
     pub(crate) fn ram(&self) -> &GuestRam {
         self.vm.ram()
+    }
+
+    /// Whether a VM whose vCPUs have this CPUID can be put around it; its memory is another
+    /// question.
+    pub(crate) fn shows(&self, cpuid: &[Vec<kvm_cpuid_entry2>]) -> bool {
+        self.cpuid == cpuid
     }
 
     /// The vCPU that boots.

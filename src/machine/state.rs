@@ -38,7 +38,7 @@ impl Machine {
     /// What its guest was shown of the CPU, and what this host is.
     pub(crate) fn profile(&self, vcpus: &[Vcpu]) -> Result<CpuProfile, Error> {
         let kvm = Kvm::open(&self.config.kvm_device)?;
-        Ok(CpuProfile::new(&kvm, vcpus)?)
+        Ok(CpuProfile::new(&kvm, self.cpuid.clone(), vcpus.first())?)
     }
 
     /// The state of a machine whose vCPUs are all here, and so stand still. Takes some 200 µs.

@@ -201,6 +201,11 @@ impl GuestRam {
         Ok(ram)
     }
 
+    /// Addresses for as much memory as this.
+    pub(crate) fn reserve_alike(&self) -> Result<Self, MemoryError> {
+        Self::reserve(&self.ranges)
+    }
+
     /// The ranges to register with KVM. They stay mapped as long as `self` lives.
     pub(crate) fn slots(&self) -> impl Iterator<Item = RamSlot> + '_ {
         self.inner.iter().map(|region| RamSlot {

@@ -31,17 +31,30 @@ impl Snapshot {
         self.restored(None, options, Recorder::new())
     }
 
-    /// Makes what a VM of this snapshot needs of the kernel, but for its memory and its devices:
-    /// [`PreparedShell::restore`] is left with a third of the work. It holds its descriptors and
-    /// threads until it is used or dropped.
+    /// Makes what a VM of this snapshot needs of the kernel, but for its memory and its devices, so
+    /// that [`restore_on`](Self::restore_on) is left with a third of the work.
     ///
     /// # Errors
     ///
     /// As [`restore_with`](Self::restore_with).
     pub fn prepare(&self) -> Result<PreparedShell, Error> {
         let options = RestoreOptions::default();
-        let shell = self.shell(&options, &mut Recorder::new())?;
-        Ok(PreparedShell { shell, snapshot: self.clone() })
+        Ok(PreparedShell { shell: self.shell(&options, &mut Recorder::new())? })
+    }
+
+    /// As [`restore_with`](Self::restore_with), in about a third of a millisecond, on a shell that
+    /// was prepared for it; its seccomp and its KVM device are those that the shell was made with.
+    ///
+    /// # Errors
+    ///
+    /// As that one, and [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) for a shell that was
+    /// prepared for another kind of VM. The shell is gone then.
+    pub fn restore_on(
+        &self,
+        shell: PreparedShell,
+        options: &RestoreOptions,
+    ) -> Result<MicroVm<Paused>, Error> {
+        self.restored(Some(shell.shell), options, Recorder::new())
     }
 
     fn restored(
@@ -80,32 +93,12 @@ impl Snapshot {
     }
 }
 
-/// What a VM of a snapshot needs of the kernel, made ahead: see [`Snapshot::prepare`].
+/// What a VM needs of the kernel, made ahead by [`Snapshot::prepare`] or
+/// [`MicroVm::<Paused>::prepare`]: a VM of KVM with its vCPUs and their threads, without memory and
+/// devices. It holds some descriptors and a thread for each vCPU until it is used or dropped, and
+/// serves any VM with as much memory and the same CPUs.
 #[derive(Debug)]
 #[must_use = "dropping it throws away what it took to make"]
 pub struct PreparedShell {
-    shell: Shell,
-    snapshot: Snapshot,
-}
-
-impl PreparedShell {
-    /// A VM as it was when it was saved, paused, in about a third of a millisecond: see
-    /// [`Snapshot::restore_with`], whose seccomp and KVM device are those that the shell was made
-    /// with.
-    ///
-    /// # Errors
-    ///
-    /// As that one. The shell is gone then.
-    pub fn restore_with(self, options: &RestoreOptions) -> Result<MicroVm<Paused>, Error> {
-        self.snapshot.restored(Some(self.shell), options, Recorder::new())
-    }
-
-    /// As [`restore_with`](Self::restore_with), with everything as it was.
-    ///
-    /// # Errors
-    ///
-    /// As that one.
-    pub fn restore(self) -> Result<MicroVm<Paused>, Error> {
-        self.restore_with(&RestoreOptions::default())
-    }
+    pub(super) shell: Shell,
 }

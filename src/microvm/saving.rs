@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use super::state::{Asleep, Stopped};
-use super::{LifecycleError, MicroVm, Paused, Running, Suspended, TransitionError};
+use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, TransitionError};
 use crate::config::RestoreOptions;
 use crate::error::Error;
+use crate::machine::{Cpus, Shell, ShellConfig};
 use crate::phase::Phase;
 use crate::snapshot::{Disks, Snapshot, SnapshotOptions};
+use crate::timings::Recorder;
 
 impl MicroVm<Paused> {
     /// Writes memory, disks and registers to a directory, and leaves the VM as it is.
@@ -117,10 +119,47 @@ impl MicroVm<Paused> {
         count: usize,
         options: impl FnMut(usize) -> RestoreOptions,
     ) -> Result<Vec<MicroVm<Paused>>, Error> {
+        self.keep()?.fork_with(count, options)
+    }
+
+    /// Makes what a clone of this VM needs of the kernel, but for its memory and its devices, so
+    /// that [`fork_on`](Self::fork_on) is left with a third of the work.
+    ///
+    /// # Errors
+    ///
+    /// As [`Snapshot::prepare`].
+    pub fn prepare(&self) -> Result<PreparedShell, Error> {
+        let Stopped { vcpus, machine, .. } = &self.state.stopped;
+        let shell = machine.profile(vcpus).and_then(|profile| {
+            let config = machine.config();
+            let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
+            let cpus = Cpus::Exactly(profile.cpuid()?);
+            let ram = machine.ram().reserve_alike()?;
+            Shell::new(&ShellConfig { kvm_device, cpus, seccomp }, ram, &mut Recorder::new())
+        });
+        Ok(PreparedShell { shell: shell.map_err(|error| self.error(Phase::Kvm, error))? })
+    }
+
+    /// As [`fork`](Self::fork): a clone on each of these shells.
+    ///
+    /// # Errors
+    ///
+    /// As `fork`, and as [`Snapshot::restore_on`].
+    pub fn fork_on(
+        &mut self,
+        shells: Vec<PreparedShell>,
+        mut options: impl FnMut(usize) -> RestoreOptions,
+    ) -> Result<Vec<MicroVm<Paused>>, Error> {
+        let snapshot = self.keep()?;
+        let clones = shells.into_iter().enumerate();
+        clones.map(|(index, shell)| snapshot.restore_on(shell, &options(index))).collect()
+    }
+
+    /// This VM as a snapshot in memory, that its clones come from.
+    fn keep(&mut self) -> Result<Snapshot, Error> {
         let sleeper = self.state.stopped.sleeper();
         let kept = self.recorder.timed(Phase::Save, || sleeper.keep(Disks::Copy));
-        let snapshot = kept.map_err(|error| self.error(Phase::Save, error))?;
-        snapshot.fork_with(count, options)
+        kept.map_err(|error| self.error(Phase::Save, error))
     }
 
     fn asleep(self, snapshot: Snapshot) -> MicroVm<Suspended> {

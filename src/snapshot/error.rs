@@ -33,6 +33,8 @@ pub(crate) enum SnapshotError {
     OutsideSocket { path: PathBuf },
     #[error("there is no disk {index}: the snapshot has {count}, counted from 0")]
     NoDisk { index: usize, count: usize },
+    #[error("the shell was prepared for a VM with other CPUs")]
+    OtherShell,
     #[error("the save was interrupted")]
     Interrupted,
     #[error("cannot make a directory for disks in the folder for temporary files")]
@@ -85,6 +87,9 @@ impl From<SnapshotError> for Error {
             }
             SnapshotError::State { source: FormatError::Version { .. }, .. } => {
                 Some("use the version of dormouse that wrote it, or save the VM again")
+            }
+            SnapshotError::OtherShell => {
+                Some("prepare it with `prepare` of the same snapshot or VM")
             }
             SnapshotError::OutsideDisk { .. } => Some(
                 "name the file with `RestoreOptions::disk_base`, or, where whoever wrote the snapshot \

@@ -51,7 +51,8 @@ impl Snapshot {
             Ok::<_, SnapshotError>(config)
         })?;
         let shell = match shell {
-            Some(shell) => shell,
+            Some(shell) if shell.shows(state.host.cpuid()?) => shell,
+            Some(_) => return Err(SnapshotError::OtherShell.into()),
             None => self.shell(options, recorder)?,
         };
         recorder.run(Phase::Memory, || shell.ram().map_image(image))?;

@@ -197,7 +197,10 @@ fn a_guest_fits_the_host_that_it_was_saved_on() {
     let template = CpuTemplate::default().set(1, 0, CpuidRegister::Ecx, 1 << 16);
     let cpuid = cpuid::for_vcpu(supported, 0, 2, &template);
     guest.vcpus[0].configure(&cpuid, &[]).unwrap();
-    let profile = CpuProfile::new(&kvm, &guest.vcpus).unwrap();
+    let profile = {
+        let cpuid = guest.vcpus.iter().map(|vcpu| vcpu.cpuid().unwrap()).collect();
+        CpuProfile::new(&kvm, cpuid, guest.vcpus.first()).unwrap()
+    };
     profile.fits(&kvm, None).unwrap();
     profile.fits(&kvm, guest.vcpus.first()).unwrap();
     assert_eq!(profile.cpuid().unwrap().len(), 2);
