@@ -112,7 +112,7 @@ impl ClockState {
         if self.tsc_khz == 0 || !vcpu.vm.fd.check_extension(Cap::TscControl) {
             return Err(refused);
         }
-        vcpu.fd.set_tsc_khz(self.tsc_khz).map_err(|_| refused)
+        vcpu.set_tsc_khz(self.tsc_khz).map_err(|_| refused)
     }
 }
 

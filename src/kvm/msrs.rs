@@ -3,6 +3,8 @@
 //! KVM_GET_MSRS and KVM_SET_MSRS (api.rst §4.18, §4.19) take up to 256, stop at the first one that
 //! they refuse, and return how many they did.
 
+use std::collections::BTreeMap;
+
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
@@ -61,15 +63,26 @@ pub(super) fn write(to: &impl Registers, msrs: &[Msr]) -> Result<(), KvmError> {
 ///
 /// Only those are written that differ: many may be written with nothing but what they hold, such
 /// as the descriptions of features. A saved zero of a register that is not there is nothing to
-/// lose either: a guest that can use it was shown a feature, and that is compared elsewhere.
-pub(super) fn restore(to: &impl Registers, saved: &[Msr]) -> Result<(), KvmError> {
-    let indexes: Vec<u32> = saved.iter().map(|msr| msr.index).collect();
-    // In the order of the saved ones, some left out.
-    let mut present = read(to, &indexes)?.into_iter().peekable();
+/// lose either: a guest that can use it was shown a feature, and that is compared elsewhere. `present` is
+/// what they hold now, where that is known.
+pub(super) fn restore(
+    to: &impl Registers,
+    saved: &[Msr],
+    present: Option<&[Msr]>,
+) -> Result<(), KvmError> {
+    let read_now = match present {
+        Some(_) => Vec::new(),
+        None => {
+            let indexes: Vec<u32> = saved.iter().map(|msr| msr.index).collect();
+            read(to, &indexes)?
+        }
+    };
+    let present: BTreeMap<u32, u64> =
+        present.unwrap_or(&read_now).iter().map(|msr| (msr.index, msr.value)).collect();
     let differing: Vec<Msr> = saved
         .iter()
-        .filter(|msr| match present.next_if(|present| present.index == msr.index) {
-            Some(present) => present.value != msr.value,
+        .filter(|msr| match present.get(&msr.index) {
+            Some(present) => *present != msr.value,
             None => msr.value != 0,
         })
         .copied()
@@ -157,9 +170,10 @@ mod tests {
     fn a_restore_writes_what_differs_and_nothing_else() {
         let cpu = Cpu::new([(1, 10), (2, 20), (4, 40), (5, 50)]);
         let cpu = Cpu { read_only: vec![2], ..cpu };
-        restore(&cpu, &[msr(5, 51), msr(2, 20), msr(3, 0), msr(1, 10), msr(4, 41)]).unwrap();
+        let saved = [msr(5, 51), msr(2, 20), msr(3, 0), msr(1, 10), msr(4, 41)];
+        restore(&cpu, &saved, None).unwrap();
         assert_eq!(*cpu.written.borrow(), [5, 4]);
-        assert!(matches!(restore(&cpu, &[msr(2, 21)]), Err(KvmError::Msr { index: 2 })));
-        assert!(matches!(restore(&cpu, &[msr(3, 1)]), Err(KvmError::Msr { index: 3 })));
+        assert!(matches!(restore(&cpu, &[msr(2, 21)], None), Err(KvmError::Msr { index: 2 })));
+        assert!(matches!(restore(&cpu, &[msr(3, 1)], None), Err(KvmError::Msr { index: 3 })));
     }
 }

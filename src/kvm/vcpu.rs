@@ -1,7 +1,8 @@
 //! A virtual CPU: its registers before the start, and one entry into the guest at a time.
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings::{
     CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -9,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, Vm, kick, msrs};
+use super::{KvmError, VcpuState, Vm, kick, msrs};
 use crate::arch::msr::Msr;
 use crate::arch::regs::Entry;
 use crate::bus::Bus;
@@ -24,6 +25,11 @@ pub(crate) struct Vcpu {
     pub(super) vm: Arc<Vm>,
     /// The model-specific registers that make up its state, once that is known.
     pub(super) msr_indexes: OnceLock<Vec<u32>>,
+    /// Once it was asked, for it is we who change it.
+    tsc_khz: AtomicU32,
+    /// What it was before it ran, where somebody looked: a restore then sets what differs, for
+    /// each call costs some 10 µs.
+    pub(super) fresh: Mutex<Option<Box<VcpuState>>>,
     /// The guest asked a device, and has not taken the answer.
     unsettled: bool,
 }
@@ -41,7 +47,15 @@ pub(crate) enum VmExit {
 
 impl Vcpu {
     pub(super) fn new(fd: VcpuFd, id: u8, vm: Arc<Vm>) -> Self {
-        Self { fd, id, vm, msr_indexes: OnceLock::new(), unsettled: false }
+        Self {
+            fd,
+            id,
+            vm,
+            msr_indexes: OnceLock::new(),
+            tsc_khz: AtomicU32::new(0),
+            fresh: Mutex::default(),
+            unsettled: false,
+        }
     }
 
     /// The vCPU's number, which is also its APIC id.
@@ -80,7 +94,20 @@ impl Vcpu {
 
     /// The frequency of its TSC, in kHz (api.rst §4.56).
     pub(crate) fn tsc_khz(&self) -> Result<u32, KvmError> {
-        self.fd.get_tsc_khz().map_err(KvmError::call("KVM_GET_TSC_KHZ"))
+        let known = self.tsc_khz.load(Ordering::Relaxed);
+        if known != 0 {
+            return Ok(known);
+        }
+        let khz = self.fd.get_tsc_khz().map_err(KvmError::call("KVM_GET_TSC_KHZ"))?;
+        self.tsc_khz.store(khz, Ordering::Relaxed);
+        Ok(khz)
+    }
+
+    /// Changes the frequency of its TSC (api.rst §4.55).
+    pub(super) fn set_tsc_khz(&self, khz: u32) -> Result<(), KvmError> {
+        self.fd.set_tsc_khz(khz).map_err(KvmError::call("KVM_SET_TSC_KHZ"))?;
+        self.tsc_khz.store(khz, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Tells a guest with a paravirtual clock that it was stopped, so that its watchdogs do not

@@ -3,6 +3,8 @@
 //! Sources: api.rst, at each call; for the order, arch/x86/kvm/x86.c, whose calls have effects on
 //! one another.
 
+use std::sync::PoisonError;
+
 use kvm_bindings::{
     Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs,
@@ -66,23 +68,52 @@ impl Vcpu {
         })
     }
 
-    /// Takes a state over. The vCPU has its CPUID, and has not run.
+    /// Looks at a vCPU that has its CPUID and has not run, ahead of a restore.
+    pub(crate) fn look_ahead(&self) -> Result<(), KvmError> {
+        let fresh = Box::new(self.state()?);
+        *self.fresh.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
+        Ok(())
+    }
+
+    /// What was seen of it then, for the one restore.
+    pub(super) fn take_fresh(&self) -> Option<Box<VcpuState>> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Takes a state over. The vCPU has its CPUID, and has not run; `fresh` is what it is now,
+    /// where that is known.
     ///
     /// The order: SREGS before LAPIC, because they hold the APIC's mode; XCRS before XSAVE; the
     /// TSC and LAPIC before IA32_TSC_DEADLINE, which is compared with the one, and counts only
     /// where the other's timer is in that mode; events last, because KVM_SET_REGS clears
     /// exceptions.
-    pub(super) fn restore(&self, state: &VcpuState, shift: &ClockShift) -> Result<(), KvmError> {
+    pub(super) fn restore(
+        &self,
+        state: &VcpuState,
+        fresh: Option<&VcpuState>,
+        shift: &ClockShift,
+    ) -> Result<(), KvmError> {
         if state.msrs.len() > MAX_MSRS {
             return Err(KvmError::MsrEntries);
         }
+        let differs = |is_same: fn(&VcpuState, &VcpuState) -> bool| {
+            fresh.is_none_or(|fresh| !is_same(fresh, state))
+        };
         let fd = &self.fd;
-        fd.set_mp_state(state.mp_state).map_err(KvmError::call("KVM_SET_MP_STATE"))?;
+        if differs(|fresh, state| fresh.mp_state == state.mp_state) {
+            fd.set_mp_state(state.mp_state).map_err(KvmError::call("KVM_SET_MP_STATE"))?;
+        }
         fd.set_regs(&state.regs).map_err(KvmError::call("KVM_SET_REGS"))?;
         fd.set_sregs(&state.sregs).map_err(KvmError::call("KVM_SET_SREGS"))?;
-        fd.set_xcrs(&state.xcrs).map_err(KvmError::call("KVM_SET_XCRS"))?;
-        self.set_xsave(&state.xsave)?;
-        fd.set_debug_regs(&state.debug_regs).map_err(KvmError::call("KVM_SET_DEBUGREGS"))?;
+        if differs(|fresh, state| fresh.xcrs == state.xcrs) {
+            fd.set_xcrs(&state.xcrs).map_err(KvmError::call("KVM_SET_XCRS"))?;
+        }
+        if differs(|fresh, state| fresh.xsave == state.xsave) {
+            self.set_xsave(&state.xsave)?;
+        }
+        if differs(|fresh, state| fresh.debug_regs == state.debug_regs) {
+            fd.set_debug_regs(&state.debug_regs).map_err(KvmError::call("KVM_SET_DEBUGREGS"))?;
+        }
         fd.set_lapic(&state.lapic).map_err(KvmError::call("KVM_SET_LAPIC"))?;
         match state.tsc(shift) {
             Tsc::Offset(offset) => clock::set_tsc_offset(fd, offset)?,
@@ -90,13 +121,15 @@ impl Vcpu {
         }
         let is_clock = |msr: &Msr| matches!(msr.index, msr::IA32_TSC | msr::IA32_TSC_DEADLINE);
         let others: Vec<Msr> = state.msrs.iter().filter(|msr| !is_clock(msr)).copied().collect();
-        msrs::restore(fd, &others)?;
+        msrs::restore(fd, &others, fresh.map(|fresh| &fresh.msrs[..]))?;
         // Zero is a timer that is not set, which a new vCPU has.
         let deadline = state.msr(msr::IA32_TSC_DEADLINE).filter(|value| *value != 0);
         if let Some(value) = deadline {
             msrs::write(fd, &[Msr { index: msr::IA32_TSC_DEADLINE, value }])?;
         }
-        fd.set_vcpu_events(&state.events).map_err(KvmError::call("KVM_SET_VCPU_EVENTS"))?;
+        if differs(|fresh, state| fresh.events == state.events) {
+            fd.set_vcpu_events(&state.events).map_err(KvmError::call("KVM_SET_VCPU_EVENTS"))?;
+        }
 
         // A snapshot of this guest holds what this one held, also what this KVM does not list.
         let saved = state.msrs.iter().map(|msr| msr.index);

@@ -68,13 +68,15 @@ impl Vm {
         if saved != vcpus.len() {
             return Err(KvmError::VcpuCount { saved, vcpus: vcpus.len() });
         }
+        let fresh: Vec<_> = vcpus.iter().map(Vcpu::take_fresh).collect();
         // First, for the base of the TSCs depends on it.
         for vcpu in vcpus {
             state.clock.set_frequency(vcpu)?;
         }
-        let shift = state.clock.shift(&self.clock(vcpus)?, policy);
-        for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
-            vcpu.restore(state, &shift)?;
+        let offset = fresh.first().and_then(Option::as_ref).map(|fresh| fresh.tsc_offset);
+        let shift = state.clock.shift(&self.clock_from(vcpus, offset)?, policy);
+        for ((vcpu, state), fresh) in vcpus.iter().zip(&state.vcpus).zip(&fresh) {
+            vcpu.restore(state, fresh.as_deref(), &shift)?;
         }
         // After the TSCs: kvmclock follows them only where they agree. No flags: with them KVM
         // would add the time that has passed, which is the policy's to choose.
@@ -90,13 +92,25 @@ impl Vm {
 
     /// This moment on the VM's clocks.
     pub(super) fn clock(&self, vcpus: &[Vcpu]) -> Result<ClockState, KvmError> {
+        self.clock_from(vcpus, None)
+    }
+
+    /// The same, where the offset of the first vCPU's TSC may be known.
+    fn clock_from(
+        &self,
+        vcpus: &[Vcpu],
+        offset: Option<Option<u64>>,
+    ) -> Result<ClockState, KvmError> {
         let data = self.fd.get_clock().map_err(KvmError::call("KVM_GET_CLOCK"))?;
         let Some(vcpu) = vcpus.first() else {
             return Ok(ClockState::new(&data, None, 0));
         };
         // What all TSCs count from is the same, whichever vCPU's is asked.
         let tsc = msrs::read(&vcpu.fd, &[IA32_TSC])?.first().map(|tsc| tsc.value);
-        let offset = clock::tsc_offset(&vcpu.fd)?;
+        let offset = match offset {
+            Some(offset) => offset,
+            None => clock::tsc_offset(&vcpu.fd)?,
+        };
         let base = tsc.zip(offset).map(|(tsc, offset)| tsc.wrapping_sub(offset));
         Ok(ClockState::new(&data, base, vcpu.tsc_khz()?))
     }

@@ -16,7 +16,7 @@ pub(crate) use self::vcpu_threads::{NotRun, Running};
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -29,7 +29,7 @@ use crate::console::{Console, ConsoleSink};
 use crate::devices::{SerialInput, VmGenId};
 use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
-use crate::kvm::{Vcpu, Vm};
+use crate::kvm::{CpuProfile, Vcpu, Vm};
 use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
@@ -92,6 +92,8 @@ pub(crate) struct Machine {
     config: MachineConfig,
     /// What each vCPU was given.
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+    /// Once somebody asked.
+    profile: OnceLock<CpuProfile>,
 }
 
 impl Machine {
@@ -143,6 +145,7 @@ impl Machine {
             threads,
             config,
             cpuid,
+            profile: OnceLock::new(),
         };
         Ok((machine, vcpus))
     }

@@ -107,6 +107,11 @@ impl Shell {
         self.cpuid == cpuid
     }
 
+    /// Makes a restore around it shorter, for its own time now.
+    pub(crate) fn look_ahead(&self) -> Result<(), KvmError> {
+        self.vcpus.iter().try_for_each(Vcpu::look_ahead)
+    }
+
     /// The vCPU that boots.
     pub(crate) fn first_vcpu(&self) -> Option<&Vcpu> {
         self.vcpus.first()

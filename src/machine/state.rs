@@ -37,8 +37,12 @@ impl MachineState {
 impl Machine {
     /// What its guest was shown of the CPU, and what this host is.
     pub(crate) fn profile(&self, vcpus: &[Vcpu]) -> Result<CpuProfile, Error> {
+        if let Some(profile) = self.profile.get() {
+            return Ok(profile.clone());
+        }
         let kvm = Kvm::open(&self.config.kvm_device)?;
-        Ok(CpuProfile::new(&kvm, self.cpuid.clone(), vcpus.first())?)
+        let profile = CpuProfile::new(&kvm, self.cpuid.clone(), vcpus.first())?;
+        Ok(self.profile.get_or_init(|| profile).clone())
     }
 
     /// The state of a machine whose vCPUs are all here, and so stand still. Takes some 200 µs.

@@ -39,7 +39,9 @@ impl Snapshot {
     /// As [`restore_with`](Self::restore_with).
     pub fn prepare(&self) -> Result<PreparedShell, Error> {
         let options = RestoreOptions::default();
-        Ok(PreparedShell { shell: self.shell(&options, &mut Recorder::new())? })
+        let shell = self.shell(&options, &mut Recorder::new())?;
+        shell.look_ahead()?;
+        Ok(PreparedShell { shell })
     }
 
     /// As [`restore_with`](Self::restore_with), in about a third of a millisecond, on a shell that

@@ -135,7 +135,10 @@ impl MicroVm<Paused> {
             let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
             let cpus = Cpus::Exactly(profile.cpuid()?);
             let ram = machine.ram().reserve_alike()?;
-            Shell::new(&ShellConfig { kvm_device, cpus, seccomp }, ram, &mut Recorder::new())
+            let config = ShellConfig { kvm_device, cpus, seccomp };
+            let shell = Shell::new(&config, ram, &mut Recorder::new())?;
+            shell.look_ahead()?;
+            Ok(shell)
         });
         Ok(PreparedShell { shell: shell.map_err(|error| self.error(Phase::Kvm, error))? })
     }
