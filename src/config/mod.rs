@@ -76,6 +76,8 @@ pub(crate) enum ConfigError {
     RateOfNothing,
     #[error("a burst of {burst} without a rate, which it would be a burst of")]
     BurstWithoutRate { burst: u64 },
+    #[error("a network interface with nothing at its other end")]
+    NoBackend,
     #[error("there is no network interface {index}: the snapshot has {count}, counted from 0")]
     NoNetwork { index: usize, count: usize },
     #[error("the snapshot has no vsock device")]
@@ -307,6 +309,12 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
+    /// The same, but for what is this process's alone: what a snapshot can keep.
+    pub(crate) fn without_descriptors(&self) -> Self {
+        let networks = self.networks.iter().map(NetConfig::without_descriptor).collect();
+        Self { networks, ..self.clone() }
+    }
+
     /// Checks every value. Costs nothing.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         let bytes = self.memory_bytes;

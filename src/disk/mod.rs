@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-pub(crate) use self::copy::Progress;
+pub(crate) use self::copy::{Progress, copy_file};
 use self::delta::Delta;
 pub(crate) use self::error::DiskError;
 pub(crate) use self::saved::SavedDisk;

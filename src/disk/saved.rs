@@ -90,6 +90,14 @@ impl SavedDisk {
         }
     }
 
+    /// The delta that was left where it is, for a VM of many.
+    pub(crate) fn left_delta<'a>(&self, original: &'a BlockConfig) -> Option<&'a Path> {
+        match (self, &original.writes) {
+            (Self::Left { .. }, Writes::ToDelta(left)) => Some(left),
+            _ => None,
+        }
+    }
+
     /// The same disk, on a file at another place, which is known by its size alone.
     pub(crate) fn moved(&self, path: &Path) -> Self {
         let mut moved = self.clone();
