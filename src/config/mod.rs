@@ -309,10 +309,12 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
-    /// The same, but for what is this process's alone: what a snapshot can keep.
-    pub(crate) fn without_descriptors(&self) -> Self {
+    /// The same for somebody else: without descriptors, which are this process's alone, and with
+    /// paths that do not begin where it is.
+    pub(crate) fn to_be_saved(&self) -> Self {
         let networks = self.networks.iter().map(NetConfig::without_descriptor).collect();
-        Self { networks, ..self.clone() }
+        let blocks = self.blocks.iter().map(BlockConfig::with_absolute_delta).collect();
+        Self { networks, blocks, ..self.clone() }
     }
 
     /// Checks every value. Costs nothing.

@@ -35,7 +35,7 @@ impl Disk {
     ///
     /// As [`save`](Self::save).
     pub(crate) fn leave(
-        &self,
+        &mut self,
         to: &Path,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
@@ -48,7 +48,11 @@ impl Disk {
         let metadata = self.file.metadata().map_err(failed)?;
         let facts = super::facts(&metadata, self.facts.bytes);
         let path = fs::canonicalize(&self.path).map_err(failed)?;
-        Ok(SavedDisk::Left { base: Base { path, facts } })
+        let delta = match &mut self.delta {
+            Some(delta) => Some(delta.settle().map_err(failed)?),
+            None => None,
+        };
+        Ok(SavedDisk::Left { base: Base { path, facts }, delta })
     }
 
     /// Saves the disk as it is now: what the guest wrote is complete, flushed or not. No request

@@ -151,10 +151,7 @@ pub(super) struct Asleep {
 
 #[derive(Debug)]
 enum Place {
-    Directory {
-        path: PathBuf,
-        id: [u8; 16],
-    },
+    Directory { path: PathBuf, id: [u8; 16] },
     Memory(Snapshot),
 }
 

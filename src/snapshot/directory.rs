@@ -37,8 +37,8 @@ fn is_known(name: &str) -> bool {
     };
     // The part of one that is being written, or was when its process was killed.
     let part = name.strip_prefix(WRITTEN).and_then(|rest| rest.strip_prefix('.'));
-    let is_part = part
-        .is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    let is_part =
+        part.is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
     name == STATE || name == WRITTEN || is_part || numbered("memory-") || numbered("disk-")
 }
 

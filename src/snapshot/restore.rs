@@ -104,6 +104,7 @@ impl Snapshot {
             if let Some(path) = base.or(left) {
                 return Err(SnapshotError::OutsideDisk { index, path: path.to_owned() });
             }
+            disk.check_left(block)?;
             *block = match disks {
                 Disks::InPlace => disk.own_config(block, &saved),
                 Disks::Copy => disk.config(block, &saved, delta),
@@ -179,7 +180,8 @@ impl Snapshot {
 /// Whether a path is of a file that lies in this directory itself, and is no link.
 fn lies_in(path: &Path, directory: &Path) -> bool {
     let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else { return false };
-    let (Ok(parent), Ok(directory)) = (fs::canonicalize(parent), fs::canonicalize(directory)) else {
+    let (Ok(parent), Ok(directory)) = (fs::canonicalize(parent), fs::canonicalize(directory))
+    else {
         return false;
     };
     parent == directory && !directory.join(name).is_symlink()

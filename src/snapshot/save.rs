@@ -101,7 +101,7 @@ impl Sleeper<'_> {
             id: random_bytes().map_err(SnapshotError::Random)?,
             created: since_1970.as_secs(),
             host: self.machine.profile(self.vcpus)?,
-            config: self.machine.config().without_descriptors(),
+            config: self.machine.config().to_be_saved(),
             machine,
             memory: Vec::new(),
             disks: saved,
