@@ -73,10 +73,10 @@ pub(super) struct Origin {
 }
 
 /// Calls somebody when a VM is over, in whatever state it was.
-pub(crate) struct Lease(Option<Box<dyn FnOnce() + Send>>);
+pub(crate) struct Lease(Option<Box<dyn FnOnce() + Send + Sync>>);
 
 impl Lease {
-    pub(crate) fn new(end: impl FnOnce() + Send + 'static) -> Self {
+    pub(crate) fn new(end: impl FnOnce() + Send + Sync + 'static) -> Self {
         Self(Some(Box::new(end)))
     }
 }
