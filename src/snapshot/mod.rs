@@ -6,6 +6,8 @@
 mod directory;
 mod error;
 mod format;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod options;
 mod restore;
 mod save;
@@ -336,3 +338,6 @@ impl Drop for Temporary {
         directory::remove_snapshot(&self.0);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -79,7 +79,7 @@ impl Snapshot {
     }
 
     /// The configuration of a machine that goes on from here.
-    fn config(
+    pub(super) fn config(
         &self,
         options: &RestoreOptions,
         disks: Disks,
@@ -178,7 +178,7 @@ impl Snapshot {
 }
 
 /// Whether a path is of a file that lies in this directory itself, and is no link.
-fn lies_in(path: &Path, directory: &Path) -> bool {
+pub(super) fn lies_in(path: &Path, directory: &Path) -> bool {
     let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else { return false };
     let (Ok(parent), Ok(directory)) = (fs::canonicalize(parent), fs::canonicalize(directory))
     else {
