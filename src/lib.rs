@@ -117,7 +117,10 @@ pub use snapshot::{SaveProgress, SaveStage, Snapshot, SnapshotFacts, SnapshotOpt
 pub use timings::{Timing, Timings};
 #[cfg(fuzzing)]
 #[doc(hidden)]
-pub use virtio::fuzzing;
+pub mod fuzzing {
+    pub use crate::snapshot::fuzzing::*;
+    pub use crate::virtio::fuzzing::*;
+}
 pub use vsock::{Connecting, Vsock, VsockListener, VsockStream};
 
 /// The README's code compiles.

@@ -149,6 +149,17 @@ impl BlockConfig {
         self
     }
 
+    /// The same, found from whatever directory a process is in.
+    pub(super) fn with_absolute_delta(&self) -> Self {
+        let mut config = self.clone();
+        if let Writes::ToDelta(delta) = &mut config.writes
+            && let Ok(absolute) = std::path::absolute(&*delta)
+        {
+            *delta = absolute;
+        }
+        config
+    }
+
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         let count = self.frozen.len();
         if count > MAX_FROZEN {

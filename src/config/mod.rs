@@ -76,6 +76,8 @@ pub(crate) enum ConfigError {
     RateOfNothing,
     #[error("a burst of {burst} without a rate, which it would be a burst of")]
     BurstWithoutRate { burst: u64 },
+    #[error("a network interface with nothing at its other end")]
+    NoBackend,
     #[error("there is no network interface {index}: the snapshot has {count}, counted from 0")]
     NoNetwork { index: usize, count: usize },
     #[error("the snapshot has no vsock device")]
@@ -307,6 +309,14 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
+    /// The same for somebody else: without descriptors, which are this process's alone, and with
+    /// paths that do not begin where it is.
+    pub(crate) fn to_be_saved(&self) -> Self {
+        let networks = self.networks.iter().map(NetConfig::without_descriptor).collect();
+        let blocks = self.blocks.iter().map(BlockConfig::with_absolute_delta).collect();
+        Self { networks, blocks, ..self.clone() }
+    }
+
     /// Checks every value. Costs nothing.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         let bytes = self.memory_bytes;

@@ -52,6 +52,8 @@ pub(crate) enum NetBackend {
     /// The name of a tap.
     Tap(String),
     User(UserNetwork),
+    /// What was a descriptor of another process: each VM needs one of its own.
+    Missing,
     // What cannot be written down.
     #[serde(skip)]
     TapFd(Arc<OwnedFd>),
@@ -142,6 +144,18 @@ impl NetConfig {
     pub fn transmit_rate_limit(mut self, limit: RateLimit) -> Self {
         self.transmit_limit = limit;
         self
+    }
+
+    /// Whether it has a descriptor, which cannot be written down.
+    pub(crate) fn has_descriptor(&self) -> bool {
+        matches!(self.backend, NetBackend::TapFd(_) | NetBackend::Socket(_))
+    }
+
+    pub(super) fn without_descriptor(&self) -> Self {
+        match self.has_descriptor() {
+            true => Self { backend: NetBackend::Missing, ..self.clone() },
+            false => self.clone(),
+        }
     }
 
     fn with(backend: NetBackend) -> Self {

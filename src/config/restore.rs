@@ -23,9 +23,9 @@ use super::{ConfigError, ConsoleOutput, MachineConfig, NetConfig};
 pub struct RestoreOptions {
     console: Option<ConsoleOutput>,
     pub(crate) disks: BTreeMap<usize, DiskOverride>,
-    networks: BTreeMap<usize, NetConfig>,
+    pub(crate) networks: BTreeMap<usize, NetConfig>,
     pub(crate) vsock_socket: Option<PathBuf>,
-    seccomp: Option<bool>,
+    pub(crate) seccomp: Option<bool>,
     kvm_device: Option<PathBuf>,
     pub(crate) clock: Clock,
     pub(crate) populate: bool,
@@ -133,9 +133,11 @@ impl RestoreOptions {
         self
     }
 
-    /// Whether the snapshot may name files outside of its directory: the disks that it stands
-    /// on, and the path of a UNIX socket. Off unless set, because whoever wrote the snapshot would
-    /// choose what the guest gets of this host; a place that is given here needs no leave.
+    /// Whether the snapshot may name what is outside of its directory: the disks that it stands
+    /// on, the path of a UNIX socket, taps, and passt with its forwarded ports; and whether its
+    /// vCPU threads go unconfined as those of the saved VM did. Off unless set, because whoever
+    /// wrote the snapshot would choose what the guest gets of this host; what is given here needs
+    /// no leave. A snapshot in memory is this process's own, and has it.
     #[must_use]
     pub fn outside_paths(mut self, on: bool) -> Self {
         self.outside_paths = on;

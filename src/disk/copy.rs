@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::ControlFlow;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{copy_file_range, ioctl_ficlone};
@@ -35,7 +35,7 @@ impl Disk {
     ///
     /// As [`save`](Self::save).
     pub(crate) fn leave(
-        &self,
+        &mut self,
         to: &Path,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
@@ -48,7 +48,11 @@ impl Disk {
         let metadata = self.file.metadata().map_err(failed)?;
         let facts = super::facts(&metadata, self.facts.bytes);
         let path = fs::canonicalize(&self.path).map_err(failed)?;
-        Ok(SavedDisk::Left { base: Base { path, facts } })
+        let delta = match &mut self.delta {
+            Some(delta) => Some(delta.settle().map_err(failed)?),
+            None => None,
+        };
+        Ok(SavedDisk::Left { base: Base { path, facts }, delta })
     }
 
     /// Saves the disk as it is now: what the guest wrote is complete, flushed or not. No request
@@ -78,7 +82,9 @@ impl Disk {
             return Ok(SavedDisk::ReadOnly { base: base()? });
         }
         let mut options = File::options();
-        let file = options.read(true).write(true).create_new(true).open(to).map_err(failed)?;
+        // What is on a disk is its owner's alone, as what is in memory.
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(to).map_err(failed)?;
         let saved = match self.has_deltas() {
             true => self.save_deltas(&file, progress),
             false => self.save_file(&file, progress),
@@ -125,6 +131,20 @@ impl Disk {
         }
         Ok(merged.write_bitmap()?)
     }
+}
+
+/// Copies a saved file, with its holes, to one that is empty. Where `progress` breaks off, the
+/// error is of the kind `Interrupted`.
+pub(crate) fn copy_file(from: &File, to: &File, progress: &mut Progress<'_>) -> io::Result<()> {
+    if ioctl_ficlone(to, from).is_ok() {
+        return Ok(());
+    }
+    let len = from.metadata()?.len();
+    to.set_len(len)?;
+    copy((from, 0), (to, 0), len, progress).map_err(|failed| match failed {
+        Failed::Interrupted => io::ErrorKind::Interrupted.into(),
+        Failed::Io(error) => error,
+    })
 }
 
 /// Copies `len` bytes from a place in one file to a place of another that is zeros so far.

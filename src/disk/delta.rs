@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{DiskError, Flush, Part, SECTOR_BYTES, extents, lock, open};
+use crate::config::FileFacts;
 use crate::memory::{Clear, GuestBytes, Transfer};
 
 const MAGIC: [u8; 8] = *b"DORMDLTA";
@@ -183,6 +184,14 @@ impl Delta {
         }
         self.dirty.fill(false);
         Ok(())
+    }
+
+    /// Writes what the file does not have yet, so that closing it changes nothing, and says what
+    /// the file is then.
+    pub(super) fn settle(&mut self) -> io::Result<FileFacts> {
+        self.write_bitmap()?;
+        let metadata = self.file.metadata()?;
+        Ok(super::facts(&metadata, metadata.len()))
     }
 
     /// Where bytes of the disk are in the delta.

@@ -29,6 +29,8 @@ pub(crate) enum DiskError {
     OtherBase { path: PathBuf, base: PathBuf, found: u64, expected: u64 },
     #[error("the disk {} has changed: its {fact} was {expected}, and is {found}", path.display())]
     BaseChanged { path: PathBuf, fact: &'static str, expected: String, found: String },
+    #[error("the disk {} has {bytes} bytes: below a delta it takes up to 64 TiB", path.display())]
+    TooLarge { path: PathBuf, bytes: u64 },
     #[error("cannot save a disk as {}", path.display())]
     Save { path: PathBuf, source: io::Error },
     #[error("saving or checking a disk was interrupted")]
@@ -75,6 +77,7 @@ impl From<DiskError> for Error {
                 _ => None,
             },
             DiskError::Damaged { .. } => Some("take another snapshot"),
+            DiskError::TooLarge { .. } => Some("let the guest write to the disk itself"),
             DiskError::Interrupted | DiskError::Verify { .. } | DiskError::Over => None,
         };
         let error = Error::new(ErrorKind::Disk, error);

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-pub(crate) use self::copy::Progress;
+pub(crate) use self::copy::{Progress, copy_file};
 use self::delta::Delta;
 pub(crate) use self::error::DiskError;
 pub(crate) use self::saved::SavedDisk;
@@ -34,6 +34,9 @@ use crate::memory::{Clear, GuestBytes, Transfer};
 pub(crate) const SECTOR_BYTES: u64 = 512;
 /// What a request has to be a multiple of, and aligned to, to go past the page cache.
 const DIRECT_ALIGNMENT: u64 = 4096;
+
+/// A delta keeps a table in memory, of 32 MiB for such a disk; and a file of 8 EiB may be all hole.
+const MAX_BYTES_WITH_DELTA: u64 = 64 << 40;
 
 /// An open disk.
 #[derive(Debug)]
@@ -124,6 +127,11 @@ impl Disk {
         let facts = facts(&metadata, bytes);
         if let Some(expected) = &config.expected {
             compare(path, expected, &facts)?;
+        }
+        let has_deltas = !config.frozen.is_empty()
+            || matches!(config.writes, Writes::ToDelta(_) | Writes::Discarded);
+        if has_deltas && bytes > MAX_BYTES_WITH_DELTA {
+            return Err(DiskError::TooLarge { path: path.clone(), bytes });
         }
         let frozen = config.frozen.iter().map(|delta| Delta::open_frozen(delta, path, sectors));
         let frozen = frozen.collect::<Result<_, _>>()?;

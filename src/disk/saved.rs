@@ -21,7 +21,11 @@ pub(crate) enum SavedDisk {
     Delta { base: Base, data: Checksums },
     /// The disk's file, and the delta that it may have, stay where they are: the guest sleeps.
     /// Nothing was saved.
-    Left { base: Base },
+    Left {
+        base: Base,
+        #[serde(default)]
+        delta: Option<FileFacts>,
+    },
 }
 
 /// The file that a saved disk needs, as it was.
@@ -54,7 +58,7 @@ impl SavedDisk {
         }
         match self {
             Self::ReadOnly { base } => config.below(base),
-            Self::Left { base } => match &original.writes {
+            Self::Left { base, .. } => match &original.writes {
                 Writes::ToDelta(left) => config.below(base).over(left),
                 _ => config.below(base),
             },
@@ -70,7 +74,7 @@ impl SavedDisk {
     /// of it at `saved`.
     pub(crate) fn own_config(&self, original: &BlockConfig, saved: &Path) -> BlockConfig {
         match self {
-            Self::Left { base } => original.clone().below(base),
+            Self::Left { base, .. } => original.clone().below(base),
             _ => self.config(original, saved, None),
         }
     }
@@ -83,18 +87,39 @@ impl SavedDisk {
     /// The file of the host that the saved disk needs.
     pub(crate) fn base(&self) -> Option<&Path> {
         match self {
-            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base } => {
+            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base, .. } => {
                 Some(&base.path)
             }
             Self::Raw { .. } => None,
         }
     }
 
+    /// The delta that was left where it is, for a VM of many.
+    pub(crate) fn left_delta<'a>(&self, original: &'a BlockConfig) -> Option<&'a Path> {
+        match (self, &original.writes) {
+            (Self::Left { .. }, Writes::ToDelta(left)) => Some(left),
+            _ => None,
+        }
+    }
+
+    /// Whether the delta that was left is as it was: the base below it says nothing of that.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::BaseChanged`] where it is not; it cannot be found.
+    pub(crate) fn check_left(&self, original: &BlockConfig) -> Result<(), DiskError> {
+        let Self::Left { delta: Some(expected), .. } = self else { return Ok(()) };
+        let Some(path) = self.left_delta(original) else { return Ok(()) };
+        let metadata = std::fs::metadata(path)
+            .map_err(|source| DiskError::Open { path: path.to_owned(), source })?;
+        super::compare(path, expected, &super::facts(&metadata, metadata.len()))
+    }
+
     /// The same disk, on a file at another place, which is known by its size alone.
     pub(crate) fn moved(&self, path: &Path) -> Self {
         let mut moved = self.clone();
         match &mut moved {
-            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base } => {
+            Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base, .. } => {
                 base.path = path.to_owned();
                 (base.facts.modified, base.facts.inode) = (None, None);
             }

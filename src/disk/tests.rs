@@ -311,3 +311,17 @@ fn frozen_deltas_are_locked_against_writers_and_must_be_of_this_disk() {
     let missing = Disk::open(&config).unwrap_err();
     assert!(matches!(missing, DiskError::Open { .. }), "{missing}");
 }
+
+#[test]
+fn a_hole_of_exbibytes_is_no_disk_below_a_delta() {
+    let folder = Folder::new();
+    let path = folder.path("hole");
+    let file = File::create_new(&path).unwrap();
+    // Some file systems have no files of such a length.
+    if file.set_len(1 << 47).is_err() {
+        return;
+    }
+    Disk::open(&BlockConfig::new(&path)).unwrap();
+    let error = Disk::open(&BlockConfig::new(&path).discard_writes()).unwrap_err();
+    assert!(matches!(error, DiskError::TooLarge { .. }), "{error}");
+}

@@ -15,6 +15,17 @@ pub(crate) struct DevicesState {
     virtio: Vec<TransportState>,
 }
 
+#[cfg(fuzzing)]
+impl DevicesState {
+    pub(crate) fn legacy(&self) -> &LegacyState {
+        &self.legacy
+    }
+
+    pub(crate) fn virtio(&self) -> &[TransportState] {
+        &self.virtio
+    }
+}
+
 /// Why devices cannot go on from a state.
 #[derive(Debug, ThisError)]
 pub(crate) enum DevicesError {

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{MachineError, disk_io};
 use crate::arch::layout;
 use crate::bus::{Bus, BusDevice, BusError, SharedDevice};
-use crate::config::{BlockConfig, MachineConfig, NetBackend, NetConfig};
+use crate::config::{BlockConfig, ConfigError, MachineConfig, NetBackend, NetConfig};
 use crate::console::ConsoleSink;
 use crate::devices::{I8042, Power, Pvpanic, Serial, SerialInput, VmGenId};
 use crate::disk::Disk;
@@ -124,6 +124,7 @@ fn interface(config: &NetConfig) -> Result<Net, Error> {
             let fd = fd.try_clone().map_err(TapError::Clone)?;
             Backend::Tap(Tap::from_fd(fd)?)
         }
+        NetBackend::Missing => return Err(ConfigError::NoBackend.into()),
         NetBackend::User(network) => Passt::start(network, config.mtu)?,
         NetBackend::Socket(socket) => {
             let stream = socket.try_clone().and_then(Stream::new);

@@ -23,6 +23,14 @@ impl MachineState {
     }
 }
 
+#[cfg(fuzzing)]
+impl MachineState {
+    /// The states of the devices, for what has no machine.
+    pub(crate) fn devices(&self) -> &DevicesState {
+        &self.devices
+    }
+}
+
 impl MachineState {
     /// Whether it is of a machine of this kind: counts, which come from a file.
     pub(crate) fn check(&self, config: &MachineConfig) -> Result<(), String> {

@@ -135,13 +135,13 @@ impl From<LifecycleError> for Error {
     }
 }
 
-/// A VM moves between threads, whatever its state.
+/// A VM moves between threads, and is used by several, whatever its state.
 const _: () = {
-    const fn assert_send<T: Send>() {}
-    assert_send::<MicroVm<Created>>();
-    assert_send::<MicroVm<Running>>();
-    assert_send::<MicroVm<Paused>>();
-    assert_send::<MicroVm<Suspended>>();
-    assert_send::<MicroVm<Terminated>>();
-    assert_send::<AnyMicroVm>();
+    const fn assert_threads<T: Send + Sync>() {}
+    assert_threads::<MicroVm<Created>>();
+    assert_threads::<MicroVm<Running>>();
+    assert_threads::<MicroVm<Paused>>();
+    assert_threads::<MicroVm<Suspended>>();
+    assert_threads::<MicroVm<Terminated>>();
+    assert_threads::<AnyMicroVm>();
 };

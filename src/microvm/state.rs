@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::config::{ConsoleOutput, RestoreOptions};
+use crate::config::{ConsoleOutput, NetConfig, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
 use crate::exit::ExitStatus;
@@ -73,10 +73,10 @@ pub(super) struct Origin {
 }
 
 /// Calls somebody when a VM is over, in whatever state it was.
-pub(crate) struct Lease(Option<Box<dyn FnOnce() + Send>>);
+pub(crate) struct Lease(Option<Box<dyn FnOnce() + Send + Sync>>);
 
 impl Lease {
-    pub(crate) fn new(end: impl FnOnce() + Send + 'static) -> Self {
+    pub(crate) fn new(end: impl FnOnce() + Send + Sync + 'static) -> Self {
         Self(Some(Box::new(end)))
     }
 }
@@ -144,12 +144,14 @@ impl Stopped {
 pub(super) struct Asleep {
     place: Place,
     writer: Option<ConsoleOutput>,
+    /// The interfaces whose descriptors were given, which no file keeps.
+    networks: Vec<(usize, NetConfig)>,
     lease: Option<Lease>,
 }
 
 #[derive(Debug)]
 enum Place {
-    Directory(PathBuf),
+    Directory { path: PathBuf, id: [u8; 16] },
     Memory(Snapshot),
 }
 
@@ -157,11 +159,14 @@ impl Asleep {
     /// A machine that lies in this snapshot, in files or in memory.
     pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
         let place = match snapshot.directory() {
-            Some(directory) => Place::Directory(directory.to_owned()),
+            Some(path) => Place::Directory { path: path.to_owned(), id: snapshot.id() },
             None => Place::Memory(snapshot),
         };
-        let writer = stopped.machine.config().console_writer.clone();
-        Self { place, writer, lease: stopped.origin.lease }
+        let config = stopped.machine.config();
+        let writer = config.console_writer.clone();
+        let networks = config.networks.iter().cloned().enumerate();
+        let networks = networks.filter(|(_, network)| network.has_descriptor()).collect();
+        Self { place, writer, networks, lease: stopped.origin.lease }
     }
 
     pub(super) fn wake(
@@ -169,8 +174,11 @@ impl Asleep {
         console: &Console,
         recorder: &mut Recorder,
     ) -> Result<Stopped, Error> {
-        let options =
+        let mut options =
             RestoreOptions::default().console_output(self.writer.clone()).outside_paths(true);
+        for (index, network) in &self.networks {
+            options = options.network(*index, network.clone());
+        }
         let snapshot = self.snapshot()?;
         let mut stopped = Stopped::restored(
             &snapshot,
@@ -185,15 +193,20 @@ impl Asleep {
 
     pub(super) fn snapshot(&self) -> Result<Snapshot, Error> {
         match &self.place {
-            Place::Directory(directory) => Snapshot::open(directory),
+            Place::Directory { path, id } => Snapshot::open_same(path, *id),
             Place::Memory(snapshot) => Ok(snapshot.clone()),
         }
     }
 
+    /// The VM did not go on after all, and who waits for its end has to be told of that one.
+    pub(super) fn take_back(&mut self, woken: &mut Stopped) {
+        self.lease = woken.origin.lease.take();
+    }
+
     /// Removes the files that the VM lies in.
     pub(super) fn remove(self) {
-        if let Place::Directory(directory) = &self.place {
-            Snapshot::remove(directory);
+        if let Place::Directory { path, id } = &self.place {
+            Snapshot::remove(path, *id);
         }
     }
 }

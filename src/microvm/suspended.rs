@@ -22,7 +22,8 @@ impl MicroVm<Suspended> {
         match woken {
             Ok(stopped) => match stopped.run() {
                 Ok(state) => Ok(MicroVm { state, console, recorder }),
-                Err((stopped, error)) => {
+                Err((mut stopped, error)) => {
+                    state.asleep.take_back(&mut stopped);
                     drop(stopped);
                     let vm = MicroVm { state, console, recorder };
                     let error = vm.error(Phase::Resume, error);

@@ -6,11 +6,11 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{self, Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, Mode, OFlags, RenameFlags, openat, renameat_with};
 use thiserror::Error as ThisError;
 
 /// The file that makes a directory a snapshot.
@@ -35,7 +35,54 @@ fn is_known(name: &str) -> bool {
             !rest.is_empty() && rest.len() <= 4 && rest.bytes().all(|byte| byte.is_ascii_digit())
         })
     };
-    name == STATE || name == WRITTEN || numbered("memory-") || numbered("disk-")
+    // The part of one that is being written, or was when its process was killed.
+    let part = name.strip_prefix(WRITTEN).and_then(|rest| rest.strip_prefix('.'));
+    let is_part =
+        part.is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    name == STATE || name == WRITTEN || is_part || numbered("memory-") || numbered("disk-")
+}
+
+/// A snapshot's directory, kept open: another may take its path, and what is read has to be all
+/// of one.
+#[derive(Debug)]
+pub(super) struct OpenDirectory {
+    /// Absolute, so that it means the same when the process goes elsewhere.
+    pub(super) path: PathBuf,
+    directory: File,
+}
+
+impl OpenDirectory {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = openat(CWD, path, flags, Mode::empty())?;
+        Ok(Self { path: path::absolute(path)?, directory: directory.into() })
+    }
+
+    /// Opens a file in it for reading. Whoever wrote the snapshot may have put a link there, to a
+    /// file that is not theirs to show, or what is no file.
+    pub(super) fn file(&self, name: &str) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match openat(&self.directory, name, flags, Mode::empty()) {
+            Err(rustix::io::Errno::LOOP) => return Err(no_file("a symbolic link")),
+            opened => File::from(opened?),
+        };
+        match file.metadata()?.is_file() {
+            true => Ok(file),
+            false => Err(no_file("not a regular file")),
+        }
+    }
+
+    /// Whether the path still leads here. As it is open, no other directory looks the same.
+    pub(super) fn is_in_place(&self) -> bool {
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let there = fs::metadata(&self.path).map(identity);
+        let here = self.directory.metadata().map(identity);
+        matches!((there, here), (Ok(there), Ok(here)) if there == here)
+    }
+}
+
+fn no_file(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what)
 }
 
 /// Why a directory cannot be written.
@@ -74,26 +121,29 @@ impl Staging {
         let no_name = || DirectoryError::Name { path: target.to_owned() };
         let name = target.file_name().and_then(|name| name.to_str()).ok_or_else(no_name)?;
         check_target(target)?;
+        // Where a link leads: a rename would take the link itself for what is to be replaced.
+        let linked = fs::canonicalize(target).ok();
+        let target = linked.as_deref().unwrap_or(target);
+        let name = target.file_name().and_then(|name| name.to_str()).unwrap_or(name);
         let parent = parent(target);
         remove_abandoned(parent, name);
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = parent.join(format!(".{name}.partial-{}-{count}", std::process::id()));
-        fs::create_dir(&path).map_err(DirectoryError::io("create", &path))?;
-        let open = || -> io::Result<File> {
-            let directory = File::open(&path)?;
-            match directory.try_lock() {
-                Err(TryLockError::Error(error)) if error.kind() != io::ErrorKind::Unsupported => {
-                    Err(error)
+        loop {
+            static COUNT: AtomicU32 = AtomicU32::new(0);
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
+            let path = parent.join(format!(".{name}.partial-{}-{count}", std::process::id()));
+            fs::create_dir(&path).map_err(DirectoryError::io("create", &path))?;
+            match lock_new(&path) {
+                Ok(Some(directory)) => {
+                    return Ok(Self { target: target.to_owned(), path, directory });
                 }
-                _ => Ok(directory),
+                // Another save of this name took it for abandoned: it finds the next one locked.
+                Ok(None) => {}
+                Err(source) => {
+                    let _ = fs::remove_dir(&path);
+                    return Err(DirectoryError::Io { attempt: "open", path, source });
+                }
             }
-        };
-        let directory = open().map_err(|source| {
-            let _ = fs::remove_dir(&path);
-            DirectoryError::Io { attempt: "open", path: path.clone(), source }
-        })?;
-        Ok(Self { target: target.to_owned(), path, directory })
+        }
     }
 
     /// Where a file of it is, until the commit.
@@ -118,11 +168,20 @@ impl Staging {
         }
         check_target(&target)?;
         // What was there comes to where this was, and goes when `self` does.
-        let exchanged = renameat_with(CWD, &self.path, CWD, &target, RenameFlags::EXCHANGE);
+        let rename = |flags| renameat_with(CWD, &self.path, CWD, &target, flags);
+        let exchanged = match rename(RenameFlags::EXCHANGE) {
+            // Nothing is there yet; or there is by now, by another save.
+            Err(rustix::io::Errno::NOENT) => match rename(RenameFlags::empty()) {
+                Err(rustix::io::Errno::NOTEMPTY | rustix::io::Errno::EXIST) => {
+                    rename(RenameFlags::EXCHANGE)
+                }
+                renamed => renamed,
+            },
+            exchanged => exchanged,
+        };
         match exchanged {
             Ok(()) => {}
-            // Nothing is there yet, or the file system cannot exchange.
-            Err(rustix::io::Errno::NOENT) => self.rename(&target)?,
+            // The file system cannot exchange.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
                 let _ = fs::remove_dir(&target);
                 let aside = self.path.with_extension("old");
@@ -173,6 +232,19 @@ pub(crate) fn remove_snapshot(path: &Path) {
     let _ = fs::remove_dir(path);
 }
 
+/// Opens and locks a directory that was just made; `None` where it was removed before.
+fn lock_new(path: &Path) -> io::Result<Option<File>> {
+    let directory = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    match directory.try_lock() {
+        Err(TryLockError::Error(error)) if error.kind() != io::ErrorKind::Unsupported => Err(error),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        _ => Ok((directory.metadata()?.nlink() > 0).then_some(directory)),
+    }
+}
+
 /// The directory that a path is in.
 fn parent(path: &Path) -> &Path {
     match path.parent() {
@@ -194,7 +266,12 @@ fn check_target(target: &Path) -> Result<(), DirectoryError> {
         },
     };
     for entry in entries {
-        let name = entry.map_err(DirectoryError::io("read", target))?.file_name();
+        let name = match entry {
+            Ok(entry) => entry.file_name(),
+            // Another save has replaced it meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return check_target(target),
+            Err(error) => return Err(DirectoryError::io("read", target)(error)),
+        };
         if !name.to_str().is_some_and(is_known) {
             let name = name.to_string_lossy().into_owned();
             return Err(DirectoryError::Foreign { path: target.to_owned(), name });
@@ -271,6 +348,61 @@ mod tests {
         fs::create_dir(&empty).unwrap();
         save(&empty, "four").unwrap();
         assert_eq!(scratch.names(), ["base", "empty"]);
+    }
+
+    #[test]
+    fn a_link_to_a_snapshot_is_followed_and_stays() {
+        let scratch = Scratch::new("link");
+        let target = scratch.0.join("base");
+        save(&target, "one").unwrap();
+        let link = scratch.0.join("latest");
+        std::os::unix::fs::symlink("base", &link).unwrap();
+        save(&link, "two").unwrap();
+        assert_eq!(fs::read_to_string(target.join(STATE)).unwrap(), "two");
+        assert_eq!(scratch.names(), ["base", "latest"]);
+        assert!(link.is_symlink());
+    }
+
+    #[test]
+    fn the_part_of_a_note_does_not_stop_the_next_save() {
+        let scratch = Scratch::new("part");
+        let target = scratch.0.join("base");
+        save(&target, "one").unwrap();
+        fs::write(target.join(format!("{WRITTEN}.{:032x}", 7)), "half").unwrap();
+        save(&target, "two").unwrap();
+        assert_eq!(scratch.names(), ["base"]);
+        fs::write(target.join(format!("{WRITTEN}.txt")), "mine").unwrap();
+        save(&target, "three").unwrap_err();
+    }
+
+    #[test]
+    fn many_saves_to_one_place_at_once_all_succeed_and_leave_one() {
+        let scratch = Scratch::new("many");
+        let target = scratch.0.join("base");
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..200).for_each(|_| save(&target, "whole").unwrap()));
+            }
+        });
+        assert_eq!(fs::read_to_string(target.join(STATE)).unwrap(), "whole");
+        assert_eq!(scratch.names(), ["base"]);
+    }
+
+    #[test]
+    fn a_directory_shows_its_own_files_only_and_knows_when_it_was_replaced() {
+        let scratch = Scratch::new("own");
+        let target = scratch.0.join("base");
+        save(&target, "one").unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", target.join("disk-0")).unwrap();
+        fs::create_dir(target.join("disk-1")).unwrap();
+        let open = OpenDirectory::open(&target).unwrap();
+        assert_eq!(open.file("disk-0").unwrap_err().to_string(), "a symbolic link");
+        assert_eq!(open.file("disk-1").unwrap_err().to_string(), "not a regular file");
+        open.file(STATE).unwrap();
+        fs::remove_dir(target.join("disk-1")).unwrap();
+        assert!(open.is_in_place());
+        save(&target, "two").unwrap();
+        assert!(!open.is_in_place());
     }
 
     #[test]

@@ -31,6 +31,14 @@ pub(crate) enum SnapshotError {
         "the snapshot has a UNIX socket at {}, which is outside of its directory", path.display()
     )]
     OutsideSocket { path: PathBuf },
+    #[error("the snapshot connects its network interface {index} to {what}, which is the host's")]
+    OutsideNetwork { index: usize, what: String },
+    #[error(
+        "the snapshot's network interface {index} had a descriptor of the process that wrote it"
+    )]
+    NoNetwork { index: usize },
+    #[error("another snapshot is in {} by now", directory.display())]
+    Replaced { directory: PathBuf },
     #[error("there is no disk {index}: the snapshot has {count}, counted from 0")]
     NoDisk { index: usize, count: usize },
     #[error("the shell was prepared for a VM with other CPUs")]
@@ -99,6 +107,16 @@ impl From<SnapshotError> for Error {
                 "name a path with `RestoreOptions::vsock_unix_socket`, or, where whoever wrote the \
                  snapshot is trusted, allow it with `RestoreOptions::outside_paths(true)`",
             ),
+            SnapshotError::OutsideNetwork { .. } => Some(
+                "connect it with `RestoreOptions::network`, or, where whoever wrote the snapshot is \
+                 trusted, allow it with `RestoreOptions::outside_paths(true)`",
+            ),
+            SnapshotError::NoNetwork { .. } => {
+                Some("connect it with `RestoreOptions::network` for each VM")
+            }
+            SnapshotError::Replaced { .. } => {
+                Some("save each VM to a directory of its own, and open it again")
+            }
             SnapshotError::Directory(
                 DirectoryError::Foreign { .. } | DirectoryError::NotADirectory { .. },
             ) => Some("choose a path where nothing is, or a snapshot that may be replaced"),

@@ -56,7 +56,11 @@ impl From<FormatError> for io::Error {
 
 /// A state as the bytes of its file.
 pub(crate) fn encode(state: &impl Serialize) -> Result<Vec<u8>, FormatError> {
-    let map = rmp_serde::to_vec_named(state).map_err(FormatError::Encode)?;
+    Ok(framed(rmp_serde::to_vec_named(state).map_err(FormatError::Encode)?))
+}
+
+/// A map with its header and checksum.
+pub(super) fn framed(map: Vec<u8>) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER_BYTES + map.len() + CHECKSUM_BYTES);
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_le_bytes());
@@ -64,7 +68,7 @@ pub(crate) fn encode(state: &impl Serialize) -> Result<Vec<u8>, FormatError> {
     bytes.extend((map.len() as u64).to_le_bytes());
     bytes.extend(map);
     bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-    Ok(bytes)
+    bytes
 }
 
 /// The state in a file that anybody may have written.
@@ -180,14 +184,7 @@ mod tests {
     proptest! {
         #[test]
         fn bytes_of_anybody_do_no_harm(map in prop::collection::vec(any::<u8>(), 0..200)) {
-            let mut bytes = Vec::new();
-            bytes.extend(MAGIC);
-            bytes.extend(VERSION.to_le_bytes());
-            bytes.extend([0; 4]);
-            bytes.extend((map.len() as u64).to_le_bytes());
-            bytes.extend(map);
-            bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-            let _ = decode::<State>(&bytes);
+            let _ = decode::<State>(&framed(map));
         }
     }
 }

@@ -6,6 +6,8 @@
 mod directory;
 mod error;
 mod format;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod options;
 mod restore;
 mod save;
@@ -20,7 +22,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use self::directory::{STATE, WRITTEN, disk_name, memory_name};
+use self::directory::{OpenDirectory, STATE, WRITTEN, disk_name, memory_name};
 use self::error::SnapshotError;
 pub use self::options::{SaveProgress, SaveStage, SnapshotOptions};
 pub(crate) use self::save::{Disks, Sleeper};
@@ -37,7 +39,8 @@ use crate::memory::{MemoryImage, PageRun, SavedMemory};
 /// memory. It never changes, and any number of VMs come from it, here and in other processes.
 ///
 /// A clone of the handle is the same snapshot. It keeps open one descriptor for each layer of the
-/// memory.
+/// memory, and one for the directory. Where another snapshot takes the directory's place, the
+/// handle still is the one that was opened: it serves as long as it needs no disk out of there.
 ///
 /// ```no_run
 /// use dormouse::Snapshot;
@@ -65,7 +68,7 @@ struct Inner {
 
 /// Where the files of a snapshot are.
 enum Place {
-    Directory(PathBuf),
+    Directory(OpenDirectory),
     /// Its memory is in this process; its disks are in a directory that goes with it.
     Memory(Temporary),
 }
@@ -120,27 +123,70 @@ impl Snapshot {
     }
 
     fn open_directory(directory: &Path) -> Result<Self, SnapshotError> {
+        for _ in 0..MAX_REPLACED {
+            let open = OpenDirectory::open(directory).map_err(SnapshotError::open(directory))?;
+            match Self::read(open) {
+                Ok(snapshot) => return Ok(snapshot),
+                // Its files went while they were opened, because another is in its place now.
+                Err((open, error)) if open.is_in_place() => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Err(SnapshotError::Replaced { directory: directory.to_owned() })
+    }
+
+    fn read(open: OpenDirectory) -> Result<Self, (OpenDirectory, SnapshotError)> {
+        match Self::parts(&open) {
+            Ok((state, image)) => {
+                let written = OnceLock::new();
+                if let Some(runs) = read_written(&open) {
+                    let _ = written.set(runs);
+                }
+                let place = Place::Directory(open);
+                Ok(Self(Arc::new(Inner { place, state, image, written })))
+            }
+            Err(error) => Err((open, error)),
+        }
+    }
+
+    /// What the files of a snapshot say, checked.
+    fn parts(open: &OpenDirectory) -> Result<(State, MemoryImage), SnapshotError> {
+        let directory = &open.path;
         let path = directory.join(STATE);
-        let bytes = read(&path).map_err(SnapshotError::open(&path))?;
+        let bytes = read(open, STATE).map_err(SnapshotError::open(&path))?;
         let damaged = |source| SnapshotError::State { path: path.clone(), source };
         let bytes = bytes.ok_or_else(|| damaged(format::FormatError::TooLong))?;
         let state: State = format::decode(&bytes).map_err(damaged)?;
         state.check().map_err(|what| SnapshotError::Impossible { path: path.clone(), what })?;
         let mut layers = Vec::new();
+        let file = |name: &str| {
+            open.file(name).map_err(|source| SnapshotError::open(&directory.join(name))(source))
+        };
         for (index, saved) in state.memory.iter().enumerate() {
-            let path = directory.join(memory_name(index));
-            let file = input_file::open(&path).map_err(SnapshotError::open(&path))?;
-            layers.push((file, saved.clone()));
+            layers.push((file(&memory_name(index))?, saved.clone()));
+        }
+        let disks = state.disks.iter().enumerate().filter(|(_, disk)| disk.has_file());
+        for (index, _) in disks {
+            file(&disk_name(index))?;
         }
         let ranges = layout::ram_ranges(state.config.memory_bytes);
         let image = MemoryImage::open(&ranges, layers)
             .map_err(|source| SnapshotError::Memory { directory: directory.to_owned(), source })?;
-        let written = OnceLock::new();
-        if let Some(runs) = read_written(&directory.join(WRITTEN)) {
-            let _ = written.set(runs);
+        Ok((state, image))
+    }
+
+    /// Opens the snapshot in a directory where it is the one with this id.
+    pub(crate) fn open_same(directory: &Path, id: [u8; 16]) -> Result<Self, Error> {
+        let snapshot = Self::open_directory(directory)?;
+        match snapshot.id() == id {
+            true => Ok(snapshot),
+            false => Err(SnapshotError::Replaced { directory: directory.to_owned() }.into()),
         }
-        let place = Place::Directory(directory.to_owned());
-        Ok(Self(Arc::new(Inner { place, state, image, written })))
+    }
+
+    /// 16 random bytes: no two snapshots have the same.
+    pub(crate) fn id(&self) -> [u8; 16] {
+        self.0.state.id
     }
 
     /// Reads all of the memory and disks and compares them with their checksums: some 1 GiB a
@@ -150,9 +196,9 @@ impl Snapshot {
     ///
     /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), which names what differs.
     pub fn verify(&self) -> Result<(), Error> {
-        let Place::Directory(directory) = &self.0.place else { return Ok(()) };
+        let Some(directory) = self.directory() else { return Ok(()) };
         let verified = self.0.image.verify(&|_| ControlFlow::Continue(()));
-        let damaged = |source| SnapshotError::Memory { directory: directory.clone(), source };
+        let damaged = |source| SnapshotError::Memory { directory: directory.to_owned(), source };
         verified.map_err(damaged)?;
         for (index, disk) in self.0.state.disks.iter().enumerate() {
             let path = directory.join(disk_name(index));
@@ -191,15 +237,18 @@ impl Snapshot {
     /// The directory that it is in; none for one in memory.
     pub fn directory(&self) -> Option<&Path> {
         match &self.0.place {
-            Place::Directory(directory) => Some(directory),
+            Place::Directory(directory) => Some(&directory.path),
             Place::Memory(_) => None,
         }
     }
 
     /// Removes the files of the snapshot in a directory, and the directory where nothing else is
-    /// in it.
-    pub(crate) fn remove(directory: &Path) {
-        directory::remove_snapshot(directory);
+    /// in it; not those of another one.
+    pub(crate) fn remove(directory: &Path, id: [u8; 16]) {
+        let is_other = Self::open_directory(directory).is_ok_and(|found| found.id() != id);
+        if !is_other {
+            directory::remove_snapshot(directory);
+        }
     }
 
     /// What is known of it.
@@ -224,6 +273,10 @@ impl State {
     fn check(&self) -> Result<(), String> {
         self.config.check().map_err(|error| error.to_string())?;
         self.machine.check(&self.config)?;
+        let tables = self.host.cpuid().map_err(|error| error.to_string())?.len();
+        if tables != usize::from(self.config.vcpus) {
+            return Err(format!("{tables} CPUID tables are saved of {} vCPUs", self.config.vcpus));
+        }
         let (found, expected) = (self.disks.len(), self.config.blocks.len());
         if found != expected {
             return Err(format!("{found} disks are saved of {expected}"));
@@ -235,13 +288,22 @@ impl State {
     }
 }
 
-fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
-    input_file::read_bounded(input_file::open(path)?, format::MAX_STATE_BYTES)
+/// How often a directory may be replaced while it is opened.
+const MAX_REPLACED: usize = 8;
+
+/// The most pages that are worth having before a guest runs: 16 MiB, some 8 ms.
+const MAX_NOTED: usize = 4096;
+
+fn read(directory: &OpenDirectory, name: &str) -> io::Result<Option<Vec<u8>>> {
+    input_file::read_bounded(directory.file(name)?, format::MAX_STATE_BYTES)
 }
 
-/// The pages that are worth having before a guest runs, where that can be read.
-fn read_written(path: &Path) -> Option<Vec<PageRun>> {
-    format::decode(&read(path).ok()??).ok()
+/// The pages that are worth having before a guest runs, where that can be read, and where they
+/// are not so many that somebody else than we wrote that.
+fn read_written(directory: &OpenDirectory) -> Option<Vec<PageRun>> {
+    let runs: Vec<PageRun> = format::decode(&read(directory, WRITTEN).ok()??).ok()?;
+    let pages = runs.iter().fold(0, |pages: u64, run| pages.saturating_add(run.count));
+    (runs.len() <= MAX_NOTED && pages <= MAX_NOTED as u64).then_some(runs)
 }
 
 impl std::fmt::Debug for Snapshot {
@@ -280,3 +342,6 @@ impl Drop for Temporary {
         directory::remove_snapshot(&self.0);
     }
 }
+
+#[cfg(test)]
+mod tests;

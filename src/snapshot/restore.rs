@@ -1,5 +1,6 @@
 //! A machine made from a snapshot.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::directory::disk_name;
@@ -7,8 +8,9 @@ use super::error::SnapshotError;
 use super::save::Disks;
 use super::{Inner, Place, Snapshot, State};
 use crate::arch::layout;
-use crate::config::{Clock, MachineConfig, RestoreOptions};
+use crate::config::{Clock, MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
+use crate::disk::SavedDisk;
 use crate::error::Error;
 use crate::kvm::{ClockPolicy, Kvm, Vcpu};
 use crate::machine::{Cpus, Machine, Shell, ShellConfig};
@@ -25,7 +27,7 @@ impl Snapshot {
     ) -> Result<Shell, Error> {
         let State { host, config, .. } = &self.0.state;
         let mut config = config.clone();
-        options.apply(&mut config).map_err(SnapshotError::from)?;
+        self.apply(options, &mut config)?;
         let ranges = layout::ram_ranges(config.memory_bytes);
         let ram = recorder.run(Phase::Memory, || GuestRam::reserve(&ranges))?;
         let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
@@ -57,6 +59,13 @@ impl Snapshot {
         };
         recorder.run(Phase::Memory, || shell.ram().map_image(image))?;
         let (machine, vcpus) = Machine::from_shell(shell, &config, console, recorder)?;
+        // Its disks were opened by their paths.
+        if let Place::Directory(directory) = &self.0.place
+            && state.disks.iter().any(SavedDisk::has_file)
+            && !directory.is_in_place()
+        {
+            return Err(SnapshotError::Replaced { directory: directory.path.clone() }.into());
+        }
         recorder.run(Phase::Restore, || {
             let clock = match options.clock {
                 Clock::Advance => ClockPolicy::Advance,
@@ -71,14 +80,15 @@ impl Snapshot {
     }
 
     /// The configuration of a machine that goes on from here.
-    fn config(
+    pub(super) fn config(
         &self,
         options: &RestoreOptions,
         disks: Disks,
     ) -> Result<MachineConfig, SnapshotError> {
         let state = &self.0.state;
         let mut config = state.config.clone();
-        options.apply(&mut config)?;
+        self.apply(options, &mut config)?;
+        self.check_networks(options, &config)?;
         let count = state.disks.len();
         if let Some(&index) = options.disks.keys().find(|index| **index >= count) {
             return Err(SnapshotError::NoDisk { index, count });
@@ -91,9 +101,11 @@ impl Snapshot {
             let is_given = moved.is_some();
             let disk = moved.as_ref().unwrap_or(disk);
             let base = disk.base().filter(|base| !is_given && !self.may_name(base, options));
-            if let Some(path) = base {
+            let left = disk.left_delta(block).filter(|left| !self.may_name(left, options));
+            if let Some(path) = base.or(left) {
                 return Err(SnapshotError::OutsideDisk { index, path: path.to_owned() });
             }
+            disk.check_left(block)?;
             *block = match disks {
                 Disks::InPlace => disk.own_config(block, &saved),
                 Disks::Copy => disk.config(block, &saved, delta),
@@ -109,19 +121,87 @@ impl Snapshot {
         Ok(config)
     }
 
-    /// Whether a snapshot may name a file of this host: one of this process names its own.
-    fn may_name(&self, path: &Path, options: &RestoreOptions) -> bool {
+    /// Changes the saved configuration as the caller says. Whether vCPU threads are confined is
+    /// this host's to say as well, not whoever's wrote the snapshot.
+    fn apply(
+        &self,
+        options: &RestoreOptions,
+        config: &mut MachineConfig,
+    ) -> Result<(), SnapshotError> {
+        options.apply(config)?;
+        config.seccomp |= options.seccomp.is_none() && !self.is_trusted(options);
+        Ok(())
+    }
+
+    /// A tap, or a program and the ports that it forwards, are of this host too.
+    fn check_networks(
+        &self,
+        options: &RestoreOptions,
+        config: &MachineConfig,
+    ) -> Result<(), SnapshotError> {
+        let all = config.networks.iter().enumerate();
+        for (index, network) in all.filter(|(index, _)| !options.networks.contains_key(index)) {
+            let what = match &network.backend {
+                NetBackend::Missing => return Err(SnapshotError::NoNetwork { index }),
+                NetBackend::Tap(name) => format!("the tap {name:?}"),
+                NetBackend::User(user) => format!("the program {}", user.program.display()),
+                NetBackend::TapFd(_) | NetBackend::Socket(_) => continue,
+            };
+            if !self.is_trusted(options) {
+                return Err(SnapshotError::OutsideNetwork { index, what });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a snapshot may name what is this host's: one of this process names its own.
+    fn is_trusted(&self, options: &RestoreOptions) -> bool {
         match &self.0.place {
-            Place::Directory(directory) => options.outside_paths || path.starts_with(directory),
+            Place::Directory(_) => options.outside_paths,
             Place::Memory(_) => true,
         }
+    }
+
+    /// Whether a snapshot may name a file: one that lies in its directory, and is no link to
+    /// elsewhere, or any where it is trusted.
+    fn may_name(&self, path: &Path, options: &RestoreOptions) -> bool {
+        let Place::Directory(directory) = &self.0.place else { return true };
+        options.outside_paths || lies_in(path, &directory.path)
     }
 
     /// Where a file of the snapshot is.
     pub(super) fn path(&self, name: &str) -> PathBuf {
         match &self.0.place {
-            Place::Directory(directory) => directory.join(name),
+            Place::Directory(directory) => directory.path.join(name),
             Place::Memory(temporary) => temporary.0.join(name),
         }
+    }
+}
+
+/// Whether a path is of a file that lies in this directory itself, and is no link.
+pub(super) fn lies_in(path: &Path, directory: &Path) -> bool {
+    let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else { return false };
+    let (Ok(parent), Ok(directory)) = (fs::canonicalize(parent), fs::canonicalize(directory))
+    else {
+        return false;
+    };
+    parent == directory && !directory.join(name).is_symlink()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lies_in_a_directory_is_not_what_only_looks_so() {
+        let temporary = super::super::Temporary::new().unwrap();
+        let inside = temporary.0.join("disk-0");
+        assert!(lies_in(&inside, &temporary.0), "what is not there yet");
+        std::os::unix::fs::symlink("/etc/passwd", &inside).unwrap();
+        assert!(!lies_in(&inside, &temporary.0), "a link");
+        for path in ["../x", "a/../../x", "..", "memory-0/..", "/etc/passwd", ""] {
+            assert!(!lies_in(&temporary.0.join(path), &temporary.0), "{path}");
+        }
+        assert!(!lies_in(Path::new("etc"), Path::new("/")), "a relative path");
     }
 }

@@ -1,6 +1,6 @@
 //! A stopped machine, written to a directory or kept in memory.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
@@ -13,8 +13,8 @@ use rustix::fs::{AtFlags, CWD, linkat};
 use super::directory::{STATE, Staging, WRITTEN, disk_name, memory_name};
 use super::error::SnapshotError;
 use super::options::{SaveStage, SnapshotOptions};
-use super::{Inner, Place, Snapshot, State, Temporary, format, random_bytes};
-use crate::disk::DiskError;
+use super::{Inner, MAX_NOTED, Place, Snapshot, State, Temporary, format, random_bytes};
+use crate::disk::{self, DiskError};
 use crate::error::Error;
 use crate::kvm::Vcpu;
 use crate::machine::Machine;
@@ -50,7 +50,7 @@ impl Sleeper<'_> {
         let mut state = self.state(&|index| staging.path(&disk_name(index)), disks, options)?;
         state.memory = self.save_memory(&staging, options)?;
         finish(staging, &state, options)?;
-        Snapshot::open(directory)
+        Snapshot::open_same(directory, state.id)
     }
 
     /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
@@ -104,7 +104,7 @@ impl Sleeper<'_> {
             id: random_bytes().map_err(SnapshotError::Random)?,
             created: since_1970.as_secs(),
             host: self.machine.profile(self.vcpus)?,
-            config: self.machine.config().clone(),
+            config: self.machine.config().to_be_saved(),
             machine,
             memory: Vec::new(),
             disks: saved,
@@ -133,6 +133,14 @@ impl Sleeper<'_> {
 }
 
 impl Snapshot {
+    /// A file of the snapshot, though another may have its name by now.
+    fn file(&self, name: &str) -> std::io::Result<File> {
+        match &self.0.place {
+            Place::Directory(directory) => directory.file(name),
+            Place::Memory(temporary) => File::open(temporary.0.join(name)),
+        }
+    }
+
     pub(super) fn write_merged(
         &self,
         directory: &Path,
@@ -143,12 +151,22 @@ impl Snapshot {
         let file = staging.create(&name)?;
         let merged = self.0.image.merge(&file, &report_memory(options));
         let merged = merged.map_err(SnapshotError::save_memory(staging.path(&name)))?;
-        for (index, disk) in self.0.state.disks.iter().enumerate() {
+        let disks = self.0.state.disks.iter().enumerate().filter(|(_, disk)| disk.has_file());
+        for (index, _) in disks {
             let name = disk_name(index);
-            let (from, to) = (self.path(&name), staging.path(&name));
-            if disk.has_file() {
-                fs::copy(from, &to).map_err(|source| SnapshotError::Write { path: to, source })?;
-            }
+            let from = self.file(&name).map_err(SnapshotError::open(&self.path(&name)))?;
+            let to = staging.create(&name)?;
+            let mut done = 0;
+            let mut report = |bytes| {
+                done += bytes;
+                options.report(SaveStage::Disk(index), done, None)
+            };
+            disk::copy_file(&from, &to, &mut report).map_err(|source| {
+                if source.kind() == std::io::ErrorKind::Interrupted {
+                    return SnapshotError::Interrupted;
+                }
+                SnapshotError::Write { path: staging.path(&name), source }
+            })?;
         }
         let id = random_bytes().map_err(SnapshotError::Random)?;
         let state = State { id, memory: vec![merged], ..self.0.state.clone() };
@@ -169,13 +187,10 @@ impl Snapshot {
             return;
         }
         if let Ok(bytes) = format::encode(&runs) {
-            replace_file(&directory.join(WRITTEN), &bytes);
+            replace_file(&directory.path.join(WRITTEN), &bytes);
         }
     }
 }
-
-/// The most pages that are worth having before a guest runs: 16 MiB, some 8 ms.
-const MAX_NOTED: usize = 4096;
 
 /// Puts a file into its place whole, or not at all.
 fn replace_file(path: &Path, bytes: &[u8]) {

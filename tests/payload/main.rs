@@ -2,7 +2,9 @@
 
 mod bad_input;
 mod crash;
+mod golden;
 mod guest;
+mod hostile;
 mod lifecycle;
 mod limits;
 mod network;

@@ -45,7 +45,7 @@ impl DeviceHandle<Block> {
         to: &Path,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
-        self.lend().disk.as_ref().ok_or(DiskError::Over)?.leave(to, progress)
+        self.lend().disk.as_mut().ok_or(DiskError::Over)?.leave(to, progress)
     }
 
     fn lend(&self) -> Lent<'_> {

@@ -109,6 +109,22 @@ pub fn transport_state(bytes: &[u8]) {
 /// How many kinds of devices there are to choose from.
 const DEVICES: u8 = 6;
 
+/// The devices that a state may be one of go on from it, and ring all of their doorbells.
+pub(crate) fn saved_state(saved: &TransportState) {
+    fn all<D: VirtioDevice + 'static>(device: impl Fn() -> D, saved: &TransportState) {
+        restored(Guest::new(device()), device, saved, Input::new(&[0xff; 64]));
+    }
+    match saved.device {
+        DeviceState::Stateless => {
+            all(|| disk(false).0, saved);
+            all(entropy, saved);
+        }
+        DeviceState::Net { .. } => all(|| network().0, saved),
+        DeviceState::Vsock { .. } => all(vsock::device, saved),
+        DeviceState::Balloon { .. } => all(balloon, saved),
+    }
+}
+
 fn registers(device: impl VirtioDevice + 'static, mut input: Input<'_>) {
     let mut guest = Guest::new(device);
     while !input.is_empty() {
@@ -118,7 +134,7 @@ fn registers(device: impl VirtioDevice + 'static, mut input: Input<'_>) {
 }
 
 fn state<D: VirtioDevice + 'static>(device: impl Fn() -> D, mut input: Input<'_>) {
-    let mut guest = Guest::new(device());
+    let guest = Guest::new(device());
     let queues = guest.queue_count();
     let own = match guest.state().device {
         DeviceState::Net { mac, .. } if input.byte() != 0 => {
@@ -149,8 +165,18 @@ fn state<D: VirtioDevice + 'static>(device: impl Fn() -> D, mut input: Input<'_>
         queues: (0..queues).map(|_| queue_state(&mut input)).collect(),
         device: own,
     };
+    restored(guest, device, &state, input);
+}
+
+/// Goes on from a state, where that is taken.
+fn restored<D: VirtioDevice + 'static>(
+    mut guest: Guest<D>,
+    device: impl Fn() -> D,
+    state: &TransportState,
+    mut input: Input<'_>,
+) {
     guest.pause();
-    if guest.restore(&state).is_err() {
+    if guest.restore(state).is_err() {
         return;
     }
     // What was taken is what is written, and is taken again.

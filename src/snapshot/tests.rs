@@ -1,0 +1,190 @@
+//! What a file of anybody may say, by a golden snapshot that is changed in one place at a time.
+
+use std::os::unix::fs::FileExt;
+
+use super::*;
+use crate::config::{BlockConfig, NetConfig, RestoreOptions, VsockConfig};
+
+macro_rules! golden {
+    ($name:literal) => {
+        zstd::decode_all(&include_bytes!(concat!("../../tests/goldens/1/", $name, ".zst"))[..])
+            .unwrap()
+    };
+}
+
+/// The golden snapshot, in a directory that goes with the test.
+struct Golden {
+    temporary: Temporary,
+    state: State,
+}
+
+impl Golden {
+    fn new() -> Self {
+        let temporary = Temporary::new().unwrap();
+        let state = golden!("state");
+        let state = format::decode(&state).unwrap();
+        // What is in its memory is of no meaning here.
+        let memory = File::create_new(temporary.0.join(memory_name(0))).unwrap();
+        memory.set_len(32 << 20).unwrap();
+        fs::write(temporary.0.join(disk_name(0)), golden!("disk-0")).unwrap();
+        fs::write(temporary.0.join(disk_name(1)), golden!("disk-1")).unwrap();
+        Self { temporary, state }
+    }
+
+    fn open(&self) -> Result<Snapshot, Error> {
+        fs::write(self.temporary.0.join(STATE), format::encode(&self.state).unwrap()).unwrap();
+        Snapshot::open(&self.temporary.0)
+    }
+}
+
+/// Why the golden snapshot, changed so, is not opened.
+fn refusal(change: impl FnOnce(&mut State)) -> String {
+    let mut golden = Golden::new();
+    change(&mut golden.state);
+    let error = golden.open().unwrap_err();
+    assert_eq!(error.kind(), &crate::ErrorKind::Snapshot, "{error:?}");
+    format!("{error:?}")
+}
+
+/// Why it gives no configuration to one who trusts nobody, but has connected its interfaces.
+fn distrust(change: impl FnOnce(&mut State, &Path)) -> String {
+    let mut golden = Golden::new();
+    change(&mut golden.state, &golden.temporary.0);
+    let options = RestoreOptions::new().disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
+    let snapshot = golden.open().unwrap();
+    snapshot.config(&options, Disks::Copy).unwrap_err().to_string()
+}
+
+fn saved_disk(json: &serde_json::Value) -> SavedDisk {
+    SavedDisk::deserialize(json).unwrap()
+}
+
+#[test]
+fn the_golden_snapshot_is_opened_and_gives_a_configuration() {
+    let golden = Golden::new();
+    let snapshot = golden.open().unwrap();
+    let options = RestoreOptions::new().disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
+    snapshot.config(&options, Disks::Copy).unwrap().check().unwrap();
+    assert_eq!(snapshot.facts().memory_bytes, 32 << 20);
+}
+
+#[test]
+fn sizes_and_counts_that_no_machine_has_are_refused() {
+    for bytes in [0, 1, 64 << 20, (32 << 20) + 4096, 1 << 50, u64::MAX, u64::MAX - 4095] {
+        refusal(|state| state.config.memory_bytes = bytes);
+    }
+    for count in [0, 2, 33, 255] {
+        let text = refusal(|state| state.config.vcpus = count);
+        assert!(text.contains("vCPUs"), "{text}");
+    }
+    for bytes in [usize::MAX, (64 << 20) + 1] {
+        refusal(|state| state.config.console_tail_bytes = bytes);
+    }
+    for count in [0, 65_537, usize::MAX] {
+        let vsock = VsockConfig::default().max_connections(count);
+        refusal(|state| state.config.vsock = Some(vsock));
+    }
+    for count in [0, 33, u16::MAX] {
+        refusal(|state| state.config.blocks[0].queues = count);
+    }
+    refusal(|state| state.config.blocks.clear());
+    refusal(|state| state.config.blocks = vec![BlockConfig::new("/disk"); 1000]);
+    refusal(|state| state.config.blocks[1].frozen = vec!["/delta".into(); 1000]);
+    refusal(|state| state.disks.clear());
+    refusal(|state| state.disks = vec![state.disks[0].clone(); 1000]);
+    refusal(|state| state.config.networks[0].mtu = Some(1));
+    refusal(|state| state.created = u64::MAX);
+    for layers in [0, 2, 17, 1000] {
+        refusal(|state| state.memory = vec![state.memory[0].clone(); layers]);
+    }
+}
+
+#[test]
+fn files_that_are_not_there_or_have_another_length_are_refused() {
+    let golden = Golden::new();
+    golden.open().unwrap();
+    let memory = File::options().write(true).open(golden.temporary.0.join("memory-0")).unwrap();
+    for len in [0, (32 << 20) - 1, 33 << 20, 1 << 40] {
+        memory.set_len(len).unwrap();
+        assert!(golden.open().unwrap_err().to_string().contains("cannot be used"));
+    }
+    memory.set_len(32 << 20).unwrap();
+    golden.open().unwrap();
+    fs::remove_file(golden.temporary.0.join("disk-0")).unwrap();
+    assert!(golden.open().unwrap_err().to_string().contains("disk-0"));
+}
+
+#[test]
+fn a_newer_version_is_refused_by_its_number() {
+    let golden = Golden::new();
+    golden.open().unwrap();
+    let path = golden.temporary.0.join(STATE);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&2u32.to_le_bytes(), 8).unwrap();
+    let error = Snapshot::open(&golden.temporary.0).unwrap_err();
+    assert!(error.to_string().contains("version 2"), "{error}");
+}
+
+#[test]
+fn a_snapshot_names_no_file_of_the_host() {
+    let facts = serde_json::json!({"bytes": 512});
+    for kind in ["read_only", "left"] {
+        for path in ["/etc/shadow", "etc/shadow", "../shadow", ""] {
+            let base = serde_json::json!({"path": path, "facts": facts});
+            let text = distrust(|state, _| {
+                state.disks[0] = saved_disk(&serde_json::json!({kind: {"base": base}}));
+            });
+            assert!(text.contains("outside of its directory"), "{text}");
+        }
+    }
+    // A path that begins as the directory does, and ends elsewhere.
+    let text = distrust(|state, directory| {
+        let path = directory.join("../../etc/shadow");
+        let base = serde_json::json!({"path": path, "facts": facts});
+        state.disks[0] = saved_disk(&serde_json::json!({"read_only": {"base": base}}));
+    });
+    assert!(text.contains("outside of its directory"), "{text}");
+    // A delta that was left beside the disk, over a file that the snapshot may have.
+    let text = distrust(|state, directory| {
+        let base = serde_json::json!({"path": directory.join("disk-9"), "facts": facts});
+        state.disks[0] = saved_disk(&serde_json::json!({"left": {"base": base}}));
+        state.config.blocks[0] = BlockConfig::new("/disk").delta("/home/alice/delta");
+    });
+    assert!(text.contains("/home/alice/delta"), "{text}");
+    let text = distrust(|state, _| {
+        state.config.vsock = Some(VsockConfig::default().unix_socket("/run/socket"));
+    });
+    assert!(text.contains("/run/socket"), "{text}");
+    let tap = NetConfig::tap("tap0");
+    let text = distrust(|state, _| state.config.networks.push(tap));
+    assert!(text.contains("tap0") || text.contains("devices"), "{text}");
+}
+
+#[test]
+fn a_snapshot_chooses_neither_the_device_nor_the_confinement() {
+    let mut golden = Golden::new();
+    golden.state.config.kvm_device = "/dev/mem".into();
+    golden.state.config.seccomp = false;
+    let snapshot = golden.open().unwrap();
+    let options = RestoreOptions::new().disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
+    let config = snapshot.config(&options, Disks::Copy).unwrap();
+    assert_eq!((config.seccomp, config.kvm_device), (true, "/dev/kvm".into()));
+    let own = options.clone().seccomp(false);
+    assert!(!snapshot.config(&own, Disks::Copy).unwrap().seccomp);
+    let trusting = options.outside_paths(true);
+    assert!(!snapshot.config(&trusting, Disks::Copy).unwrap().seccomp);
+}
+
+#[test]
+fn a_note_of_more_pages_than_are_worth_it_is_passed_over() {
+    let golden = Golden::new();
+    let noted = |runs: &[PageRun]| {
+        fs::write(golden.temporary.0.join(WRITTEN), format::encode(&runs).unwrap()).unwrap();
+        golden.open().unwrap().0.written.get().map(Vec::len)
+    };
+    let run = |first, count| PageRun { first, count };
+    assert_eq!(noted(&[run(0, 4000), run(u64::MAX, 96)]), Some(2));
+    assert_eq!(noted(&[run(0, 4097)]), None);
+    assert_eq!(noted(&[run(0, u64::MAX), run(0, 2)]), None);
+    assert_eq!(noted(&vec![run(0, 0); 4097]), None);
+}
