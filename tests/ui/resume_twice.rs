@@ -1,0 +1,10 @@
+use dormouse::{Error, MicroVm, Suspended};
+
+fn main() {}
+
+fn resume(vm: MicroVm<Suspended>) -> Result<(), Error> {
+    let first = vm.resume()?;
+    let second = vm.resume()?;
+    drop((first, second));
+    Ok(())
+}
