@@ -1,15 +1,16 @@
 //! MicroVMs inside your process.
 //!
-//! dormouse boots Linux guests over KVM with a small VMM of its own, in the process that calls
-//! it: no daemon, no socket, no child process. A VM is a value whose state is its type.
+//! dormouse boots, suspends and clones Linux guests over KVM with a small VMM of its own, in the
+//! process that calls it: no daemon, no socket, no child process. A VM is a value whose state is its type.
 //!
 //! ```text
-//!                       start                pause
-//!  create ─▶ Created ──────────▶ Running ◀──────────▶ Paused
-//!                                   │       resume       │
-//!                             wait, │                    │ terminate
-//!                         terminate ▼                    ▼
-//!                                     Terminated
+//!                       start               pause                suspend
+//!  create ─▶ Created ──────────▶ Running ◀─────────▶ Paused ──────────────▶ Suspended
+//!                                 │  ▲     resume     │  ▲                   │     │
+//!                                 │  └────────────────│──│──────── resume ───┘     │ into_snapshot
+//!                           wait, │                   │  │ restore, fork           ▼
+//!                       terminate ▼         terminate ▼  └──────────────────── Snapshot
+//!                                    Terminated
 //! ```
 //!
 //! ```no_run
@@ -31,6 +32,24 @@
 //! # Ok::<(), dormouse::Error>(())
 //! ```
 //!
+//! A guest that sleeps is files, or memory that no VM has; a snapshot is what any number of VMs
+//! come from, in this process and in others:
+//!
+//! ```no_run
+//! use dormouse::{Error, MicroVm, Running, Snapshot};
+//!
+//! fn examples(vm: MicroVm<Running>) -> Result<(), Error> {
+//!     let asleep = vm.suspend("asleep")?;
+//!     let mut original = asleep.resume()?.pause()?;
+//!     original.snapshot("base")?;
+//!     for clone in original.fork(10)? {
+//!         clone.resume()?.wait();
+//!     }
+//!     Snapshot::open("base")?.restore()?.resume()?.wait();
+//!     Ok(())
+//! }
+//! ```
+//!
 //! | to | see |
 //! | --- | --- |
 //! | choose a kernel | [`Kernel`], [`InstalledKernel`], [`BootProtocol`] |
@@ -39,6 +58,9 @@
 //! | connect it | [`NetConfig`], [`UserNetwork`] |
 //! | take memory back from it | [`BalloonConfig`], [`BalloonStatus`] |
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
+//! | put it to sleep, and wake it | [`MicroVm::<Running>::suspend`], [`Suspended`], [`SnapshotOptions`], [`SaveProgress`] |
+//! | make many of one | [`MicroVm::<Paused>::fork`], [`Snapshot`], [`RestoreOptions`], [`Clock`] |
+//! | have one ready | [`Pool`], [`PoolOptions`], [`PreparedShell`] |
 //! | talk to its programs | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
