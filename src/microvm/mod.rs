@@ -1,18 +1,19 @@
 //! [`MicroVm`]: a VM whose state is its type.
 //!
 //! ```text
-//!             start              pause              suspend
-//!   Created ────────▶ Running ◀────────▶ Paused ────────────▶ Suspended
-//!                      │   ▲    resume    │  ▲                │  │
-//!              wait,   │   └──────────────┼──┼── resume ──────┘  │ into_snapshot
-//!              terminate                  │  └── restore, fork ─┴─ Snapshot
-//!                      ▼                  ▼ terminate
-//!                          Terminated
+//!               start               pause               suspend
+//!   Created ──────────▶ Running ◀─────────▶ Paused ──────────────▶ Suspended
+//!                        │  ▲     resume     │  ▲                   │     │
+//!                        │  └────────────────│──│──────── resume ───┘     │ into_snapshot
+//!                  wait, │                   │  │ restore, fork           ▼
+//!              terminate ▼         terminate ▼  └──────────────────── Snapshot
+//!                           Terminated
 //! ```
 //!
 //! A transition takes the VM and gives it back in its new state, so a call that does not fit the
 //! state does not compile. States carry their data: `Created` and `Paused` hold the vCPUs,
-//! `Running` holds the proof that the threads have them. There is no state to check at run time.
+//! `Running` holds the proof that the threads have them, `Suspended` where the VM lies. There is no
+//! state to check at run time.
 
 mod any;
 mod created;

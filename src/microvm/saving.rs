@@ -12,7 +12,8 @@ use crate::snapshot::{Disks, Snapshot, SnapshotOptions};
 use crate::timings::Recorder;
 
 impl MicroVm<Paused> {
-    /// Writes memory, disks and registers to a directory, and leaves the VM as it is.
+    /// Writes memory, disks and registers to a directory, and leaves the VM as it is. The format is
+    /// in docs/snapshot-format.md.
     ///
     /// Of the memory, what is present and not zero is written, at the speed of the file system;
     /// of a VM that came from a snapshot, only what it has written since: the rest is shared with
@@ -42,7 +43,10 @@ impl MicroVm<Paused> {
     }
 
     /// Writes the VM to a directory, and ends it here: what is left is files. Its disks stay where
-    /// they are, and it goes on with them in [`resume`](MicroVm::<Suspended>::resume).
+    /// they are, and it goes on with them in [`resume`](MicroVm::<Suspended>::resume); what would be
+    /// gone with the VM, a delta without a name, is saved. Takes as long as a
+    /// [`snapshot`](Self::snapshot) does for the memory. The files stay when the `Suspended` is
+    /// dropped: [`Snapshot::open`] finds them, in this process or another.
     ///
     /// # Errors
     ///
@@ -79,7 +83,8 @@ impl MicroVm<Paused> {
     }
 
     /// Puts the VM to sleep in memory: its RAM stays, in a sealed memfd, and everything else goes.
-    /// Nothing is copied that the VM did not write since it was restored, whatever its size.
+    /// Of fresh memory nothing is copied; of a VM that was restored, what it has written since. The
+    /// memory goes when the `Suspended` is dropped.
     ///
     /// # Errors
     ///
@@ -97,8 +102,13 @@ impl MicroVm<Paused> {
     }
 
     /// Makes `count` clones, each with the memory of this VM, which is shared until one of them
-    /// writes, and with disks of its own over this VM's. This VM goes on as it likes: no one sees
+    /// writes, and with disks of its own, over a copy of this VM's. This VM goes on as it likes: no one sees
     /// what another writes. Each clone is told that it is one (VMGenID), before it runs.
+    ///
+    /// A clone takes about a millisecond. Before the first, fresh memory takes some 60 µs for each
+    /// MiB that was touched, whose page tables are given back; memory of a VM that was restored or
+    /// forked, a copy of the pages that it has written since. Disks that the guest writes are copied
+    /// to the folder for temporary files, once for all clones.
     ///
     /// # Errors
     ///
