@@ -7,7 +7,7 @@ mod directory;
 mod error;
 mod format;
 #[cfg(fuzzing)]
-pub mod fuzzing;
+pub(crate) mod fuzzing;
 mod options;
 mod restore;
 mod save;

@@ -8,7 +8,7 @@
 mod balloon;
 mod block;
 #[cfg(fuzzing)]
-pub mod fuzzing;
+pub(crate) mod fuzzing;
 mod handle;
 mod interrupt;
 mod mmio;
