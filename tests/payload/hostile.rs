@@ -4,6 +4,8 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use dormouse::{
     BlockConfig, ErrorKind, MicroVm, NetConfig, Paused, RestoreOptions, Snapshot, SnapshotOptions,
@@ -12,7 +14,7 @@ use dormouse::{
 
 use crate::guest::Program;
 use crate::snapshot::{Guest, Scratch};
-use crate::{Output, config, output};
+use crate::{Output, PATIENCE, config, output};
 
 /// A guest in its tenth page of these values, with what a test adds to its configuration.
 fn guest(value: u8, with: impl FnOnce(VmConfig) -> VmConfig) -> (MicroVm<Paused>, Output) {
@@ -69,6 +71,12 @@ fn taps_and_programs_of_a_snapshot_need_leave() {
     let user = NetConfig::user(UserNetwork::new().program(&passt));
     let (vm, _output) = guest(1, |config| config.network(user));
     let snapshot = vm.snapshot(scratch.join("base")).unwrap();
+    // It is a process of its own, and comes to it in its own time.
+    let begin = Instant::now();
+    while !ran.exists() {
+        assert!(begin.elapsed() < PATIENCE, "the stand-in does not run");
+        sleep(Duration::from_millis(1));
+    }
     drop(vm);
     fs::remove_file(&ran).unwrap();
     let text = refusal(snapshot.restore());
