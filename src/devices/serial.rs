@@ -23,6 +23,13 @@ const MAX_FIFO_BYTES: usize = 64;
 /// In the interrupt identification register: there is none.
 const NO_INTERRUPT: u8 = 1;
 
+/// The register that tells why the port raised its interrupt, and its values.
+const INTERRUPT_IDENTIFICATION: u64 = 2;
+const CAUSE: u8 = 0x0f;
+const RECEIVED_DATA: u8 = 4;
+/// In the line status: there is data. In the interrupt enable: data raises the interrupt.
+const DATA_READY: u8 = 1;
+
 /// The interrupt line of a device: an eventfd that KVM listens to.
 struct InterruptLine(EventFd);
 
@@ -100,7 +107,17 @@ impl Serial {
 impl BusDevice for Serial {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let [byte] = data {
-            *byte = self.port.lock_uart().read(offset as u8);
+            let mut uart = self.port.lock_uart();
+            *byte = uart.read(offset as u8);
+            if offset == INTERRUPT_IDENTIFICATION && *byte & CAUSE == NO_INTERRUPT {
+                // The UART forgets the cause when it is read. It has to stay while there is data:
+                // Linux takes 256 bytes at most, and asks again.
+                let state = uart.state();
+                if state.interrupt_enable & state.line_status & DATA_READY != 0 {
+                    *byte = *byte & !CAUSE | RECEIVED_DATA;
+                }
+            }
+            drop(uart);
             self.port.pump();
         }
     }
@@ -198,7 +215,6 @@ mod tests {
     const INTERRUPT_ENABLE: u64 = 1;
     const SCRATCH: u64 = 7;
     const LINE_STATUS: u64 = 5;
-    const DATA_READY: u8 = 1;
 
     fn serial(console: Console) -> Serial {
         serial_to(ConsoleSink::new(console, None))
@@ -232,6 +248,29 @@ mod tests {
         let mut got = Vec::new();
         while read(&mut serial, LINE_STATUS) & DATA_READY != 0 {
             got.push(read(&mut serial, DATA));
+        }
+        assert_eq!(got, text);
+    }
+
+    /// As Linux does: it reads while there is data, 256 bytes at most, and comes back only while
+    /// the port says why it should.
+    #[test]
+    fn the_cause_of_an_interrupt_stays_until_all_data_is_read() {
+        let mut serial = serial(Console::new(0));
+        assert_eq!(read(&mut serial, INTERRUPT_IDENTIFICATION) & CAUSE, NO_INTERRUPT);
+        let text: Vec<u8> = (0..300u32).map(|n| n as u8).collect();
+        assert!(serial.input().feed(&text));
+        // The driver wants no interrupt yet.
+        assert_eq!(read(&mut serial, INTERRUPT_IDENTIFICATION) & CAUSE, NO_INTERRUPT);
+        serial.write(INTERRUPT_ENABLE, &[DATA_READY]);
+        let mut got = Vec::new();
+        while read(&mut serial, INTERRUPT_IDENTIFICATION) & CAUSE == RECEIVED_DATA {
+            for _ in 0..256 {
+                if read(&mut serial, LINE_STATUS) & DATA_READY == 0 {
+                    break;
+                }
+                got.push(read(&mut serial, DATA));
+            }
         }
         assert_eq!(got, text);
     }
