@@ -20,16 +20,21 @@ impl MicroVm<Suspended> {
         let Self { mut state, console, mut recorder } = self;
         let woken = state.asleep.wake(&console, &mut recorder);
         match woken {
-            Ok(stopped) => match stopped.run() {
-                Ok(state) => Ok(MicroVm { state, console, recorder }),
-                Err((mut stopped, error)) => {
-                    state.asleep.take_back(&mut stopped);
-                    drop(stopped);
-                    let vm = MicroVm { state, console, recorder };
-                    let error = vm.error(Phase::Resume, error);
-                    Err(TransitionError { vm, error })
+            Ok(stopped) => {
+                for vcpu in &stopped.vcpus {
+                    vcpu.forgive_pause();
                 }
-            },
+                match stopped.run() {
+                    Ok(state) => Ok(MicroVm { state, console, recorder }),
+                    Err((mut stopped, error)) => {
+                        state.asleep.take_back(&mut stopped);
+                        drop(stopped);
+                        let vm = MicroVm { state, console, recorder };
+                        let error = vm.error(Phase::Resume, error);
+                        Err(TransitionError { vm, error })
+                    }
+                }
+            }
             Err(error) => {
                 let vm = MicroVm { state, console, recorder };
                 let error = vm.error(Phase::Restore, error);

@@ -184,9 +184,16 @@ impl Staging {
             // The file system cannot exchange.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
                 let _ = fs::remove_dir(&target);
-                let aside = self.path.with_extension("old");
+                let mut aside = self.path.clone().into_os_string();
+                aside.push("-old");
+                let aside = PathBuf::from(aside);
                 let had = fs::rename(&target, &aside).is_ok();
-                self.rename(&target)?;
+                if let Err(error) = self.rename(&target) {
+                    if had {
+                        let _ = fs::rename(&aside, &target);
+                    }
+                    return Err(error);
+                }
                 if had {
                     remove_snapshot(&aside);
                 }
