@@ -35,6 +35,7 @@ pub fn snapshot_state(bytes: &[u8]) {
     }
     devices(&state.machine);
     let temporary = Temporary::new().expect("a directory");
+    temporary.create().expect("a directory");
     let Some(image) = image(&state, &temporary) else { return };
     let open = OpenDirectory::open(&temporary.0).expect("a directory");
     let inner = Inner { place: Place::Directory(open), state, image, written: OnceLock::new() };

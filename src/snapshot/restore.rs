@@ -195,6 +195,7 @@ mod tests {
     #[test]
     fn what_lies_in_a_directory_is_not_what_only_looks_so() {
         let temporary = super::super::Temporary::new().unwrap();
+        temporary.create().unwrap();
         let inside = temporary.0.join("disk-0");
         assert!(lies_in(&inside, &temporary.0), "what is not there yet");
         std::os::unix::fs::symlink("/etc/passwd", &inside).unwrap();

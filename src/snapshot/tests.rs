@@ -21,6 +21,7 @@ struct Golden {
 impl Golden {
     fn new() -> Self {
         let temporary = Temporary::new().unwrap();
+        temporary.create().unwrap();
         let state = golden!("state");
         let state = format::decode(&state).unwrap();
         // What is in its memory is of no meaning here.
