@@ -37,6 +37,7 @@ pub fn metrics(scratch: &Scratch) -> Vec<Metric> {
         metrics.push(metric("resume of a restored VM → first dot", ready, raw_ready));
         metrics.push(pool(size, &snapshot, &saved));
         metrics.push(fork(size, memory_mib, &snapshot));
+        metrics.push(first_fork(size, memory_mib, &snapshot));
     }
     metrics
 }
@@ -101,27 +102,39 @@ fn pool(size: &str, snapshot: &Snapshot, saved: &Saved) -> Metric {
     in_turn(format!("VM of a pool → first dot, {size}"), Some(BAR), ours, || raw_ready(saved))
 }
 
-/// A clone of a VM that has run since the last one, beside a restore on a shell.
+/// A clone of a paused VM that has had one, beside a restore on a shell.
 fn fork(size: &str, memory_mib: u32, snapshot: &Snapshot) -> Metric {
+    let mut parent = Guest::in_dots(memory_mib, PRESENT_MIB).pause();
+    drop(parent.fork(1).expect("the first fork"));
+    let name = format!("fork on a shell → first dot of the clone, {size} (floor: ours on a shell)");
+    in_turn(name, Some(BAR), || clone(&mut parent), || on_shell(snapshot))
+}
+
+/// A clone of a VM that has run since the last one: its state is read before.
+fn first_fork(size: &str, memory_mib: u32, snapshot: &Snapshot) -> Metric {
     let mut parent = Some(Guest::in_dots(memory_mib, PRESENT_MIB).pause());
     let ours = || {
         let vm = parent.take().expect("put back below").resume().expect("resume");
         sleep(Duration::from_millis(2));
         let mut vm = vm.pause().expect("pause");
-        let (console, said) = console();
-        let mut console = Some(console);
-        let shell = vm.prepare().expect("prepare");
-        settle();
-        let begin = Instant::now();
-        let clones = vm.fork_on(vec![shell], |_| {
-            dormouse::RestoreOptions::new().console(console.take().expect("one clone"))
-        });
-        let elapsed = resume(clones.expect("fork").remove(0), &said, begin);
+        let elapsed = clone(&mut vm);
         parent = Some(vm);
         elapsed
     };
-    let name = format!("fork on a shell → first dot of the clone, {size} (floor: ours on a shell)");
-    in_turn(name, Some(BAR), ours, || on_shell(snapshot))
+    let name = format!("… the first fork after a pause, {size} (floor: ours on a shell)");
+    in_turn(name, None, ours, || on_shell(snapshot))
+}
+
+fn clone(vm: &mut MicroVm<Paused>) -> Duration {
+    let (console, said) = console();
+    let mut console = Some(console);
+    let shell = vm.prepare().expect("prepare");
+    settle();
+    let begin = Instant::now();
+    let clones = vm.fork_on(vec![shell], |_| {
+        dormouse::RestoreOptions::new().console(console.take().expect("one clone"))
+    });
+    resume(clones.expect("fork").remove(0), &said, begin)
 }
 
 /// Runs the VM until its first dot, and ends it.

@@ -58,7 +58,7 @@ impl MicroVm<Created> {
         })?;
         let console = machine.console().clone();
         let origin = Box::default();
-        let stopped = Stopped { vcpus, machine: Box::new(machine), origin };
+        let stopped = Stopped::new(vcpus, Box::new(machine), origin);
         Ok(Self { state: Created { stopped }, console, recorder })
     }
 

@@ -23,7 +23,7 @@ impl MicroVm<Running> {
         let vcpus = recorder.timed(Phase::Pause, || machine.stop(run));
         match machine.exit_status() {
             None => {
-                let stopped = Stopped { vcpus, machine, origin };
+                let stopped = Stopped::new(vcpus, machine, origin);
                 stopped.note_written();
                 Ok(MicroVm { state: Paused { stopped }, console, recorder })
             }

@@ -105,10 +105,10 @@ impl MicroVm<Paused> {
     /// writes, and with disks of its own, over a copy of this VM's. This VM goes on as it likes: no one sees
     /// what another writes. Each clone is told that it is one (VMGenID), before it runs.
     ///
-    /// A clone takes about a millisecond. Before the first, fresh memory takes some 60 µs for each
-    /// MiB that was touched, whose page tables are given back; memory of a VM that was restored or
+    /// A clone takes about a millisecond. Before the first after a pause, fresh memory takes some 60 µs for
+    /// each MiB that was touched, whose page tables are given back; memory of a VM that was restored or
     /// forked, a copy of the pages that it has written since. Disks that the guest writes are copied
-    /// to the folder for temporary files, once for all clones.
+    /// to the folder for temporary files, once for all clones until it runs on.
     ///
     /// # Errors
     ///
@@ -168,11 +168,16 @@ impl MicroVm<Paused> {
         clones.map(|(index, shell)| snapshot.restore_on(shell, &options(index))).collect()
     }
 
-    /// This VM as a snapshot in memory, that its clones come from.
+    /// This VM as a snapshot in memory, that its clones come from, all until it runs on.
     fn keep(&mut self) -> Result<Snapshot, Error> {
-        let sleeper = self.state.stopped.sleeper();
-        let kept = self.recorder.timed(Phase::Save, || sleeper.keep(Disks::Copy));
-        kept.map_err(|error| self.error(Phase::Save, error))
+        let stopped = &self.state.stopped;
+        if let Some(kept) = &stopped.kept {
+            return Ok(kept.clone());
+        }
+        let kept = self.recorder.timed(Phase::Save, || stopped.sleeper().keep(Disks::Copy));
+        let kept = kept.map_err(|error| self.error(Phase::Save, error))?;
+        self.state.stopped.kept = Some(kept.clone());
+        Ok(kept)
     }
 
     fn asleep(self, snapshot: Snapshot) -> MicroVm<Suspended> {
@@ -210,7 +215,7 @@ impl MicroVm<Running> {
         let Self { state: Running { run, machine, origin }, console, mut recorder } = self;
         let vcpus = recorder.timed(Phase::Pause, || machine.stop(run));
         let ended = machine.exit_status();
-        let stopped = Stopped { vcpus, machine, origin };
+        let stopped = Stopped::new(vcpus, machine, origin);
         let paused = MicroVm { state: Paused { stopped }, console, recorder };
         let suspended = match ended {
             None => paused.suspend_with(directory, options),
@@ -227,7 +232,7 @@ impl MicroVm<Running> {
 /// A VM that could not be suspended goes on.
 fn run_on(vm: MicroVm<Paused>, error: Error) -> TransitionError<Running> {
     let MicroVm { state: Paused { stopped }, console, recorder } = vm;
-    let Stopped { vcpus, machine, origin } = stopped;
+    let Stopped { vcpus, machine, origin, .. } = stopped;
     for vcpu in &vcpus {
         vcpu.forgive_pause();
     }

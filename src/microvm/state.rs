@@ -62,6 +62,8 @@ pub(super) struct Stopped {
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) machine: Box<Machine>,
     pub(super) origin: Box<Origin>,
+    /// It as a snapshot in memory, once somebody wanted one: nothing of it changes until it runs.
+    pub(super) kept: Option<Snapshot>,
 }
 
 /// Where a VM comes from, and who wants to know of its end.
@@ -103,12 +105,16 @@ impl super::MicroVm<Paused> {
 }
 
 impl Stopped {
+    pub(super) fn new(vcpus: Vec<Vcpu>, machine: Box<Machine>, origin: Box<Origin>) -> Self {
+        Self { vcpus, machine, origin, kept: None }
+    }
+
     /// Gives the vCPUs to their threads, or everything back.
     pub(super) fn run(self) -> Result<Running, (Self, Error)> {
-        let Self { vcpus, machine, origin } = self;
+        let Self { vcpus, machine, origin, kept: _ } = self;
         match machine.run(vcpus) {
             Ok(run) => Ok(Running { run, machine, origin }),
-            Err(NotRun { vcpus, error }) => Err((Self { vcpus, machine, origin }, error.into())),
+            Err(NotRun { vcpus, error }) => Err((Self::new(vcpus, machine, origin), error.into())),
         }
     }
 
@@ -121,7 +127,7 @@ impl Stopped {
 
     /// What saves it.
     pub(super) fn sleeper(&self) -> Sleeper<'_> {
-        let Self { vcpus, machine, origin } = self;
+        let Self { vcpus, machine, origin, .. } = self;
         Sleeper { machine, vcpus, origin: origin.snapshot.as_ref() }
     }
 
@@ -135,7 +141,7 @@ impl Stopped {
     ) -> Result<Self, Error> {
         let (machine, vcpus) = snapshot.machine(shell, options, disks, console, recorder)?;
         let origin = Box::new(Origin { snapshot: Some(snapshot.clone()), lease: None });
-        Ok(Self { vcpus, machine: Box::new(machine), origin })
+        Ok(Self::new(vcpus, Box::new(machine), origin))
     }
 }
 

@@ -154,6 +154,12 @@ fn clones_of_a_paused_vm_and_the_vm_itself_never_see_one_another() {
         }
     }
     assert_eq!(original.sum(20), 2000);
+    // A later clone is one of what the VM is then.
+    let (mut vm, output) = original.pause();
+    let (options, said) = listening();
+    let clone = vm.fork_with(1, |_| options.clone()).unwrap().pop().unwrap();
+    assert_eq!(Guest::resumed(clone, said).sum(20), 2000);
+    let original = Guest::resumed(vm, output);
     // A clone of a clone, of a VM that has ended.
     let last = guests.pop().unwrap();
     original.off();
