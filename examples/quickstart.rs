@@ -1,37 +1,40 @@
-//! Boots a stock Linux kernel in this process, and ends with how the guest ended.
+//! Boots a stock Linux kernel in this process, runs a command in it, and switches it off.
 
-use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use dormouse::{Cmdline, Error, Initramfs, Kernel, MicroVm, VmConfig};
+use dormouse::{AgentConfig, Cmdline, Error, Initramfs, Kernel, MicroVm, VmConfig};
 
-/// The guest's first and only program.
-const INIT: &str = r#"#!/bin/busybox sh
-/bin/busybox mkdir -p /proc && /bin/busybox mount -t proc proc /proc
-echo "hello from the guest: Linux $(/bin/busybox uname -r), $(/bin/busybox nproc) vCPUs,"
-echo "$(/bin/busybox awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo) MiB of memory, up for $(/bin/busybox cut -d' ' -f1 /proc/uptime) s"
-/bin/busybox poweroff -f
+/// What the guest is asked.
+const SCRIPT: &str = r#"
+echo "hello from the guest: Linux $(busybox uname -r), $(busybox nproc) vCPUs,"
+echo "$(busybox awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo) MiB of memory, up for $(busybox cut -d' ' -f1 /proc/uptime) s"
 "#;
 
-fn main() -> Result<ExitCode, Error> {
+#[tokio::main]
+async fn main() -> Result<ExitCode, Error> {
     // Where a kernel and a static busybox are installed: here, or where the environment says.
     let root = std::env::var_os("DORMOUSE_GUEST_ROOT").map_or("/".into(), PathBuf::from);
     let kernel = Kernel::installed_in(&root)?;
     println!("booting {kernel}");
 
-    let initramfs = Initramfs::builder()
+    let files = Initramfs::builder()
         .host_file("bin/busybox", root.join("bin/busybox"))
-        .file("init", 0o755, INIT)
-        .build()?;
+        .symlink("bin/sh", "busybox");
     let config = VmConfig::new(kernel)
-        .initramfs(initramfs)
+        .initramfs(files.build()?)
         .cmdline(Cmdline::default().push("quiet")?)
         .memory_mib(256)
         .vcpus(2)
-        .console(io::stdout());
+        .agent(AgentConfig::new());
 
-    let vm = MicroVm::create(config)?.start()?.wait();
+    let vm = MicroVm::create(config)?.start()?;
+    let agent = vm.agent().await?;
+    let output = agent.exec("sh", ["-c", SCRIPT]).await?.check()?;
+    print!("{}", output.text());
+
+    let vm = vm.shutdown(Duration::from_secs(1)).await;
     for timing in vm.timings().iter() {
         println!("{:>12} {:>8.2} ms", timing.phase.name(), timing.duration_ns as f64 / 1e6);
     }

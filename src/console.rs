@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::printable;
+use crate::exit::ExitStatus;
 
 /// A writer that a guest's console output is copied to.
 pub(crate) type ConsoleWriter = Arc<Mutex<dyn Write + Send>>;
@@ -64,8 +65,22 @@ impl Console {
     }
 
     /// The message of the kernel's first panic, where it showed one: printable, and short.
-    pub(crate) fn panic_message(&self) -> Option<String> {
+    fn panic_message(&self) -> Option<String> {
         self.lock().panic.clone()
+    }
+
+    /// How a guest ended, with what it said: a reset after a panic was a panic.
+    pub(crate) fn explain(&self, status: ExitStatus) -> ExitStatus {
+        match status {
+            ExitStatus::Rebooted => match self.panic_message() {
+                Some(message) => ExitStatus::Panicked { message: Some(message) },
+                None => ExitStatus::Rebooted,
+            },
+            ExitStatus::Panicked { message: None } => {
+                ExitStatus::Panicked { message: self.panic_message() }
+            }
+            other => other,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Tail> {
@@ -98,6 +113,11 @@ pub(crate) struct ConsoleSink {
 impl ConsoleSink {
     pub(crate) fn new(console: Console, writer: Option<ConsoleWriter>) -> Self {
         Self { console, writer, line: Vec::new() }
+    }
+
+    /// The host's side.
+    pub(crate) fn console(&self) -> Console {
+        self.console.clone()
     }
 }
 

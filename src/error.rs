@@ -7,7 +7,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 
-use crate::exit::ExitStatus;
+use crate::exit::{ExecFailure, ExitStatus, ProcessStatus};
 use crate::phase::Phase;
 
 /// What went wrong, for a program to act on. The text is in [`Error`]'s `Display`.
@@ -48,6 +48,17 @@ pub enum ErrorKind {
     Refused,
     /// The vsock port of the host has a listener.
     PortInUse,
+    /// The agent in the guest is not there, of another version, or broken; or the connection to it
+    /// ended in the middle of a call, as when the VM was suspended.
+    Agent,
+    /// A program in the guest was not started.
+    ExecFailed(ExecFailure),
+    /// A program in the guest ended otherwise than by `exit(0)`.
+    ProcessFailed(ProcessStatus),
+    /// A hook in the guest failed, or its time was over.
+    Hook,
+    /// A file of the guest, or of the host, cannot be read or written.
+    File(std::io::ErrorKind),
 }
 
 /// Why a call failed.

@@ -71,6 +71,66 @@ impl fmt::Display for ExitStatus {
     }
 }
 
+/// Why a program in the guest was not started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ExecFailure {
+    /// There is no such program, or no such user.
+    NotFound,
+    /// It is there, but cannot be run: no program, or not for this user.
+    NotExecutable,
+    /// The working directory cannot be entered.
+    BadDirectory,
+    /// Something else: no memory, too many processes.
+    Other,
+}
+
+/// How a program in the guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProcessStatus {
+    /// It exited with this code.
+    Code(i32),
+    /// A signal of this number ended it.
+    Signal(i32),
+    /// Its time was over, and it was killed.
+    TimedOut,
+}
+
+impl ProcessStatus {
+    /// Whether it exited with the code 0.
+    pub fn success(self) -> bool {
+        self == Self::Code(0)
+    }
+
+    /// The code that it exited with, if it did.
+    pub fn code(self) -> Option<i32> {
+        match self {
+            Self::Code(code) => Some(code),
+            Self::Signal(_) | Self::TimedOut => None,
+        }
+    }
+
+    /// The signal that ended it, if one did.
+    pub fn signal(self) -> Option<i32> {
+        match self {
+            Self::Signal(signal) => Some(signal),
+            Self::Code(_) | Self::TimedOut => None,
+        }
+    }
+}
+
+impl fmt::Display for ProcessStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::TimedOut => f.write_str("its time was over"),
+        }
+    }
+}
+
 /// The first reported end of a guest; later reports are dropped.
 #[derive(Debug, Default)]
 pub(crate) struct ExitLatch {

@@ -61,6 +61,7 @@
 //! | put it to sleep, and wake it | [`MicroVm::<Running>::suspend`], [`Suspended`], [`SnapshotOptions`], [`SaveProgress`] |
 //! | make many of one | [`MicroVm::<Paused>::fork`], [`Snapshot`], [`RestoreOptions`], [`Clock`] |
 //! | have one ready | [`Pool`], [`PoolOptions`], [`PreparedShell`] |
+//! | have an agent in the guest | [`AgentConfig`], [`RootDisk`], [`Entrypoint`], [`Hook`], [`HostService`] |
 //! | talk to its programs | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
@@ -78,12 +79,15 @@
 //!
 //! # Features
 //!
+//! - `agent` (default): the agent in the guest, on tokio.
 //! - `deb` (default): [`Kernel::deb`], kernels out of Debian packages.
 
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+#[cfg(feature = "agent")]
+mod agent;
 mod arch;
 mod boot;
 mod bus;
@@ -91,6 +95,8 @@ mod cmdline;
 mod compression;
 mod config;
 mod console;
+#[cfg(feature = "deb")]
+mod deb;
 mod devices;
 mod disk;
 mod error;
@@ -105,8 +111,10 @@ mod machine;
 mod memory;
 mod metrics;
 mod microvm;
+mod modules;
 mod phase;
 mod pool;
+mod protocol;
 mod seccomp;
 mod snapshot;
 mod tap;
@@ -114,14 +122,23 @@ mod timings;
 mod virtio;
 mod vsock;
 
+#[cfg(feature = "agent")]
+pub use agent::{
+    Agent, Command, Copied, CopyLimits, DirEntry, FileReader, FileType, FileWriter, GuestStream,
+    Metadata, Output, Process, ProcessInput, ProcessOutput, WriteOptions,
+};
 pub use cmdline::Cmdline;
+#[cfg(feature = "agent")]
+pub use config::{
+    AgentConfig, Entrypoint, Hook, HookName, HostService, InterfaceConfig, MountConfig, RootDisk,
+};
 pub use config::{
     BalloonConfig, BlockConfig, Clock, CpuTemplate, CpuidRegister, NetConfig, RateLimit,
     RestoreOptions, UserNetwork, VmConfig, VsockConfig,
 };
 pub use console::Console;
 pub use error::{Error, ErrorKind};
-pub use exit::ExitStatus;
+pub use exit::{ExecFailure, ExitStatus, ProcessStatus};
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
@@ -140,6 +157,7 @@ pub use timings::{Timing, Timings};
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {
+    pub use crate::protocol::fuzzing::*;
     pub use crate::snapshot::fuzzing::*;
     pub use crate::virtio::fuzzing::*;
 }

@@ -68,6 +68,8 @@ phases! {
     Wait = "wait",
     /// Ending the guest.
     Terminate = "terminate",
+    /// Talking to the agent in the guest.
+    Agent = "agent",
     /// Feeding the console.
     Console = "console",
 }

@@ -3,6 +3,10 @@
 //!
 //! It writes guest RAM and says where the boot vCPU begins; it touches no vCPU.
 
+mod agent;
+
+pub(crate) use self::agent::archive;
+
 use linux_loader::configurator;
 use linux_loader::loader::{self, Elf, KernelLoader, PvhBootCapability};
 use std::io::Cursor;

@@ -3,6 +3,11 @@
 //! [`VmConfig`] is the whole; [`MachineConfig`] is the part that the machine itself needs, which
 //! is everything but what it boots.
 
+#[cfg_attr(
+    not(feature = "agent"),
+    allow(dead_code, unreachable_pub, reason = "a VM without an agent has none of it")
+)]
+mod agent;
 mod balloon;
 mod block;
 mod cpu;
@@ -11,6 +16,16 @@ mod rate_limit;
 mod restore;
 mod vsock;
 
+#[cfg(feature = "agent")]
+pub(crate) use self::agent::HookAction;
+#[cfg_attr(
+    not(feature = "agent"),
+    allow(unused_imports, unreachable_pub, reason = "as above")
+)]
+pub use self::agent::{
+    AgentConfig, Entrypoint, Hook, HookName, HostService, InterfaceConfig, MountConfig, RootDisk,
+};
+pub(crate) use self::agent::{AgentConfigError, Overlay};
 pub use self::balloon::BalloonConfig;
 pub use self::block::BlockConfig;
 pub(crate) use self::block::{FileFacts, Writes};
@@ -82,6 +97,12 @@ pub(crate) enum ConfigError {
     NoNetwork { index: usize, count: usize },
     #[error("the snapshot has no vsock device")]
     NoVsock,
+    #[error("the snapshot has no agent, whose {what} could be another")]
+    NoAgent { what: &'static str },
+    #[error("the snapshot's agent has no service {name:?}")]
+    NoService { name: String },
+    #[error(transparent)]
+    Agent(#[from] AgentConfigError),
     #[error("a console tail of {bytes} bytes: it takes 0 to {MAX_CONSOLE_TAIL_BYTES}")]
     ConsoleTail { bytes: usize },
 }
@@ -219,6 +240,16 @@ impl VmConfig {
         self
     }
 
+    /// Boots the guest with an agent as its first process, and the vsock device that it needs. The
+    /// [`initramfs`](Self::initramfs), if there is one, is unpacked first, and its `/init` is not run. None
+    /// unless set.
+    #[cfg(feature = "agent")]
+    #[must_use]
+    pub fn agent(mut self, agent: AgentConfig) -> Self {
+        self.machine.agent = Some(agent);
+        self
+    }
+
     /// Limits the entropy device, to 64 KiB a request besides; not limited unless set. It can be
     /// changed while the guest runs, see [`MicroVm::set_entropy_rate_limit`].
     ///
@@ -281,7 +312,10 @@ pub(crate) struct MachineConfig {
     pub(crate) blocks: Vec<BlockConfig>,
     pub(crate) networks: Vec<NetConfig>,
     pub(crate) entropy: bool,
+    /// As it is configured; see [`vsock`](Self::vsock()).
     pub(crate) vsock: Option<VsockConfig>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) agent: Option<AgentConfig>,
     pub(crate) entropy_rate_limit: RateLimit,
     pub(crate) balloon: Option<BalloonConfig>,
     pub(crate) seccomp: bool,
@@ -300,6 +334,7 @@ impl Default for MachineConfig {
             networks: Vec::new(),
             entropy: false,
             vsock: None,
+            agent: None,
             entropy_rate_limit: RateLimit::default(),
             balloon: None,
             seccomp: true,
@@ -310,11 +345,13 @@ impl Default for MachineConfig {
 
 impl MachineConfig {
     /// The same for somebody else: without descriptors, which are this process's alone, and with
-    /// paths that do not begin where it is.
+    /// paths that do not begin where it is. What an agent is booted from is of no use to it.
     pub(crate) fn to_be_saved(&self) -> Self {
         let networks = self.networks.iter().map(NetConfig::without_descriptor).collect();
         let blocks = self.blocks.iter().map(BlockConfig::with_absolute_delta).collect();
-        Self { networks, blocks, ..self.clone() }
+        let agent = self.agent.clone();
+        let agent = agent.map(|agent| AgentConfig { modules_dir: None, binary: None, ..agent });
+        Self { networks, blocks, agent, vsock: self.vsock(), ..self.clone() }
     }
 
     /// Checks every value. Costs nothing.
@@ -332,7 +369,7 @@ impl MachineConfig {
             + self.networks.len()
             + usize::from(self.entropy)
             + usize::from(self.balloon.is_some())
-            + usize::from(self.vsock.is_some());
+            + usize::from(self.vsock().is_some());
         if count > MAX_VIRTIO_DEVICES {
             return Err(ConfigError::VirtioDevices { count });
         }
@@ -358,6 +395,9 @@ impl MachineConfig {
             block.check()?;
         }
         self.entropy_rate_limit.check()?;
+        if let Some(agent) = &self.agent {
+            agent.check(self)?;
+        }
         if self.console_tail_bytes > MAX_CONSOLE_TAIL_BYTES {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
         }

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use super::agent::{HostService, InterfaceConfig};
 use super::{ConfigError, ConsoleOutput, MachineConfig, NetConfig};
 
 /// How a snapshot becomes a VM. What is not set is as it was: the clone has the devices of the
@@ -25,6 +26,9 @@ pub struct RestoreOptions {
     pub(crate) disks: BTreeMap<usize, DiskOverride>,
     pub(crate) networks: BTreeMap<usize, NetConfig>,
     pub(crate) vsock_socket: Option<PathBuf>,
+    pub(crate) hostname: Option<String>,
+    pub(crate) interfaces: Vec<InterfaceConfig>,
+    pub(crate) services: BTreeMap<String, HostService>,
     pub(crate) seccomp: Option<bool>,
     kvm_device: Option<PathBuf>,
     pub(crate) clock: Clock,
@@ -58,6 +62,9 @@ impl Default for RestoreOptions {
             disks: BTreeMap::new(),
             networks: BTreeMap::new(),
             vsock_socket: None,
+            hostname: None,
+            interfaces: Vec::new(),
+            services: BTreeMap::new(),
             seccomp: None,
             kvm_device: None,
             clock: Clock::default(),
@@ -118,6 +125,34 @@ impl RestoreOptions {
         self
     }
 
+    /// Another hostname for a clone, which the agent in it sets before it is ready. As it was,
+    /// unless set.
+    #[cfg(feature = "agent")]
+    #[must_use]
+    pub fn hostname(mut self, name: impl Into<String>) -> Self {
+        self.hostname = Some(name.into());
+        self
+    }
+
+    /// Other addresses for the network interfaces of a clone, eth0's first, in place of all that
+    /// [`AgentConfig::interface`](crate::AgentConfig::interface) gave. The agent in it sets them before it
+    /// is ready.
+    #[cfg(feature = "agent")]
+    #[must_use]
+    pub fn interfaces(mut self, interfaces: impl IntoIterator<Item = InterfaceConfig>) -> Self {
+        self.interfaces = interfaces.into_iter().collect();
+        self
+    }
+
+    /// What the agent's service of this name is connected to, in place of what
+    /// [`AgentConfig::service`](crate::AgentConfig::service) said.
+    #[cfg(feature = "agent")]
+    #[must_use]
+    pub fn service(mut self, name: impl Into<String>, service: HostService) -> Self {
+        self.services.insert(name.into(), service);
+        self
+    }
+
     /// What the guest's clocks say; [`Clock::Advance`] unless set.
     #[must_use]
     pub fn clock(mut self, clock: Clock) -> Self {
@@ -134,8 +169,8 @@ impl RestoreOptions {
     }
 
     /// Whether the snapshot may name what is outside of its directory: the disks that it stands
-    /// on, the path of a UNIX socket, taps, and passt with its forwarded ports; and whether its
-    /// vCPU threads go unconfined as those of the saved VM did. Off unless set, because whoever
+    /// on, the path of a UNIX socket, taps, passt with its forwarded ports, and what an agent's
+    /// services are connected to; and whether its vCPU threads go unconfined as those of the saved VM did. Off unless set, because whoever
     /// wrote the snapshot would choose what the guest gets of this host; what is given here needs
     /// no leave. A snapshot in memory is this process's own, and has it.
     #[must_use]
@@ -167,9 +202,11 @@ impl RestoreOptions {
             *slot.ok_or(ConfigError::NoNetwork { index, count })? = network.clone();
         }
         if let Some(path) = &self.vsock_socket {
-            let vsock = config.vsock.as_mut().ok_or(ConfigError::NoVsock)?;
+            let mut vsock = config.vsock().ok_or(ConfigError::NoVsock)?;
             vsock.unix_socket = Some(path.clone());
+            config.vsock = Some(vsock);
         }
+        self.apply_to_agent(config)?;
         if let Some(on) = self.seccomp {
             config.seccomp = on;
         }
@@ -178,6 +215,27 @@ impl RestoreOptions {
             Some(path) => path.clone(),
             None => MachineConfig::default().kvm_device,
         };
+        Ok(())
+    }
+
+    fn apply_to_agent(&self, config: &mut MachineConfig) -> Result<(), ConfigError> {
+        if let Some(hostname) = &self.hostname {
+            let agent = config.agent.as_mut();
+            let agent = agent.ok_or(ConfigError::NoAgent { what: "hostname" })?;
+            agent.hostname = Some(hostname.clone());
+        }
+        if !self.interfaces.is_empty() {
+            let agent = config.agent.as_mut();
+            let agent = agent.ok_or(ConfigError::NoAgent { what: "address" })?;
+            agent.interfaces.clone_from(&self.interfaces);
+        }
+        for (name, service) in &self.services {
+            let agent = config.agent.as_mut();
+            let agent = agent.ok_or(ConfigError::NoAgent { what: "service" })?;
+            let port = agent.services.get_mut(name);
+            port.ok_or_else(|| ConfigError::NoService { name: name.clone() })?.service =
+                service.clone();
+        }
         Ok(())
     }
 }

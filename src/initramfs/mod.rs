@@ -2,8 +2,6 @@
 //!
 //! Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst (cpio "newc").
 
-mod modules;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -16,6 +14,7 @@ use thiserror::Error as ThisError;
 
 use crate::error::{Error, ErrorKind};
 use crate::input_file;
+use crate::modules::Modules;
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFCHR: u32 = 0o020_000;
@@ -34,25 +33,13 @@ pub(crate) enum InitramfsError {
     Path { path: String, reason: &'static str },
     #[error("{} is larger than {MAX_BYTES} bytes (2 GiB)", path.display())]
     TooLarge { path: PathBuf },
-    #[error("there is no module {name} in {}", dir.display())]
-    NoModule { name: String, dir: PathBuf },
-    #[error("{} is no kernel module, or in an unknown compression", path.display())]
-    Module { path: PathBuf },
     #[error("cannot write the archive")]
     Write(#[source] io::Error),
 }
 
 impl From<InitramfsError> for Error {
     fn from(error: InitramfsError) -> Self {
-        let no_module = matches!(error, InitramfsError::NoModule { .. });
-        let error = Error::new(ErrorKind::Initramfs, error);
-        if no_module {
-            return error.fix(
-                "name a directory like /lib/modules/<release> of the guest's kernel, and modules \
-                 as modprobe knows them",
-            );
-        }
-        error
+        Error::new(ErrorKind::Initramfs, error)
     }
 }
 
@@ -201,9 +188,9 @@ impl InitramfsBuilder {
     /// path is empty, holds a NUL byte, or leads through `.` or `..`.
     pub fn build(mut self) -> Result<Initramfs, Error> {
         for (dir, names) in std::mem::take(&mut self.modules) {
-            for (at, module) in (0..).zip(modules::load(&dir, &names)?) {
+            for (at, module) in (0..).zip(Modules::in_directory(dir).load(&names, &[])?) {
                 let path = format!("lib/modules/{at:02}-{}.ko", module.name);
-                self = self.file(&path, 0o644, module.content);
+                self = self.file(&path, 0o644, module.content.as_slice());
             }
         }
         let mut archive = Vec::new();

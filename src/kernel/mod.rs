@@ -24,6 +24,7 @@ use thiserror::Error as ThisError;
 
 use crate::error::{Error, ErrorKind};
 use crate::input_file;
+use crate::modules::{Module, ModuleError, Modules};
 
 /// The largest kernel file, package member or unpacked image that is read: 1 GiB.
 const MAX_IMAGE_BYTES: u64 = 1 << 30;
@@ -128,6 +129,16 @@ pub struct Kernel {
     protocol: BootProtocol,
     #[serde(skip)]
     loaded: Arc<Mutex<Option<Arc<Vmlinux>>>>,
+    #[serde(skip)]
+    modules: Arc<Mutex<Option<KnownModules>>>,
+}
+
+/// The modules that were read last.
+#[derive(Debug)]
+struct KnownModules {
+    /// The directory that was named for them.
+    dir: Option<PathBuf>,
+    modules: Modules,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -230,6 +241,27 @@ impl Kernel {
         *loaded = Some(Arc::clone(&vmlinux));
         Ok(vmlinux)
     }
+
+    /// Modules of the kernel, in the order in which they are loaded: from `dir`, where it is given, or
+    /// where the kernel comes from; none, where that has none. See [`Modules::load`]. They are read once
+    /// for a handle and its clones: out of a directory in some 10 ms, out of a package as fast as that
+    /// is unpacked, one or two seconds.
+    pub(crate) fn modules(
+        &self,
+        dir: Option<&Path>,
+        required: &[String],
+        optional: &[String],
+    ) -> Result<Vec<Arc<Module>>, ModuleError> {
+        let mut known = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known.as_mut().filter(|known| known.dir.as_deref() == dir) {
+            return known.modules.load(required, optional);
+        }
+        let Some(modules) = dir.map(Modules::in_directory).or_else(|| self.source.modules()) else {
+            return Ok(Vec::new());
+        };
+        let dir = dir.map(Path::to_owned);
+        known.insert(KnownModules { dir, modules }).modules.load(required, optional)
+    }
 }
 
 impl Source {
@@ -242,11 +274,22 @@ impl Source {
             Self::Bytes(bytes) => Ok(bytes.to_vec()),
         }
     }
+
+    /// Where its modules are, where it has some.
+    fn modules(&self) -> Option<Modules> {
+        match self {
+            Self::Installed(kernel) => kernel.modules_dir().map(Modules::in_directory),
+            #[cfg(feature = "deb")]
+            Self::Deb(path) => Some(Modules::in_package(path)),
+            Self::File(_) | Self::Bytes(_) => None,
+        }
+    }
 }
 
 impl From<Source> for Kernel {
     fn from(source: Source) -> Self {
-        Self { source, protocol: BootProtocol::default(), loaded: Arc::default() }
+        let (loaded, modules) = (Arc::default(), Arc::default());
+        Self { source, protocol: BootProtocol::default(), loaded, modules }
     }
 }
 

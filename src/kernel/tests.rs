@@ -175,35 +175,12 @@ fn bzimages_that_cannot_be_unpacked_say_why() {
 #[cfg(feature = "deb")]
 mod deb {
     use super::*;
+    use crate::deb::tests::{ar_header, scratch};
 
     fn package(member: &str, pack: impl Fn(Vec<u8>) -> Vec<u8>, file: &str) -> PathBuf {
-        let mut tar = tar::Builder::new(Vec::new());
         let content = elf();
-        for name in ["./usr/share/doc/copyright", file] {
-            let mut header = tar::Header::new_ustar();
-            header.set_size(content.len() as u64);
-            header.set_mode(0o644);
-            header.set_cksum();
-            tar.append_data(&mut header.clone(), name, &content[..]).unwrap();
-        }
-        let data = pack(tar.into_inner().unwrap());
-        let mut archive = b"!<arch>\n".to_vec();
-        for (name, bytes) in [("debian-binary", &b"2.0\n"[..]), (member, &data)] {
-            archive.extend(ar_header(name, bytes.len()));
-            archive.extend(bytes);
-            archive.resize(archive.len().next_multiple_of(2), b'\n');
-        }
-        scratch(member, &archive)
-    }
-
-    fn ar_header(name: &str, size: usize) -> Vec<u8> {
-        format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`\n", 0, 0, 0, 100_644).into_bytes()
-    }
-
-    fn scratch(name: &str, content: &[u8]) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("dormouse-{}-{name}", std::process::id()));
-        std::fs::write(&path, content).unwrap();
-        path
+        let files = [("./usr/share/doc/copyright", &content[..]), (file, &content)];
+        crate::deb::tests::package(member, member, &files, pack)
     }
 
     #[test]

@@ -21,10 +21,10 @@ use crate::memory::FileIo;
 use crate::metrics::DeviceMetrics;
 use crate::tap::{Tap, TapError};
 use crate::virtio::{
-    self, Backend, Balloon, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt,
+    self, Backend, Backlog, Balloon, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt,
     QUEUE_NOTIFY, RestoreError, Rng, Served, Stream, TransportState, VirtioDevice,
 };
-use crate::vsock::Vsock;
+use crate::vsock::{BACKLOG, Vsock};
 
 /// The devices on their bus, and what the machine keeps of them.
 pub(super) struct Devices {
@@ -34,6 +34,8 @@ pub(super) struct Devices {
     /// The virtio devices, in the order in which the guest finds them.
     pub(super) virtio: Vec<VirtioSlot>,
     pub(super) vsock: Option<Vsock>,
+    /// Connections of the guest's agent.
+    pub(super) agent_calls: Option<Arc<Backlog>>,
     pub(super) controls: Controls,
 }
 
@@ -56,6 +58,7 @@ impl Devices {
         console: ConsoleSink,
     ) -> Result<Self, Error> {
         let mut bus = Bus::default();
+        let said = console.console();
         let serial_input = legacy(&mut bus, vm, exit, console)?;
         let event = event_fd()?;
         vm.register_irqfd(&event, layout::EVENT_IRQ)?;
@@ -75,16 +78,22 @@ impl Devices {
         if let Some(balloon) = config.balloon {
             controls.balloon = Some(virtio.add(Balloon::new(balloon))?);
         }
-        let mut vsock = None;
-        if let Some(config) = &config.vsock {
+        let (mut vsock, mut agent_calls) = (None, None);
+        if let Some(vsock_config) = &config.vsock() {
             let ended = exit.descriptor().map_err(MachineError::EventFd)?;
-            let device = virtio::Vsock::new(config, ended).map_err(|source| {
-                MachineError::Vsock { path: config.unix_socket.clone(), source }
+            let mut device = virtio::Vsock::new(vsock_config, ended).map_err(|source| {
+                MachineError::Vsock { path: vsock_config.unix_socket.clone(), source }
             })?;
-            vsock = Some(Vsock::new(virtio.add(device)?.downgrade(), Arc::clone(exit)));
+            if let Some(port) = config.agent_port() {
+                // From before the guest's first instruction on: its agent is never refused.
+                let backlog = device.keep(port, BACKLOG).map_err(MachineError::EventFd)?;
+                agent_calls = Some(backlog);
+            }
+            let device = virtio.add(device)?.downgrade();
+            vsock = Some(Vsock::new(device, Arc::clone(exit), said));
         }
         let slots = virtio.slots;
-        Ok(Self { bus, serial_input, generation, virtio: slots, vsock, controls })
+        Ok(Self { bus, serial_input, generation, virtio: slots, vsock, agent_calls, controls })
     }
 }
 

@@ -33,9 +33,10 @@ use crate::kvm::{CpuProfile, Vcpu, Vm};
 use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
+use crate::protocol::HOST_PORT;
 use crate::timings::Recorder;
-use crate::virtio::QueueError;
-use crate::vsock::{Vsock, VsockError};
+use crate::virtio::{Backlog, QueueError};
+use crate::vsock::{Vsock, VsockError, VsockListener};
 pub(crate) use devices::Controls;
 use devices::{Devices, VirtioSlot};
 
@@ -56,6 +57,8 @@ pub(crate) enum MachineError {
     Entropy(#[source] io::Error),
     #[error("cannot make the vsock device{}", at(path.as_deref()))]
     Vsock { path: Option<PathBuf>, source: io::Error },
+    #[error("the VM has no agent")]
+    NoAgent,
     #[error("a device has a queue of an impossible size")]
     Queue(#[source] QueueError),
 }
@@ -65,6 +68,10 @@ impl From<MachineError> for Error {
         if let MachineError::Vsock { path: Some(path), .. } = &error {
             let fix = format!("choose a path where nothing is, or remove {}", path.display());
             return Error::new(ErrorKind::Config, error).fix(fix);
+        }
+        if let MachineError::NoAgent = error {
+            return Error::new(ErrorKind::Config, error)
+                .fix("add `.agent(AgentConfig::new())` to the VM's configuration");
         }
         Error::new(ErrorKind::Resources, error)
             .fix("raise the limits of open files and processes (ulimit -n, ulimit -u)")
@@ -86,6 +93,7 @@ pub(crate) struct Machine {
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
     vsock: Option<Vsock>,
+    agent_calls: Option<Arc<Backlog>>,
     controls: Controls,
     vm: Arc<Vm>,
     threads: VcpuThreads,
@@ -128,7 +136,7 @@ impl Machine {
             None => Console::new(config.console_tail_bytes),
         };
         let sink = ConsoleSink::new(console.clone(), writer);
-        let Devices { bus, serial_input, generation, virtio, vsock, controls } =
+        let Devices { bus, serial_input, generation, virtio, vsock, agent_calls, controls } =
             recorder.run(Phase::Devices, || Devices::new(config, &shell.vm, &exit, sink))?;
         let Shell { vcpus, cpuid, vm, threads } = shell;
         let threads = threads.attach(bus, Arc::clone(&exit), Arc::clone(recorder.first_run()));
@@ -140,6 +148,7 @@ impl Machine {
             generation,
             virtio,
             vsock,
+            agent_calls,
             controls,
             vm,
             threads,
@@ -231,6 +240,12 @@ impl Machine {
         Ok(self.vsock.clone().ok_or(VsockError::NoDevice)?)
     }
 
+    /// The connections of the guest's agent, which wait here whoever looks, or nobody.
+    pub(crate) fn agent_listener(&self) -> Result<VsockListener, Error> {
+        let backlog = self.agent_calls.as_ref().ok_or(MachineError::NoAgent)?;
+        Ok(VsockListener::kept(Arc::clone(backlog), HOST_PORT, self.vsock()?))
+    }
+
     /// What the guest wrote.
     pub(crate) fn console(&self) -> &Console {
         &self.console
@@ -241,19 +256,9 @@ impl Machine {
         &self.serial_input
     }
 
-    /// How the guest ended, if it did. A reset after the console showed a panic was a panic.
+    /// How the guest ended, if it did.
     pub(crate) fn exit_status(&self) -> Option<ExitStatus> {
-        let status = self.exit.get()?.clone();
-        Some(match status {
-            ExitStatus::Rebooted => match self.console.panic_message() {
-                Some(message) => ExitStatus::Panicked { message: Some(message) },
-                None => ExitStatus::Rebooted,
-            },
-            ExitStatus::Panicked { message: None } => {
-                ExitStatus::Panicked { message: self.console.panic_message() }
-            }
-            other => other,
-        })
+        Some(self.console.explain(self.exit.get()?.clone()))
     }
 
     /// Ends the guest from the host's side; a guest that ended before did so first.

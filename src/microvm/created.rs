@@ -2,7 +2,7 @@
 
 use super::state::Stopped;
 use super::{Created, MicroVm, Running, TransitionError};
-use crate::boot::Boot;
+use crate::boot::{Boot, archive};
 use crate::config::VmConfig;
 use crate::error::Error;
 use crate::machine::Machine;
@@ -35,8 +35,8 @@ impl MicroVm<Created> {
         let (kernel, initramfs, cmdline, machine_config) = config.parts();
         recorder.run(Phase::Config, || machine_config.check())?;
         let vmlinux = recorder.run(Phase::Kernel, || kernel.load())?;
-        let archive = recorder
-            .run(Phase::Initramfs, || initramfs.map(|initramfs| initramfs.load()).transpose())?;
+        let archive =
+            recorder.run(Phase::Initramfs, || archive(kernel, initramfs, machine_config))?;
 
         let (machine, vcpus) = Machine::new(machine_config, &mut recorder)?;
         let boot = Boot {

@@ -15,6 +15,7 @@
 //! `Running` holds the proof that the threads have them, `Suspended` where the VM lies. There is no
 //! state to check at run time.
 
+mod agent;
 mod any;
 mod created;
 mod devices;
@@ -27,6 +28,8 @@ mod suspended;
 mod terminated;
 mod vsock;
 
+#[cfg(feature = "agent")]
+pub(crate) use self::agent::CloneIdentity;
 pub use self::any::AnyMicroVm;
 pub use self::restored::PreparedShell;
 pub(crate) use self::state::Lease;
@@ -69,7 +72,7 @@ impl<S: State> MicroVm<S> {
     }
 
     /// An error of this VM's: with its stage and the guest's last words.
-    fn error(&self, phase: Phase, error: impl Into<Error>) -> Error {
+    pub(crate) fn error(&self, phase: Phase, error: impl Into<Error>) -> Error {
         error.into().at(phase).console(self.console.last_lines())
     }
 }

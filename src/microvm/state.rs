@@ -1,7 +1,9 @@
 //! The states of a [`MicroVm`](super::MicroVm), and what each holds.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use super::agent::{Agent, CloneIdentity};
 use crate::config::{ConsoleOutput, NetConfig, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
@@ -72,6 +74,7 @@ pub(super) struct Origin {
     /// The snapshot that its memory stands on.
     pub(super) snapshot: Option<Snapshot>,
     pub(super) lease: Option<Lease>,
+    pub(super) agent: Agent,
 }
 
 /// Calls somebody when a VM is over, in whatever state it was.
@@ -140,7 +143,11 @@ impl Stopped {
         recorder: &mut Recorder,
     ) -> Result<Self, Error> {
         let (machine, vcpus) = snapshot.machine(shell, options, disks, console, recorder)?;
-        let origin = Box::new(Origin { snapshot: Some(snapshot.clone()), lease: None });
+        let agent = match disks {
+            Disks::Copy => Agent::of_clone(options),
+            Disks::InPlace => Agent::default(),
+        };
+        let origin = Box::new(Origin { snapshot: Some(snapshot.clone()), lease: None, agent });
         Ok(Self::new(vcpus, Box::new(machine), origin))
     }
 }
@@ -153,6 +160,8 @@ pub(super) struct Asleep {
     /// The interfaces whose descriptors were given, which no file keeps.
     networks: Vec<(usize, NetConfig)>,
     lease: Option<Lease>,
+    /// Who it is, where it is a clone that has not been told so.
+    identity: Option<Arc<CloneIdentity>>,
 }
 
 #[derive(Debug)]
@@ -172,7 +181,8 @@ impl Asleep {
         let writer = config.console_writer.clone();
         let networks = config.networks.iter().cloned().enumerate();
         let networks = networks.filter(|(_, network)| network.has_descriptor()).collect();
-        Self { place, writer, networks, lease: stopped.origin.lease }
+        let Origin { lease, agent, .. } = *stopped.origin;
+        Self { place, writer, networks, lease, identity: agent.into_untold() }
     }
 
     pub(super) fn wake(
@@ -194,6 +204,7 @@ impl Asleep {
             recorder,
         )?;
         stopped.origin.lease = self.lease.take();
+        stopped.origin.agent = Agent::woken(self.identity.clone());
         Ok(stopped)
     }
 

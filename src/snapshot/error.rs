@@ -33,6 +33,8 @@ pub(crate) enum SnapshotError {
     OutsideSocket { path: PathBuf },
     #[error("the snapshot connects its network interface {index} to {what}, which is the host's")]
     OutsideNetwork { index: usize, what: String },
+    #[error("the snapshot says what of the host its agent's service {name:?} is connected to")]
+    OutsideService { name: String },
     #[error(
         "the snapshot's network interface {index} had a descriptor of the process that wrote it"
     )]
@@ -109,6 +111,10 @@ impl From<SnapshotError> for Error {
             ),
             SnapshotError::OutsideNetwork { .. } => Some(
                 "connect it with `RestoreOptions::network`, or, where whoever wrote the snapshot is \
+                 trusted, allow it with `RestoreOptions::outside_paths(true)`",
+            ),
+            SnapshotError::OutsideService { .. } => Some(
+                "connect it with `RestoreOptions::service`, or, where whoever wrote the snapshot is \
                  trusted, allow it with `RestoreOptions::outside_paths(true)`",
             ),
             SnapshotError::NoNetwork { .. } => {

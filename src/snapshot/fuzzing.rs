@@ -69,6 +69,8 @@ fn chooses_nothing(config: &MachineConfig, temporary: &Temporary) {
     }
     let socket = config.vsock.as_ref().and_then(|vsock| vsock.unix_socket.as_ref());
     assert!(socket.is_none_or(|socket| lies_in(socket, &temporary.0)), "{socket:?}");
+    let services = config.agent.as_ref().map_or(0, |agent| agent.services.len());
+    assert_eq!(services, 0, "a snapshot connects its guest to the host");
     assert!(config.seccomp, "a snapshot lifts the confinement");
     assert_eq!(config.kvm_device, MachineConfig::default().kvm_device);
 }

@@ -89,6 +89,7 @@ impl Snapshot {
         let mut config = state.config.clone();
         self.apply(options, &mut config)?;
         self.check_networks(options, &config)?;
+        self.check_services(options, &config)?;
         let count = state.disks.len();
         if let Some(&index) = options.disks.keys().find(|index| **index >= count) {
             return Err(SnapshotError::NoDisk { index, count });
@@ -152,6 +153,22 @@ impl Snapshot {
             }
         }
         Ok(())
+    }
+
+    /// So is what the agent's services are connected to.
+    fn check_services(
+        &self,
+        options: &RestoreOptions,
+        config: &MachineConfig,
+    ) -> Result<(), SnapshotError> {
+        let services = config.agent.iter().flat_map(|agent| agent.services.keys());
+        let mut saved = services.filter(|name| !options.services.contains_key(*name));
+        match saved.next() {
+            Some(name) if !self.is_trusted(options) => {
+                Err(SnapshotError::OutsideService { name: name.clone() })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether a snapshot may name what is this host's: one of this process names its own.

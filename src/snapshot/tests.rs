@@ -3,7 +3,9 @@
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::config::{BlockConfig, NetConfig, RestoreOptions, VsockConfig};
+use crate::config::{
+    AgentConfig, BlockConfig, HostService, NetConfig, RestoreOptions, VsockConfig,
+};
 
 macro_rules! golden {
     ($name:literal) => {
@@ -156,6 +158,10 @@ fn a_snapshot_names_no_file_of_the_host() {
         state.config.vsock = Some(VsockConfig::default().unix_socket("/run/socket"));
     });
     assert!(text.contains("/run/socket"), "{text}");
+    let service = HostService::Tcp(([127, 0, 0, 1], 22).into());
+    let agent = AgentConfig::new().service("ssh", 22, service);
+    let text = distrust(|state, _| state.config.agent = Some(agent));
+    assert!(text.contains("service \"ssh\""), "{text}");
     let tap = NetConfig::tap("tap0");
     let text = distrust(|state, _| state.config.networks.push(tap));
     assert!(text.contains("tap0") || text.contains("devices"), "{text}");

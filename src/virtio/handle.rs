@@ -103,6 +103,9 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         } else {
             // What was in flight when the device was paused or reset is given back.
             core.finish();
+            if !core.paused {
+                core.device.unattended();
+            }
             Served::All
         };
         if core.paused && core.device.in_flight() == 0 {

@@ -132,6 +132,10 @@ pub(crate) trait VirtioDevice: Send {
         Ok(())
     }
 
+    /// A source became ready, and there is no driver that it would matter to: none yet, or one that
+    /// has broken the device.
+    fn unattended(&mut self) {}
+
     /// The VM is over: lets go of what is of the host, such as files and their locks. Nothing
     /// follows but the drop, which may come much later.
     fn close(&mut self) {}

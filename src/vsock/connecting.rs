@@ -71,6 +71,19 @@ impl Connecting {
     }
 }
 
+#[cfg(feature = "agent")]
+impl Connecting {
+    /// The socket, from which one byte is read before all others: see [`Self::accepted`].
+    pub(crate) fn into_socket(self) -> UnixStream {
+        self.socket
+    }
+
+    /// Whether the guest has accepted, by the first byte that was read.
+    pub(crate) fn accepted(answer: u8) -> bool {
+        answer == ACCEPTED
+    }
+}
+
 impl AsFd for Connecting {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()

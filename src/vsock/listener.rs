@@ -18,11 +18,18 @@ pub struct VsockListener {
     backlog: Arc<Backlog>,
     port: u32,
     vsock: Vsock,
+    /// Whether connections wait for another listener when this one is dropped.
+    kept: bool,
 }
 
 impl VsockListener {
     pub(super) fn new(backlog: Arc<Backlog>, port: u32, vsock: Vsock) -> Self {
-        Self { backlog, port, vsock }
+        Self { backlog, port, vsock, kept: false }
+    }
+
+    /// A listener for connections that wait with it and without it.
+    pub(crate) fn kept(backlog: Arc<Backlog>, port: u32, vsock: Vsock) -> Self {
+        Self { backlog, port, vsock, kept: true }
     }
 
     /// The port.
@@ -84,7 +91,9 @@ impl VsockListener {
 
 impl Drop for VsockListener {
     fn drop(&mut self) {
-        self.vsock.unlisten(self.port);
+        if !self.kept {
+            self.vsock.unlisten(self.port);
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use thiserror::Error as ThisError;
 
+use crate::console::Console;
 use crate::error::{Error, ErrorKind};
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::virtio::{self, Backlog, NO_PORT, OpenError, WeakDeviceHandle};
@@ -24,7 +25,7 @@ use crate::virtio::{self, Backlog, NO_PORT, OpenError, WeakDeviceHandle};
 /// How long [`Vsock::connect`] waits for the guest's answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections that wait to be accepted, at most; one more is refused.
-const BACKLOG: usize = 128;
+pub(crate) const BACKLOG: usize = 128;
 /// How often those who wait look whether the guest has ended.
 const GLANCE: Duration = Duration::from_millis(100);
 
@@ -110,11 +111,16 @@ impl From<VsockError> for Error {
 pub struct Vsock {
     device: WeakDeviceHandle<virtio::Vsock>,
     exit: Arc<ExitLatch>,
+    console: Console,
 }
 
 impl Vsock {
-    pub(crate) fn new(device: WeakDeviceHandle<virtio::Vsock>, exit: Arc<ExitLatch>) -> Self {
-        Self { device, exit }
+    pub(crate) fn new(
+        device: WeakDeviceHandle<virtio::Vsock>,
+        exit: Arc<ExitLatch>,
+        console: Console,
+    ) -> Self {
+        Self { device, exit, console }
     }
 
     /// Connects to a port of the guest. Returns when the guest has accepted: some 100 µs where a
@@ -197,6 +203,13 @@ impl Vsock {
         device.call(|device, _| Ok(act(device))).map_err(|_| self.over())
     }
 
+    /// That the VM is over, if it is.
+    #[cfg(feature = "agent")]
+    pub(crate) fn ended_error(&self) -> Option<Error> {
+        let gone = self.device.upgrade().is_none();
+        self.ended().or_else(|| gone.then(|| self.over())).map(Error::from)
+    }
+
     /// How the guest ended, where it has.
     fn ended(&self) -> Option<VsockError> {
         self.exit.get().map(|_| self.over())
@@ -204,7 +217,8 @@ impl Vsock {
 
     /// A VM that did not end by itself was ended by the host.
     fn over(&self) -> VsockError {
-        VsockError::Over { status: self.exit.get().cloned().unwrap_or(ExitStatus::Terminated) }
+        let status = self.exit.get().cloned().unwrap_or(ExitStatus::Terminated);
+        VsockError::Over { status: self.console.explain(status) }
     }
 }
 

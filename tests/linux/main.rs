@@ -2,6 +2,7 @@
 //! machine that has one where this one does not, and brings the kernels.
 
 mod acpi;
+mod agent;
 mod balloon;
 mod boot;
 mod console;

@@ -1,5 +1,7 @@
 //! Lifecycle, ends, leaks and limits, with bare-metal guests: any /dev/kvm will do.
 
+#[cfg(feature = "agent")]
+mod agent;
 mod bad_input;
 mod crash;
 mod golden;

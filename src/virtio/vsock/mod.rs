@@ -82,6 +82,14 @@ impl Vsock {
         self.muxer.listen(port, listener)
     }
 
+    /// Up to `limit` connections to a port of the host wait from now on, whether somebody listens
+    /// or not.
+    pub(crate) fn keep(&mut self, port: u32, limit: usize) -> io::Result<Arc<Backlog>> {
+        let backlog = Arc::new(Backlog::new(limit)?);
+        self.muxer.listen(port, &backlog);
+        Ok(backlog)
+    }
+
     /// Nobody listens at a port of the host any more.
     pub(crate) fn unlisten(&mut self, port: u32) {
         self.muxer.unlisten(port);
@@ -220,6 +228,13 @@ impl VirtioDevice for Vsock {
 
     fn ready(&mut self, _: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         self.turn(false, queues)
+    }
+
+    /// A guest may end before it has a driver; the host's side hears of it all the same.
+    fn unattended(&mut self) {
+        if self.muxer.sees_end() {
+            self.muxer.end();
+        }
     }
 
     /// Ends all connections and listeners for good.

@@ -12,6 +12,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+
 use super::backlog::Backlog;
 use super::connection::{Connection, Greeting, Rest, Step};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Key, Op, TYPE_STREAM};
@@ -47,7 +49,7 @@ pub(super) struct Muxer {
     max_connections: usize,
     sockets: Sockets,
     /// Watched, and never read.
-    _ended: OwnedFd,
+    ended: OwnedFd,
     guest_has_ended: bool,
     connections: HashMap<Key, Connection>,
     /// Those with something for the guest.
@@ -87,7 +89,7 @@ impl Muxer {
             guest_cid: config.guest_cid.into(),
             max_connections: config.max_connections,
             sockets,
-            _ended: ended,
+            ended,
             guest_has_ended: false,
             connections: HashMap::new(),
             turns: VecDeque::new(),
@@ -146,6 +148,12 @@ impl Muxer {
     /// Whether the guest has ended, and all that is left is to [`end`](Self::end) too.
     pub(super) fn guest_has_ended(&self) -> bool {
         self.guest_has_ended
+    }
+
+    /// Whether the guest has ended, without a look at the sockets.
+    pub(super) fn sees_end(&self) -> bool {
+        let mut ended = [PollFd::new(&self.ended, PollFlags::IN)];
+        rustix::event::poll(&mut ended, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     /// Whether there is something for the guest.

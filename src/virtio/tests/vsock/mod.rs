@@ -1,6 +1,7 @@
 //! The vsock device: a driver of packets by hand, and the one of the crate virtio-drivers.
 
 mod hostile;
+mod kept;
 mod streams;
 mod threads;
 mod unix;
@@ -14,6 +15,7 @@ use virtio_drivers::transport::Transport;
 
 use super::driver::{TestHal, TestTransport};
 use crate::config::VsockConfig;
+use crate::console::Console;
 use crate::exit::ExitLatch;
 use crate::metrics::{DeviceMetrics, VsockMetrics};
 use crate::virtio::{self, DeviceHandle};
@@ -45,7 +47,7 @@ fn device_and_latch(
     let exit = Arc::new(ExitLatch::default());
     let device = virtio::Vsock::new(config, exit.descriptor().unwrap()).unwrap();
     let (transport, handle) = TestTransport::with_handle(device);
-    let vsock = Vsock::new(handle.downgrade(), Arc::clone(&exit));
+    let vsock = Vsock::new(handle.downgrade(), Arc::clone(&exit), Console::new(0));
     (transport, handle, vsock, exit)
 }
 

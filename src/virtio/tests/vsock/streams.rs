@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 
+use rustix::event::{PollFd, PollFlags};
 use virtio_drivers::device::socket::{
     DisconnectReason, SocketError, VirtIOSocket, VsockAddr, VsockConnectionManager, VsockEvent,
     VsockEventType,
@@ -325,4 +327,22 @@ fn a_guest_that_ends_ends_its_streams_after_its_last_bytes_while_nobody_waits_fo
     assert_eq!(listener.accept().unwrap_err().kind(), &ended);
     assert_eq!(vsock.connect(5).unwrap_err().kind(), &ended);
     assert_eq!(metrics(&handle).active, 0);
+}
+
+#[test]
+fn a_guest_that_ends_without_a_driver_wakes_all_that_wait_for_it() {
+    let (_transport, _handle, vsock, exit) = device_and_latch(&VsockConfig::default());
+    let listener = vsock.listen(9).unwrap();
+    let connecting = vsock.begin_connect(5).unwrap();
+    let wakes = |fd: BorrowedFd<'_>| {
+        let patience = rustix::event::Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&patience)).unwrap() == 1
+    };
+    exit.report(ExitStatus::PoweredOff);
+    // By their descriptors alone, as an event loop sees them.
+    assert!(wakes(listener.as_fd()) && wakes(connecting.as_fd()));
+    let ended = ErrorKind::GuestEnded(ExitStatus::PoweredOff);
+    assert_eq!(listener.try_accept().unwrap_err().kind(), &ended);
+    assert_eq!(connecting.finish().unwrap_err().kind(), &ended);
 }

@@ -1,0 +1,211 @@
+//! A connection to the agent: frames, each way.
+
+use std::future::poll_fn;
+use std::io;
+use std::mem;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::timeout;
+
+use super::AgentError;
+use crate::error::Error;
+use crate::protocol::{
+    AGENT_PORT, Call, Channel, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES, Malformed,
+    Reply, Wire,
+};
+use crate::vsock::{Connecting, Vsock};
+
+/// How long the agent may take for the first answer to a call. It answers within milliseconds;
+/// only one that hangs, or a VM that is paused, takes longer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A connection that carries frames.
+pub(super) struct Connection {
+    pub(super) reader: FrameReader,
+    pub(super) writer: FrameWriter,
+}
+
+impl Connection {
+    pub(super) fn new(socket: UnixStream) -> Self {
+        let (reader, writer) = socket.into_split();
+        Self { reader: FrameReader::new(reader), writer: FrameWriter(writer) }
+    }
+
+    /// Calls the agent, and returns when it has taken the connection. Nothing has been answered
+    /// then.
+    pub(super) async fn call(vsock: &Vsock, call: &Call) -> Result<Self, Error> {
+        let (mut socket, message) = begin(vsock, call)?;
+        // Written before the guest has accepted, which spares a round trip.
+        let opened = async {
+            socket.write_all(&message).await?;
+            socket.read_u8().await
+        };
+        match timeout(PATIENCE, opened).await {
+            Ok(Ok(answer)) if Connecting::accepted(answer) => Ok(Self::new(socket)),
+            Ok(Ok(_)) => Err(AgentError::NotThere.into()),
+            Ok(Err(_)) => Err(lost(vsock)),
+            Err(_) => Err(AgentError::Silent { seconds: PATIENCE.as_secs() }.into()),
+        }
+    }
+
+    /// The next answer of the agent, within [`PATIENCE`].
+    pub(super) async fn reply(&mut self, vsock: &Vsock) -> Result<Reply, Error> {
+        match timeout(PATIENCE, self.reader.message()).await {
+            Ok(Ok(Some(reply))) => Ok(reply),
+            Ok(Ok(None)) => Err(lost(vsock)),
+            Ok(Err(error)) => Err(error.explain(vsock)),
+            Err(_) => Err(AgentError::Silent { seconds: PATIENCE.as_secs() }.into()),
+        }
+    }
+
+    /// The bytes alone, behind the frames that were read.
+    pub(super) fn into_stream(self) -> Result<UnixStream, Error> {
+        let joined = self.reader.stream.reunite(self.writer.0);
+        joined.map_err(|_| AgentError::NotThere.into())
+    }
+}
+
+/// Asks for a connection, and has the call ready to be written.
+fn begin(vsock: &Vsock, call: &Call) -> Result<(UnixStream, Vec<u8>), Error> {
+    let message = Frame::message(call);
+    if message.len() - HEADER_BYTES > MAX_MESSAGE_BYTES {
+        return Err(AgentError::TooLong { bytes: message.len() }.into());
+    }
+    let socket = vsock.begin_connect(AGENT_PORT)?.into_socket();
+    Ok((to_async(socket)?, message))
+}
+
+/// A socket of this process's, for tokio.
+pub(super) fn to_async(socket: std::os::unix::net::UnixStream) -> Result<UnixStream, Error> {
+    let made = socket.set_nonblocking(true).and_then(|()| UnixStream::from_std(socket));
+    made.map_err(|error| AgentError::Socket(error).into())
+}
+
+/// Why a connection ended in the middle of a call.
+pub(super) fn lost(vsock: &Vsock) -> Error {
+    vsock.ended_error().unwrap_or_else(|| AgentError::Lost.into())
+}
+
+/// Why a frame was not read.
+#[derive(Debug)]
+pub(super) enum ReadError {
+    Io(
+        #[allow(
+            dead_code,
+            reason = "for those who look: what matters is that the connection is over"
+        )]
+        io::Error,
+    ),
+    Malformed(Malformed),
+}
+
+impl ReadError {
+    pub(super) fn explain(self, vsock: &Vsock) -> Error {
+        match self {
+            Self::Io(_) => lost(vsock),
+            Self::Malformed(malformed) => AgentError::Malformed(malformed).into(),
+        }
+    }
+}
+
+impl From<Malformed> for ReadError {
+    fn from(malformed: Malformed) -> Self {
+        Self::Malformed(malformed)
+    }
+}
+
+/// A frame that came.
+pub(super) type Piece = (Channel, Vec<u8>);
+
+/// What comes from the agent. Whoever stops waiting for a frame finds it whole at the next try.
+pub(super) struct FrameReader {
+    stream: OwnedReadHalf,
+    header: [u8; HEADER_BYTES],
+    header_bytes: usize,
+    body: Vec<u8>,
+    body_bytes: usize,
+}
+
+fn cut_off() -> ReadError {
+    ReadError::Io(io::ErrorKind::UnexpectedEof.into())
+}
+
+impl FrameReader {
+    fn new(stream: OwnedReadHalf) -> Self {
+        Self { stream, header: [0; HEADER_BYTES], header_bytes: 0, body: Vec::new(), body_bytes: 0 }
+    }
+
+    /// The next frame; none at the end of the connection.
+    pub(super) async fn next(&mut self) -> Result<Option<Piece>, ReadError> {
+        poll_fn(|context| self.poll_next(context)).await
+    }
+
+    pub(super) fn poll_next(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<Option<Piece>, ReadError>> {
+        while self.header_bytes < HEADER_BYTES {
+            let mut rest = ReadBuf::new(&mut self.header[self.header_bytes..]);
+            ready!(Pin::new(&mut self.stream).poll_read(context, &mut rest))
+                .map_err(ReadError::Io)?;
+            match rest.filled().len() {
+                0 if self.header_bytes == 0 => return Poll::Ready(Ok(None)),
+                0 => return Poll::Ready(Err(cut_off())),
+                bytes => self.header_bytes += bytes,
+            }
+        }
+        let (channel, length) = Frame::parse_header(self.header)?;
+        while self.body_bytes < length {
+            // Not more than has come by much: a header alone takes no memory.
+            if self.body_bytes == self.body.len() {
+                self.body.resize(length.min(self.body_bytes + MAX_DATA_BYTES), 0);
+            }
+            let mut rest = ReadBuf::new(&mut self.body[self.body_bytes..]);
+            ready!(Pin::new(&mut self.stream).poll_read(context, &mut rest))
+                .map_err(ReadError::Io)?;
+            match rest.filled().len() {
+                0 => return Poll::Ready(Err(cut_off())),
+                bytes => self.body_bytes += bytes,
+            }
+        }
+        (self.header_bytes, self.body_bytes) = (0, 0);
+        Poll::Ready(Ok(Some((channel, mem::take(&mut self.body)))))
+    }
+
+    /// The next frame, which is a message; none at the end of the connection.
+    pub(super) async fn message<T: Wire>(&mut self) -> Result<Option<T>, ReadError> {
+        match self.next().await? {
+            Some((channel, bytes)) => Ok(Some(Frame { channel, bytes: &bytes }.parse()?)),
+            None => Ok(None),
+        }
+    }
+}
+
+/// What goes to the agent.
+pub(super) struct FrameWriter(OwnedWriteHalf);
+
+impl FrameWriter {
+    /// A message.
+    pub(super) async fn message(&mut self, message: &impl Wire) -> io::Result<()> {
+        self.raw(&Frame::message(message)).await
+    }
+
+    /// Writes as much as there is room for.
+    pub(super) fn poll_raw(
+        &mut self,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    /// Frames that are made already.
+    pub(super) async fn raw(&mut self, frames: &[u8]) -> io::Result<()> {
+        self.0.write_all(frames).await
+    }
+}

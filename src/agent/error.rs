@@ -1,0 +1,135 @@
+//! What goes wrong between the host and the agent.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error as ThisError;
+
+use crate::error::{Error, ErrorKind, printable};
+use crate::exit::{ExecFailure, ProcessStatus};
+use crate::protocol::{Failure, FailureKind, Malformed, VERSION};
+
+#[derive(Debug, ThisError)]
+pub(crate) enum AgentError {
+    #[error("the VM has no agent")]
+    NotConfigured,
+    #[error("the agent has not called within {seconds} s; the guest is alive")]
+    NotReady { seconds: f64 },
+    #[error(
+        "the guest's agent speaks version {theirs} of the protocol, this crate version {VERSION}"
+    )]
+    Version { theirs: u32 },
+    #[error("the guest is not ready: {}", text(.0))]
+    Setup(Failure),
+    #[error("{}", text(.0))]
+    Guest(Failure),
+    #[error("cannot run {program} in the guest: {}", text(.failure))]
+    Exec { program: String, failure: Failure },
+    #[error("{program} failed: {status}{}{stderr}", if stderr.is_empty() { "" } else { ": " })]
+    Process { program: String, status: ProcessStatus, stderr: String },
+    #[error("more than {limit} bytes of output")]
+    Output { limit: usize },
+    #[error("a message of {bytes} bytes: arguments and environment take up to 1 MiB")]
+    TooLong { bytes: usize },
+    #[error("nobody listens at the agent's port")]
+    NotThere,
+    #[error("the connection to the agent ended in the middle of a call")]
+    Lost,
+    #[error("the agent has not answered for {seconds} s: it hangs, or the VM is paused")]
+    Silent { seconds: u64 },
+    #[error("the agent says what is no message: {0}")]
+    Malformed(Malformed),
+    #[error("the agent's answer belongs to another question")]
+    Unexpected,
+    #[error("the agent sends more than there is room for")]
+    Window,
+    #[error("the guest sends a tree with {what}")]
+    Tree { what: &'static str },
+    #[error("there is no tokio runtime here")]
+    NoRuntime,
+    #[error("cannot make a socket")]
+    Socket(#[source] io::Error),
+    #[error("{}", path.display())]
+    Host { path: PathBuf, source: io::Error },
+    #[error("cannot read what is to be written")]
+    Source(#[source] io::Error),
+    #[error("more than {limit} bytes in the file")]
+    FileSize { limit: u64 },
+    #[error("the hook `{name}` {how}")]
+    Hook { name: &'static str, how: String },
+}
+
+impl AgentError {
+    pub(super) fn exec(program: &[u8], failure: Failure) -> Error {
+        let program = printable(&String::from_utf8_lossy(program));
+        Self::Exec { program, failure }.into()
+    }
+}
+
+/// A failure in the guest's words, which may be anything.
+fn text(failure: &Failure) -> String {
+    let what: String = printable(&failure.what).chars().take(512).collect();
+    match failure.errno {
+        0 => what,
+        errno => format!("{what}: {}", io::Error::from_raw_os_error(errno)),
+    }
+}
+
+impl From<AgentError> for Error {
+    fn from(error: AgentError) -> Self {
+        use AgentError as E;
+        let kind = match &error {
+            E::NotConfigured | E::NoRuntime => ErrorKind::Config,
+            E::NotReady { .. } | E::Silent { .. } => ErrorKind::Timeout,
+            E::Guest(failure) => file_kind(failure),
+            E::Exec { failure, .. } => ErrorKind::ExecFailed(exec_failure(failure)),
+            E::Process { status, .. } => ErrorKind::ProcessFailed(*status),
+            E::Output { .. } | E::TooLong { .. } | E::FileSize { .. } | E::Socket(_) => {
+                ErrorKind::Resources
+            }
+            E::Host { source, .. } | E::Source(source) => ErrorKind::File(source.kind()),
+            E::Hook { .. } => ErrorKind::Hook,
+            _ => ErrorKind::Agent,
+        };
+        let fix = match &error {
+            E::NotConfigured => "add `.agent(AgentConfig::default())` to the VM's configuration",
+            E::Version { .. } => {
+                "make the snapshot again with this version, or open it with the one that made it"
+            }
+            E::Output { .. } => "read the streams of `spawn`, or raise `Command::output_limit`",
+            E::FileSize { .. } => "read it in pieces, by `Agent::open`",
+            E::Lost => "get the agent again from the VM, and look what of the call was done",
+            E::NoRuntime => "call it in `#[tokio::main]`, or in a task of a runtime",
+            E::Socket(_) => "raise the limit of open files (ulimit -n), and call within tokio",
+            _ => "",
+        };
+        let error = Self::new(kind, error);
+        if fix.is_empty() { error } else { error.fix(fix) }
+    }
+}
+
+fn exec_failure(failure: &Failure) -> ExecFailure {
+    match failure.kind {
+        FailureKind::NotFound => ExecFailure::NotFound,
+        FailureKind::NotExecutable | FailureKind::Permission => ExecFailure::NotExecutable,
+        FailureKind::BadDirectory => ExecFailure::BadDirectory,
+        _ => ExecFailure::Other,
+    }
+}
+
+/// What kind of error a file, or a port, is refused with.
+fn file_kind(failure: &Failure) -> ErrorKind {
+    // The system's own word says more than the agent's.
+    if failure.errno != 0 && failure.kind != FailureKind::Refused {
+        return ErrorKind::File(io::Error::from_raw_os_error(failure.errno).kind());
+    }
+    ErrorKind::File(match failure.kind {
+        FailureKind::NotFound => io::ErrorKind::NotFound,
+        FailureKind::Exists => io::ErrorKind::AlreadyExists,
+        FailureKind::Permission | FailureKind::NotAllowed => io::ErrorKind::PermissionDenied,
+        FailureKind::Full => io::ErrorKind::StorageFull,
+        FailureKind::Invalid => io::ErrorKind::InvalidInput,
+        FailureKind::Refused => return ErrorKind::Refused,
+        _ => io::ErrorKind::Other,
+    })
+}

@@ -1,0 +1,483 @@
+//! Files of the guest: one at a time, in streams of any length.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io;
+use std::mem;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime};
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+
+use super::connection::{Connection, FrameReader, lost};
+use super::{Agent, AgentError};
+use crate::error::Error;
+use crate::protocol::{
+    Bytes, Call, Channel, FileKind, Frame, MAX_DATA_BYTES, MakeDirectory, Read, Remove, Reply,
+    Stat, Wire, Write,
+};
+use crate::vsock::Vsock;
+
+/// As much of a file as [`Agent::read`] takes.
+const READ_LIMIT: u64 = 64 << 20;
+
+impl Agent {
+    /// A file's content, up to 64 MiB.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason;
+    /// [`ErrorKind::Resources`](crate::ErrorKind::Resources) for a larger one, which
+    /// [`open`](Self::open) reads; else as every call.
+    pub async fn read(&self, path: impl AsRef<Path>) -> Result<Vec<u8>, Error> {
+        let mut file = self.open(path).await?;
+        let mut content = Vec::new();
+        let mut limited = (&mut file).take(READ_LIMIT + 1);
+        let read = limited.read_to_end(&mut content).await;
+        match read {
+            Ok(_) if content.len() as u64 > READ_LIMIT => {
+                Err(AgentError::FileSize { limit: READ_LIMIT }.into())
+            }
+            Ok(_) => Ok(content),
+            Err(error) => Err(file.explain(error)),
+        }
+    }
+
+    /// Opens a file to be read, in a stream.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    pub async fn open(&self, path: impl AsRef<Path>) -> Result<FileReader, Error> {
+        let read = Read { path: bytes(path.as_ref()), offset: 0, length: None };
+        let mut connection = Connection::call(self.vsock(), &Call::Read(read)).await?;
+        let metadata = match connection.reply(self.vsock()).await? {
+            Reply::Stat(stat) => Metadata(stat),
+            other => return Err(refused(other)),
+        };
+        let vsock = self.vsock().clone();
+        let state = Reading::Open;
+        let (piece, at) = (Vec::new(), 0);
+        Ok(FileReader { connection, vsock, metadata, piece, at, state })
+    }
+
+    /// Puts a file into the place of what is there, in one step: whoever opens it sees the old or
+    /// the new one. It keeps the mode and the owner of the old one; a new one is root's, 0644.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason, such as a full disk;
+    /// the old file stays. Else as every call.
+    pub async fn write(
+        &self,
+        path: impl AsRef<Path>,
+        content: impl AsRef<[u8]>,
+    ) -> Result<(), Error> {
+        self.write_from(path, content.as_ref(), &WriteOptions::new()).await
+    }
+
+    /// As [`write`](Self::write), from a stream of any length, such as a `tokio::fs::File`.
+    ///
+    /// # Errors
+    ///
+    /// As that one; also where the stream cannot be read.
+    pub async fn write_from(
+        &self,
+        path: impl AsRef<Path>,
+        mut content: impl AsyncRead + Unpin,
+        options: &WriteOptions,
+    ) -> Result<(), Error> {
+        let mut file = self.create(path, options).await?;
+        let mut piece = vec![0; MAX_DATA_BYTES];
+        loop {
+            match content.read(&mut piece).await {
+                Ok(0) => return file.finish().await,
+                Ok(bytes) => {
+                    if file.write_all(&piece[..bytes]).await.is_err() {
+                        // The guest has said why.
+                        return file.finish().await;
+                    }
+                }
+                Err(error) => return Err(AgentError::Source(error).into()),
+            }
+        }
+    }
+
+    /// As [`write`](Self::write), to write to by and by: the file appears at
+    /// [`FileWriter::finish`], and never if that is not called.
+    ///
+    /// # Errors
+    ///
+    /// As that one.
+    pub async fn create(
+        &self,
+        path: impl AsRef<Path>,
+        options: &WriteOptions,
+    ) -> Result<FileWriter, Error> {
+        let WriteOptions { mode, owner, sync } = *options;
+        let write = Write { path: bytes(path.as_ref()), mode, owner, sync };
+        let mut connection = Connection::call(self.vsock(), &Call::Write(write)).await?;
+        match connection.reply(self.vsock()).await? {
+            Reply::Done => {}
+            other => return Err(refused(other)),
+        }
+        Ok(FileWriter { connection, vsock: self.vsock().clone(), pending: Vec::new(), at: 0 })
+    }
+
+    /// What a file is. Links are not followed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    pub async fn metadata(&self, path: impl AsRef<Path>) -> Result<Metadata, Error> {
+        match self.ask(&Call::Stat(bytes(path.as_ref()))).await? {
+            Reply::Stat(stat) => Ok(Metadata(stat)),
+            other => Err(refused(other)),
+        }
+    }
+
+    /// What is in a directory, in no order: up to a million entries.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    pub async fn read_dir(&self, path: impl AsRef<Path>) -> Result<Vec<DirEntry>, Error> {
+        const LIMIT: usize = 1 << 20;
+        let call = Call::List(bytes(path.as_ref()));
+        let mut connection = Connection::call(self.vsock(), &call).await?;
+        let mut entries = Vec::new();
+        loop {
+            match connection.reply(self.vsock()).await? {
+                Reply::Entry(_) if entries.len() == LIMIT => {
+                    return Err(AgentError::FileSize { limit: LIMIT as u64 }.into());
+                }
+                Reply::Entry(entry) => entries.push(DirEntry {
+                    name: OsString::from_vec(entry.name.0),
+                    metadata: Metadata(entry.stat),
+                }),
+                Reply::Done => return Ok(entries),
+                other => return Err(refused(other)),
+            }
+        }
+    }
+
+    /// Removes a file, a link, or an empty directory.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    pub async fn remove(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        self.done(&Call::Remove(Remove { path: bytes(path.as_ref()), recursive: false })).await
+    }
+
+    /// Removes a directory with all that is in it, or a file.
+    ///
+    /// # Errors
+    ///
+    /// As [`remove`](Self::remove).
+    pub async fn remove_all(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        self.done(&Call::Remove(Remove { path: bytes(path.as_ref()), recursive: true })).await
+    }
+
+    /// Makes a directory, and those above it; it may be there. Mode 0755.
+    ///
+    /// # Errors
+    ///
+    /// As [`remove`](Self::remove).
+    pub async fn create_dir_all(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let make = MakeDirectory { path: bytes(path.as_ref()), mode: 0o755, parents: true };
+        self.done(&Call::MakeDirectory(make)).await
+    }
+}
+
+pub(super) fn bytes(path: &Path) -> Bytes {
+    Bytes::from(path.as_os_str().as_bytes())
+}
+
+pub(super) fn refused(reply: Reply) -> Error {
+    match reply {
+        Reply::Failed(failure) => AgentError::Guest(failure).into(),
+        _ => AgentError::Unexpected.into(),
+    }
+}
+
+/// How a file is written.
+#[derive(Clone, Debug, Default)]
+pub struct WriteOptions {
+    mode: Option<u32>,
+    owner: Option<(u32, u32)>,
+    sync: bool,
+}
+
+impl WriteOptions {
+    /// As [`Agent::write`] does.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Permission bits, whatever those of an old file are.
+    #[must_use]
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.mode = Some(mode & 0o7777);
+        self
+    }
+
+    /// User and group, by number.
+    #[must_use]
+    pub fn owner(mut self, uid: u32, gid: u32) -> Self {
+        self.owner = Some((uid, gid));
+        self
+    }
+
+    /// Whether the file is on its disk (fsync) before it takes its place. Off unless set.
+    #[must_use]
+    pub fn sync(mut self, on: bool) -> Self {
+        self.sync = on;
+        self
+    }
+}
+
+/// What a file of the guest is, in the guest's words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metadata(Stat);
+
+/// The kind of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FileType {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// A device, a pipe, or a socket.
+    Other,
+}
+
+impl Metadata {
+    /// The kind.
+    pub fn file_type(&self) -> FileType {
+        match self.0.kind {
+            FileKind::File => FileType::File,
+            FileKind::Directory => FileType::Directory,
+            FileKind::Symlink => FileType::Symlink,
+            FileKind::Other => FileType::Other,
+        }
+    }
+
+    /// Whether it is a directory.
+    pub fn is_dir(&self) -> bool {
+        self.file_type() == FileType::Directory
+    }
+
+    /// Permission bits, with those of set-user-id, set-group-id and sticky.
+    pub fn mode(&self) -> u32 {
+        self.0.mode & 0o7777
+    }
+
+    /// The user that it belongs to.
+    pub fn uid(&self) -> u32 {
+        self.0.uid
+    }
+
+    /// The group that it belongs to.
+    pub fn gid(&self) -> u32 {
+        self.0.gid
+    }
+
+    /// The size in bytes.
+    pub fn len(&self) -> u64 {
+        self.0.size
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.size == 0
+    }
+
+    /// When it was last written, where that is a time that this host can express.
+    pub fn modified(&self) -> Option<SystemTime> {
+        let since = Duration::from_nanos(self.0.modified_ns.unsigned_abs());
+        match self.0.modified_ns < 0 {
+            false => SystemTime::UNIX_EPOCH.checked_add(since),
+            true => SystemTime::UNIX_EPOCH.checked_sub(since),
+        }
+    }
+}
+
+/// An entry of a directory of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirEntry {
+    name: OsString,
+    metadata: Metadata,
+}
+
+impl DirEntry {
+    /// Its name, as the guest gives it: it may hold anything.
+    pub fn file_name(&self) -> &OsStr {
+        &self.name
+    }
+
+    /// What it is. Links are not followed.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+}
+
+/// A file of the guest that is read, for tokio's `AsyncReadExt`. Nothing of it is held but the
+/// piece that came last, of 64 KiB at most.
+pub struct FileReader {
+    connection: Connection,
+    vsock: Vsock,
+    metadata: Metadata,
+    piece: Vec<u8>,
+    at: usize,
+    state: Reading,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    Open,
+    Ended,
+}
+
+impl FileReader {
+    /// What the file is.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    fn explain(&self, error: io::Error) -> Error {
+        match error.downcast::<Error>() {
+            Ok(error) => error,
+            Err(_) => lost(&self.vsock),
+        }
+    }
+
+    fn fill(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let reader: &mut FrameReader = &mut self.connection.reader;
+        let frame =
+            ready!(reader.poll_next(context)).map_err(|error| error.explain(&self.vsock))?;
+        Poll::Ready(match frame {
+            Some((Channel::Data, piece)) => {
+                if piece.is_empty() {
+                    self.state = Reading::Ended;
+                }
+                (self.piece, self.at) = (piece, 0);
+                Ok(())
+            }
+            Some((Channel::Message, message)) => Err(Reply::from_bytes(&message)
+                .map_or_else(|e| AgentError::Malformed(e).into(), refused)),
+            Some(_) => Err(AgentError::Unexpected.into()),
+            None => Err(lost(&self.vsock)),
+        })
+    }
+}
+
+impl AsyncRead for FileReader {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.at == self.piece.len() && self.state == Reading::Open {
+            ready!(self.fill(context)).map_err(io::Error::other)?;
+        }
+        let rest = self.piece.get(self.at..).unwrap_or_default();
+        let now = rest.len().min(buffer.remaining());
+        buffer.put_slice(&rest[..now]);
+        self.at += now;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl fmt::Debug for FileReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileReader").field("metadata", &self.metadata).finish_non_exhaustive()
+    }
+}
+
+/// A file of the guest that is written, for tokio's `AsyncWriteExt`. It is not there before
+/// [`finish`](Self::finish).
+#[must_use = "the file appears at `finish`"]
+pub struct FileWriter {
+    connection: Connection,
+    vsock: Vsock,
+    /// A frame, and how much of it was written.
+    pending: Vec<u8>,
+    at: usize,
+}
+
+impl FileWriter {
+    /// Puts the file into its place.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason for this or any write
+    /// before it; what was there is there. Else as every call.
+    pub async fn finish(mut self) -> Result<(), Error> {
+        // An error of a write shows in the answer, unless there is none.
+        let written = self.flush().await;
+        let end = Frame::header(Channel::Data, 0);
+        let ended = match written {
+            Ok(()) => self.connection.writer.raw(&end).await,
+            Err(error) => Err(error),
+        };
+        let answer = self.connection.reply(&self.vsock).await;
+        match (answer, ended) {
+            (Ok(Reply::Done), Ok(())) => Ok(()),
+            (Ok(other), _) => Err(refused(other)),
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn write_pending(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.at < self.pending.len() {
+            let rest = &self.pending[self.at..];
+            self.at += ready!(self.connection.writer.poll_raw(context, rest))?;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for FileWriter {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.write_pending(context))?;
+        let now = bytes.len().min(MAX_DATA_BYTES);
+        let mut frame = mem::take(&mut self.pending);
+        frame.clear();
+        // An empty frame would be the end.
+        if now > 0 {
+            frame.extend(Frame::header(Channel::Data, now));
+            frame.extend_from_slice(&bytes[..now]);
+        }
+        (self.pending, self.at) = (frame, 0);
+        // It is ours now; the next call waits for the rest.
+        match self.write_pending(context) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            _ => Poll::Ready(Ok(now)),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.write_pending(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_flush(context)
+    }
+}
+
+impl fmt::Debug for FileWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FileWriter")
+    }
+}

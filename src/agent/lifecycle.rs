@@ -1,0 +1,70 @@
+//! What the agent does when its VM is suspended, and when it ends.
+
+use std::time::Duration;
+
+use super::Agent;
+use super::connection::Connection;
+use crate::config::HookName;
+use crate::error::Error;
+use crate::microvm::{MicroVm, Running, Terminated};
+use crate::protocol::Call;
+
+/// What unmounting and switching off may take beyond the grace of the processes.
+const SWITCH_OFF: Duration = Duration::from_secs(30);
+
+impl Agent {
+    /// Makes the guest ready to be saved: runs the hook `suspend`, writes file systems to their disks, and stops
+    /// all processes but the agent. To be followed by [`MicroVm::suspend`](MicroVm::<Running>::suspend), a snapshot
+    /// or clones: each VM that comes of it gets its own clock, entropy, machine-id, hostname and
+    /// addresses before its processes go on, which they do when [`MicroVm::agent`] has found it.
+    /// A VM that goes on as it is needs [`thaw`](Self::thaw).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Hook`](crate::ErrorKind::Hook) where the hook failed; the guest runs on. Else as every call.
+    pub async fn freeze(&self) -> Result<(), Error> {
+        self.run_hook(HookName::Suspend, "").await?;
+        self.done(&Call::Freeze).await
+    }
+
+    /// Lets the processes go on, after a [`freeze`](Self::freeze) of which nothing came, or in the
+    /// VM that the clones came from.
+    ///
+    /// # Errors
+    ///
+    /// As every call.
+    pub async fn thaw(&self) -> Result<(), Error> {
+        self.done(&Call::Thaw).await
+    }
+
+    /// Asks the guest to end, and waits until it has: SIGTERM to all its processes, SIGKILL to those that
+    /// are left after `grace`, file systems unmounted, power off.
+    async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
+        let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        // Held until the end: nothing is answered.
+        let _asked = Connection::call(self.vsock(), &Call::Shutdown(grace_ms)).await?;
+        self.link.over().await;
+        Ok(())
+    }
+}
+
+impl MicroVm<Running> {
+    /// Ends the guest as `poweroff` would: runs the hook `terminate`, then SIGTERM to all its
+    /// processes, SIGKILL to those that are left after `grace`, file systems unmounted, power off. A guest
+    /// whose agent does not answer, or that is not off 30 s after the grace, is
+    /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was.
+    pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
+        let all = grace.saturating_add(SWITCH_OFF);
+        let asked = async {
+            let agent = self.agent().await?;
+            // A hook that fails does not save its VM.
+            let _ = agent.run_hook(HookName::Terminate, "").await;
+            agent.shut_down(grace).await
+        };
+        let _ = tokio::time::timeout(all, asked).await;
+        if self.exit_status().is_some() {
+            return self.wait();
+        }
+        self.terminate()
+    }
+}

@@ -1,0 +1,164 @@
+//! The agent in the guest: running commands, moving files, reaching ports, from async code.
+//!
+//! The agent is the guest's PID 1, part of this crate, and talks over vsock as `protocol` says.
+//! Every call is a connection of its own, so a slow one holds up no other, and what a guest can
+//! make the host keep is bounded by the windows of the streams that are open.
+
+mod command;
+mod connection;
+mod error;
+mod files;
+mod hooks;
+mod lifecycle;
+mod link;
+mod ports;
+mod process;
+mod streams;
+mod tree;
+
+#[cfg(test)]
+mod tests;
+
+pub use self::command::{Command, Output};
+pub(crate) use self::error::AgentError;
+pub use self::files::{DirEntry, FileReader, FileType, FileWriter, Metadata, WriteOptions};
+pub use self::ports::GuestStream;
+pub use self::process::Process;
+pub use self::streams::{ProcessInput, ProcessOutput};
+pub use self::tree::{Copied, CopyLimits};
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::connection::Connection;
+use self::link::Link;
+use crate::config::HookName;
+use crate::error::Error;
+use crate::microvm::{MicroVm, Running};
+use crate::phase::Phase;
+use crate::protocol::{Call, Reply};
+use crate::vsock::Vsock;
+
+/// The agent in a guest: a handle that clones and crosses threads. Calls on it run side by side.
+///
+/// It keeps nothing of its VM alive. While the VM is paused calls wait; when it is over, or was
+/// suspended, they fail and say so. A VM that was resumed from files has another:
+/// [`MicroVm::agent`] again.
+///
+/// All calls have to be made within a tokio runtime.
+///
+/// ```no_run
+/// # async fn example(vm: dormouse::MicroVm<dormouse::Running>) -> Result<(), dormouse::Error> {
+/// let agent = vm.agent().await?;
+/// agent.write("/tmp/job.py", "print(6 * 7)").await?;
+/// let output = agent.exec("python3", ["/tmp/job.py"]).await?.check()?;
+/// assert_eq!(output.stdout, b"42\n");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Agent {
+    link: Arc<Link>,
+}
+
+impl Agent {
+    /// Runs a program to its end, as root, without input, and collects what it writes.
+    ///
+    /// The time is that of a fork and an exec in the guest and two round trips. See
+    /// [`command`](Self::command) for all that can be set.
+    ///
+    /// # Errors
+    ///
+    /// As [`Command::output`].
+    pub async fn exec<S: AsRef<OsStr>>(
+        &self,
+        program: impl AsRef<OsStr>,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Output, Error> {
+        self.command(program).args(args).output().await
+    }
+
+    /// A program to run in the guest; without a `/` in its name, it is looked for in `PATH`.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        Command::new(self.clone(), program.as_ref())
+    }
+
+    /// How much of the guest's memory the agent takes, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Agent`](crate::ErrorKind::Agent) and
+    /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded).
+    pub async fn memory_bytes(&self) -> Result<u64, Error> {
+        match self.ask(&Call::Usage).await? {
+            Reply::Usage(usage) => Ok(usage.resident_bytes),
+            _ => Err(AgentError::Unexpected.into()),
+        }
+    }
+
+    fn vsock(&self) -> &Vsock {
+        self.link.vsock()
+    }
+
+    /// The one answer to a call.
+    async fn ask(&self, call: &Call) -> Result<Reply, Error> {
+        let mut connection = Connection::call(self.vsock(), call).await?;
+        connection.reply(self.vsock()).await
+    }
+
+    /// A call that is answered by `Done`.
+    async fn done(&self, call: &Call) -> Result<(), Error> {
+        match self.ask(call).await? {
+            Reply::Done => Ok(()),
+            Reply::Failed(failure) => Err(AgentError::Guest(failure).into()),
+            _ => Err(AgentError::Unexpected.into()),
+        }
+    }
+}
+
+impl MicroVm<Running> {
+    /// The agent in the guest, when it is ready: root file system mounted, network up, and in a
+    /// clone, clock, entropy, machine-id and hostname its own. A guest that has just been started
+    /// boots meanwhile; of one that was restored the agent answers within milliseconds. One that
+    /// slept and woke as itself has run its hook `resume`.
+    ///
+    /// Waits for as long as the guest lives; see [`agent_within`](Self::agent_within).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded), with the console's last lines,
+    /// where the guest ends first. [`ErrorKind::Agent`](crate::ErrorKind::Agent) where the agent
+    /// could not make the guest ready, a disk is missing, say, or is of another version.
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where the configuration has none.
+    pub async fn agent(&self) -> Result<Agent, Error> {
+        let ready = async {
+            let link = Link::of(self)?;
+            link.ready().await?;
+            let agent = Agent { link };
+            agent.link.on_waking(agent.run_hook(HookName::Resume, "")).await?;
+            Ok(agent)
+        };
+        ready.await.map_err(|error: Error| self.agent_error(error))
+    }
+
+    /// As [`agent`](Self::agent), for at most `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// As that one, and [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the console's last
+    /// lines, where the guest lives and its agent has not called.
+    pub async fn agent_within(&self, timeout: Duration) -> Result<Agent, Error> {
+        match tokio::time::timeout(timeout, self.agent()).await {
+            Ok(agent) => agent,
+            Err(_) => {
+                let seconds = timeout.as_secs_f64();
+                Err(self.agent_error(AgentError::NotReady { seconds }))
+            }
+        }
+    }
+
+    fn agent_error(&self, error: impl Into<Error>) -> Error {
+        self.error(Phase::Agent, error)
+    }
+}

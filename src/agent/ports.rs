@@ -1,0 +1,88 @@
+//! TCP ports of the guest, and services of the host.
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+
+use super::connection::Connection;
+use super::{Agent, files};
+use crate::error::Error;
+use crate::protocol::{Call, Reply};
+
+impl Agent {
+    /// Connects to a TCP port of the guest's loopback: 127.0.0.1, then ::1. A program that listens
+    /// there, or at all addresses, needs to know nothing of this crate. Many connections may be
+    /// open at once, each with its own flow control.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) where nobody listens; else as every call.
+    pub async fn connect_tcp(&self, port: u16) -> Result<GuestStream, Error> {
+        let mut connection = Connection::call(self.vsock(), &Call::Connect(port)).await?;
+        match connection.reply(self.vsock()).await? {
+            Reply::Done => Ok(GuestStream(connection.into_stream()?)),
+            other => Err(files::refused(other)),
+        }
+    }
+}
+
+/// A connection to a TCP port of the guest. Shutting down one direction shuts that of the TCP
+/// connection; it ends with the VM, and when the VM is suspended.
+pub struct GuestStream(UnixStream);
+
+impl GuestStream {
+    /// The socket underneath, a UNIX stream socket of this process.
+    pub fn into_inner(self) -> UnixStream {
+        self.0
+    }
+}
+
+impl AsyncRead for GuestStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for GuestStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(context, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
+
+impl fmt::Debug for GuestStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GuestStream")
+    }
+}

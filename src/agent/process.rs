@@ -1,0 +1,237 @@
+//! A program that runs in the guest: its streams, signals, its end.
+//!
+//! Two tasks serve it: one reads frames and hands pieces to the streams, one writes. What a stream
+//! holds is bounded by the window that its reader has opened, and an agent that sends more breaks
+//! the protocol.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::AgentError;
+use super::connection::{Connection, FrameReader, FrameWriter, lost};
+use super::streams::{Outgoing, Pipe, ProcessInput, ProcessOutput, Window};
+use crate::error::Error;
+use crate::exit::ProcessStatus;
+use crate::protocol::{
+    Call, Channel, Control, Exec, Exit, ExitCode, Frame, Reply, WindowSize, Wire,
+};
+use crate::vsock::Vsock;
+
+/// A program that runs in the guest.
+///
+/// Its streams apply back-pressure: a program whose output nobody reads waits, after 256 KiB. Dropping a
+/// `Process` kills the program's process group, as does the end of this process. A program whose
+/// VM is suspended and restored goes on in the guest without its streams, and calls here fail with
+/// [`ErrorKind::Agent`](crate::ErrorKind::Agent).
+#[derive(Debug)]
+#[must_use = "dropping it kills the program"]
+pub struct Process {
+    /// The standard input, where it is open: shutting it down, or dropping it, is the end of the
+    /// input.
+    pub stdin: Option<ProcessInput>,
+    /// The standard output, or what the terminal shows.
+    pub stdout: Option<ProcessOutput>,
+    /// The standard error; empty for a program with a terminal.
+    pub stderr: Option<ProcessOutput>,
+    id: u32,
+    outgoing: Outgoing,
+    end: oneshot::Receiver<Result<ProcessStatus, Error>>,
+    tasks: Vec<AbortOnDrop>,
+}
+
+#[derive(Debug)]
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Process {
+    pub(super) async fn start(vsock: &Vsock, exec: Exec) -> Result<Self, Error> {
+        let has_input = exec.stdin || exec.terminal.is_some();
+        let program = exec.program.argv.first().map(|name| name.0.clone()).unwrap_or_default();
+        let mut connection = Connection::call(vsock, &Call::Exec(exec)).await?;
+        let id = match connection.reply(vsock).await? {
+            Reply::Started(id) => id,
+            Reply::Failed(failure) => return Err(AgentError::exec(&program, failure)),
+            _ => return Err(AgentError::Unexpected.into()),
+        };
+        let (outgoing, frames) = mpsc::unbounded_channel();
+        let (at_end, end) = oneshot::channel();
+        let pipe = |channel| Arc::new(Pipe::new(channel, outgoing.clone()));
+        let (stdout, stderr) = (pipe(Channel::Stdout), pipe(Channel::Stderr));
+        let window = Arc::new(Window::default());
+        let incoming = Incoming {
+            reader: connection.reader,
+            stdout: Arc::clone(&stdout),
+            stderr: Arc::clone(&stderr),
+            window: Arc::clone(&window),
+            vsock: vsock.clone(),
+        };
+        let tasks = vec![
+            AbortOnDrop(tokio::spawn(incoming.run(at_end))),
+            AbortOnDrop(tokio::spawn(write(connection.writer, frames))),
+        ];
+        Ok(Self {
+            stdin: has_input.then(|| ProcessInput::new(window, outgoing.clone())),
+            stdout: Some(ProcessOutput::new(stdout)),
+            stderr: Some(ProcessOutput::new(stderr)),
+            id,
+            outgoing,
+            end,
+            tasks,
+        })
+    }
+
+    /// Its process id in the guest, which is that of its process group too.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Sends a signal to its process group. Nothing happens where it has ended.
+    pub fn signal(&self, signal: i32) {
+        self.send(&Control::Signal(signal));
+    }
+
+    /// Kills its process group.
+    pub fn kill(&self) {
+        self.signal(9);
+    }
+
+    /// Tells its terminal another size.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        self.send(&Control::Resize(WindowSize { rows, columns }));
+    }
+
+    /// Waits for its end. All that it has written has come then, and can still be read; what it
+    /// left behind in the background may go on running.
+    ///
+    /// A program that writes more than 256 KiB waits for a reader: read, or drop, `stdout` and
+    /// `stderr` meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded) and
+    /// [`ErrorKind::Agent`](crate::ErrorKind::Agent), where the guest or the connection ended before
+    /// the program.
+    pub async fn wait(&mut self) -> Result<ProcessStatus, Error> {
+        match (&mut self.end).await {
+            Ok(status) => status,
+            // It has been waited for, or the runtime is going down.
+            Err(_) => Err(AgentError::Lost.into()),
+        }
+    }
+
+    /// Writes this input, and ends it, whoever waits for what meanwhile.
+    pub(super) fn feed(&mut self, mut stdin: ProcessInput, input: Vec<u8>) {
+        let feeding = async move {
+            // A program need not read its input.
+            let _ = stdin.write_all(&input).await;
+        };
+        self.tasks.push(AbortOnDrop(tokio::spawn(feeding)));
+    }
+
+    fn send(&self, control: &Control) {
+        // The connection may have ended: so has the program, or `wait` will say so.
+        let _ = self.outgoing.send(Frame::message(control));
+    }
+}
+
+/// Collects both streams, to their ends.
+pub(super) async fn read_all(
+    (stdout, stderr): (Option<ProcessOutput>, Option<ProcessOutput>),
+    limit: usize,
+) -> Result<(Vec<u8>, Vec<u8>), Error> {
+    let left = Mutex::new(limit);
+    tokio::try_join!(collect(stdout, &left), collect(stderr, &left))
+        .map_err(|TooMuch| AgentError::Output { limit }.into())
+}
+
+struct TooMuch;
+
+async fn collect(stream: Option<ProcessOutput>, left: &Mutex<usize>) -> Result<Vec<u8>, TooMuch> {
+    let mut collected = Vec::new();
+    let Some(mut stream) = stream else { return Ok(collected) };
+    loop {
+        let before = collected.len();
+        collected.reserve(32 << 10);
+        // The end of the connection is the end of the stream; `wait` says why.
+        let Ok(bytes @ 1..) = stream.read_buf(&mut collected).await else { return Ok(collected) };
+        debug_assert_eq!(before + bytes, collected.len());
+        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+        *left = left.checked_sub(bytes).ok_or(TooMuch)?;
+    }
+}
+
+/// Writes frames as they come.
+async fn write(mut writer: FrameWriter, mut frames: mpsc::UnboundedReceiver<Vec<u8>>) {
+    while let Some(frame) = frames.recv().await {
+        if writer.raw(&frame).await.is_err() {
+            return;
+        }
+    }
+    // Held until the process is dropped: the end of the connection kills the program.
+    std::future::pending::<()>().await;
+}
+
+/// What comes from the agent.
+struct Incoming {
+    reader: FrameReader,
+    stdout: Arc<Pipe>,
+    stderr: Arc<Pipe>,
+    window: Arc<Window>,
+    vsock: Vsock,
+}
+
+impl Incoming {
+    async fn run(mut self, at_end: oneshot::Sender<Result<ProcessStatus, Error>>) {
+        let end = self.read().await;
+        self.stdout.end();
+        self.stderr.end();
+        self.window.close();
+        // Whoever started it may be gone.
+        let _ = at_end.send(end);
+    }
+
+    async fn read(&mut self) -> Result<ProcessStatus, Error> {
+        loop {
+            let frame = self.reader.next().await.map_err(|error| error.explain(&self.vsock))?;
+            let Some((channel, bytes)) = frame else { return Err(lost(&self.vsock)) };
+            match channel {
+                Channel::Stdout => self.stdout.push(bytes)?,
+                Channel::Stderr => self.stderr.push(bytes)?,
+                Channel::Data => return Err(AgentError::Unexpected.into()),
+                Channel::Message => {
+                    if let Some(status) = self.message(&bytes)? {
+                        return Ok(status);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A message: more room for the input, or the program's end.
+    fn message(&self, bytes: &[u8]) -> Result<Option<ProcessStatus>, Error> {
+        match Reply::from_bytes(bytes).map_err(AgentError::Malformed)? {
+            Reply::Credit(credit) => {
+                self.window.open(credit.bytes as usize);
+                Ok(None)
+            }
+            Reply::Exited(exit) => Ok(Some(status(&exit))),
+            _ => Err(AgentError::Unexpected.into()),
+        }
+    }
+}
+
+fn status(exit: &Exit) -> ProcessStatus {
+    match exit.status {
+        _ if exit.timed_out => ProcessStatus::TimedOut,
+        ExitCode::Code(code) => ProcessStatus::Code(code),
+        ExitCode::Signal(signal) => ProcessStatus::Signal(signal),
+    }
+}

@@ -1,0 +1,281 @@
+//! The streams of a program in the guest, bounded by windows: output that came and was not read,
+//! and the room that is left for input.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::mpsc;
+
+use super::AgentError;
+use crate::error::Error;
+use crate::protocol::{Channel, Control, Credit, Frame, MAX_DATA_BYTES, WINDOW_BYTES};
+
+/// The agent is told of room again when this much was read: a message for a quarter of a window.
+const CREDIT_BYTES: usize = WINDOW_BYTES / 4;
+
+/// Frames on their way to the agent.
+pub(super) type Outgoing = mpsc::UnboundedSender<Vec<u8>>;
+
+/// Output that came and was not read: at most a window of it.
+pub(super) struct Pipe {
+    channel: Channel,
+    outgoing: Outgoing,
+    state: Mutex<PipeState>,
+}
+
+#[derive(Default)]
+struct PipeState {
+    pieces: VecDeque<Vec<u8>>,
+    /// Of the first piece, what was read.
+    read: usize,
+    /// What the agent takes for unread: what came, less what it was told of.
+    charged: usize,
+    /// What was read, and the agent was not told of.
+    untold: usize,
+    ended: bool,
+    /// Nobody will read: what comes is thrown away.
+    abandoned: bool,
+    waker: Option<Waker>,
+}
+
+impl Pipe {
+    pub(super) fn new(channel: Channel, outgoing: Outgoing) -> Self {
+        Self { channel, outgoing, state: Mutex::default() }
+    }
+
+    /// Takes a piece that came; an empty one is the end.
+    pub(super) fn push(&self, piece: Vec<u8>) -> Result<(), Error> {
+        let mut state = self.lock();
+        let bytes = piece.len();
+        state.charged += bytes;
+        if state.charged > WINDOW_BYTES {
+            return Err(AgentError::Window.into());
+        }
+        if bytes == 0 {
+            state.ended = true;
+        } else if state.abandoned {
+            self.was_read(&mut state, bytes);
+        } else {
+            state.pieces.push_back(piece);
+        }
+        wake(&mut state.waker);
+        Ok(())
+    }
+
+    /// Nothing more will come.
+    pub(super) fn end(&self) {
+        let mut state = self.lock();
+        state.ended = true;
+        wake(&mut state.waker);
+    }
+
+    fn read(&self, context: &Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<()> {
+        let mut state = self.lock();
+        let mut taken = 0;
+        while let Some(piece) = state.pieces.front() {
+            let rest = piece.get(state.read..).unwrap_or_default();
+            let now = rest.len().min(buffer.remaining());
+            buffer.put_slice(&rest[..now]);
+            taken += now;
+            if now < rest.len() {
+                state.read += now;
+                break;
+            }
+            state.pieces.pop_front();
+            state.read = 0;
+        }
+        if taken == 0 && !state.ended && buffer.remaining() > 0 {
+            state.waker = Some(context.waker().clone());
+            return Poll::Pending;
+        }
+        self.was_read(&mut state, taken);
+        Poll::Ready(())
+    }
+
+    fn abandon(&self) {
+        let mut state = self.lock();
+        let (read, pieces) = (state.read, std::mem::take(&mut state.pieces));
+        state.abandoned = true;
+        let left = pieces.iter().map(Vec::len).sum::<usize>() - read;
+        self.was_read(&mut state, left);
+    }
+
+    fn was_read(&self, state: &mut PipeState, bytes: usize) {
+        state.untold += bytes;
+        if state.untold >= CREDIT_BYTES && !state.ended {
+            let bytes = std::mem::take(&mut state.untold);
+            state.charged -= bytes;
+            let credit = Credit { channel: self.channel as u8, bytes: bytes as u32 };
+            // The connection may have ended.
+            let _ = self.outgoing.send(Frame::message(&Control::Credit(credit)));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PipeState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
+    }
+}
+
+/// The standard output or error of a [`Process`](super::Process), for tokio's `AsyncReadExt`. It
+/// ends when the program and all that it left behind have closed it, or when the program has
+/// ended. Dropping it throws away what the program writes.
+pub struct ProcessOutput {
+    pipe: Arc<Pipe>,
+}
+
+impl ProcessOutput {
+    pub(super) fn new(pipe: Arc<Pipe>) -> Self {
+        Self { pipe }
+    }
+}
+
+impl AsyncRead for ProcessOutput {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.pipe.read(context, buffer).map(Ok)
+    }
+}
+
+impl Drop for ProcessOutput {
+    fn drop(&mut self) {
+        self.pipe.abandon();
+    }
+}
+
+impl fmt::Debug for ProcessOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ProcessOutput")
+    }
+}
+
+/// The room that the agent has for a program's input.
+pub(super) struct Window(Mutex<WindowState>);
+
+struct WindowState {
+    room: usize,
+    closed: bool,
+    waker: Option<Waker>,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self(Mutex::new(WindowState { room: WINDOW_BYTES, closed: false, waker: None }))
+    }
+}
+
+impl Window {
+    /// There is more room; never more than a window of it.
+    pub(super) fn open(&self, bytes: usize) {
+        let mut state = self.lock();
+        state.room = state.room.saturating_add(bytes).min(WINDOW_BYTES);
+        wake(&mut state.waker);
+    }
+
+    /// Nobody reads any more.
+    pub(super) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        wake(&mut state.waker);
+    }
+
+    /// Takes room for up to `bytes`.
+    fn take(&self, context: &Context<'_>, bytes: usize) -> Poll<io::Result<usize>> {
+        let mut state = self.lock();
+        if state.closed {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let taken = bytes.min(state.room).min(MAX_DATA_BYTES);
+        if taken == 0 && bytes > 0 {
+            state.waker = Some(context.waker().clone());
+            return Poll::Pending;
+        }
+        state.room -= taken;
+        Poll::Ready(Ok(taken))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, WindowState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The standard input of a [`Process`](super::Process), for tokio's `AsyncWriteExt`. Its
+/// `shutdown`, and dropping it, is the end of the input. Writes fail with `BrokenPipe` when the
+/// program has ended.
+pub struct ProcessInput {
+    window: Arc<Window>,
+    outgoing: Outgoing,
+    open: bool,
+}
+
+impl ProcessInput {
+    pub(super) fn new(window: Arc<Window>, outgoing: Outgoing) -> Self {
+        Self { window, outgoing, open: true }
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut frame = Frame::header(Channel::Data, bytes.len()).to_vec();
+        frame.extend_from_slice(bytes);
+        self.outgoing.send(frame).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn end(&mut self) {
+        if std::mem::take(&mut self.open) {
+            let _ = self.send(&[]);
+        }
+    }
+}
+
+impl AsyncWrite for ProcessInput {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if !self.open {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        self.window.take(context, bytes.len()).map(|taken| {
+            let taken = taken?;
+            // An empty frame would be the end.
+            if taken > 0 {
+                self.send(&bytes[..taken])?;
+            }
+            Ok(taken)
+        })
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.end();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for ProcessInput {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl fmt::Debug for ProcessInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ProcessInput")
+    }
+}

@@ -1,0 +1,235 @@
+//! Trees of files, into the guest and out of it: modes, links, holes.
+//!
+//! A tree is read and written by blocking calls, on a thread that tokio keeps for those. Dropping
+//! the future ends the connection, and with it the copy, after the file that it is at.
+
+mod read;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::connection::{Connection, lost};
+use super::files::{bytes, refused};
+use super::{Agent, AgentError};
+use crate::error::Error;
+use crate::protocol::{Call, Channel, Frame, HEADER_BYTES, Node, Reply, Wire};
+
+/// Directories below one another, at most: each is an open descriptor.
+const MAX_DEPTH: usize = 128;
+
+/// How much a guest may put on the host's disk by [`Agent::copy_out_with`].
+#[derive(Clone, Debug)]
+pub struct CopyLimits {
+    bytes: u64,
+    entries: u64,
+}
+
+impl Default for CopyLimits {
+    /// 16 GiB, and a million files, directories and links.
+    fn default() -> Self {
+        Self { bytes: 16 << 30, entries: 1 << 20 }
+    }
+}
+
+impl CopyLimits {
+    /// The default ones.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Bytes of all files together, without their holes; 16 GiB unless set.
+    #[must_use]
+    pub fn bytes(mut self, bytes: u64) -> Self {
+        self.bytes = bytes;
+        self
+    }
+
+    /// Files, directories and links together; 1,048,576 unless set.
+    #[must_use]
+    pub fn entries(mut self, entries: u64) -> Self {
+        self.entries = entries;
+        self
+    }
+}
+
+/// What was copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Copied {
+    /// Bytes of all files, without their holes.
+    pub bytes: u64,
+    /// Files, directories and links, with the one at the top.
+    pub entries: u64,
+}
+
+impl Agent {
+    /// Copies a file, or a directory with all that is in it, into the guest, where it gets the
+    /// name `guest`. Modes, links and holes are kept; everything belongs to the guest's root;
+    /// devices, pipes and sockets are left out. What is there of a directory stays, but for
+    /// files of the same names.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be read here, or written there;
+    /// some of it may be there then. Else as every call.
+    pub async fn copy_in(
+        &self,
+        host: impl AsRef<Path>,
+        guest: impl AsRef<Path>,
+    ) -> Result<Copied, Error> {
+        let call = Call::CopyIn(bytes(guest.as_ref()));
+        let host = host.as_ref().to_owned();
+        self.copy(&call, move |wire| read::send(wire, &host)).await
+    }
+
+    /// Copies a file, or a directory with all that is in it, out of the guest, to the path `host`.
+    /// Permissions (not set-user-id and set-group-id), links and holes are kept; everything
+    /// belongs to this process's user; devices, pipes and sockets are left out.
+    ///
+    /// Whatever the guest says its files are, nothing outside of `host` is written: names lead
+    /// nowhere, and links are made but never followed.
+    ///
+    /// # Errors
+    ///
+    /// As [`copy_in`](Self::copy_in), and [`ErrorKind::Resources`](crate::ErrorKind::Resources)
+    /// for more than the default [`CopyLimits`].
+    pub async fn copy_out(
+        &self,
+        guest: impl AsRef<Path>,
+        host: impl AsRef<Path>,
+    ) -> Result<Copied, Error> {
+        self.copy_out_with(guest, host, &CopyLimits::default()).await
+    }
+
+    /// As [`copy_out`](Self::copy_out), for at most so much.
+    ///
+    /// # Errors
+    ///
+    /// As that one.
+    pub async fn copy_out_with(
+        &self,
+        guest: impl AsRef<Path>,
+        host: impl AsRef<Path>,
+        limits: &CopyLimits,
+    ) -> Result<Copied, Error> {
+        let call = Call::CopyOut(bytes(guest.as_ref()));
+        let (host, limits) = (host.as_ref().to_owned(), limits.clone());
+        self.copy(&call, move |wire| write::receive(wire, &host, &limits)).await
+    }
+
+    async fn copy(
+        &self,
+        call: &Call,
+        work: impl FnOnce(&mut BlockingWire) -> Result<Copied, TreeError> + Send + 'static,
+    ) -> Result<Copied, Error> {
+        let mut connection = Connection::call(self.vsock(), call).await?;
+        match connection.reply(self.vsock()).await? {
+            Reply::Done => {}
+            other => return Err(refused(other)),
+        }
+        let socket = connection.into_stream()?.into_std();
+        let socket = socket.and_then(|socket| socket.set_nonblocking(false).map(|()| socket));
+        let socket = Arc::new(socket.map_err(AgentError::Socket)?);
+        let guard = EndOnDrop(Arc::clone(&socket));
+        let done = tokio::task::spawn_blocking(move || {
+            let mut wire = BlockingWire { socket, body: Vec::new() };
+            let copied = work(&mut wire);
+            match copied {
+                // The guest says better why its end failed.
+                Err(TreeError::Wire(_)) => wire.last_word().and(copied),
+                copied => copied,
+            }
+        });
+        let copied = done.await;
+        drop(guard);
+        match copied {
+            Ok(Ok(copied)) => Ok(copied),
+            Ok(Err(TreeError::Wire(_))) => Err(lost(self.vsock())),
+            Ok(Err(TreeError::Other(error))) => Err(error),
+            Err(_) => Err(AgentError::Lost.into()),
+        }
+    }
+}
+
+/// Ends the copy when nobody waits for it any more.
+struct EndOnDrop(Arc<UnixStream>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// Why a copy ended.
+#[derive(Debug)]
+enum TreeError {
+    /// The connection failed.
+    Wire(#[allow(dead_code, reason = "for those who look")] io::Error),
+    Other(Error),
+}
+
+impl<E: Into<Error>> From<E> for TreeError {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+fn on_host(path: &Path) -> impl FnOnce(io::Error) -> TreeError {
+    let path: PathBuf = path.to_owned();
+    move |source| AgentError::Host { path, source }.into()
+}
+
+/// Frames over a socket that blocks.
+struct BlockingWire {
+    socket: Arc<UnixStream>,
+    body: Vec<u8>,
+}
+
+impl BlockingWire {
+    fn send(&self, node: &Node) -> Result<(), TreeError> {
+        self.send_raw(&Frame::message(node))
+    }
+
+    /// Bytes that begin with room for the header.
+    fn send_data(&self, frame: &mut [u8]) -> Result<(), TreeError> {
+        let header = Frame::header(Channel::Data, frame.len() - HEADER_BYTES);
+        frame[..HEADER_BYTES].copy_from_slice(&header);
+        self.send_raw(frame)
+    }
+
+    fn send_raw(&self, bytes: &[u8]) -> Result<(), TreeError> {
+        (&*self.socket).write_all(bytes).map_err(TreeError::Wire)
+    }
+
+    fn next(&mut self) -> Result<Frame<'_>, TreeError> {
+        let mut header = [0; HEADER_BYTES];
+        (&*self.socket).read_exact(&mut header).map_err(TreeError::Wire)?;
+        let (channel, length) = Frame::parse_header(header).map_err(AgentError::Malformed)?;
+        self.body.clear();
+        // As much memory as has come.
+        let read = (&*self.socket).take(length as u64).read_to_end(&mut self.body);
+        match read.map_err(TreeError::Wire)? {
+            read if read == length => Ok(Frame { channel, bytes: &self.body }),
+            _ => Err(TreeError::Wire(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+
+    fn message<T: Wire>(&mut self) -> Result<T, TreeError> {
+        Ok(self.next()?.parse().map_err(AgentError::Malformed)?)
+    }
+
+    /// `Done`, or what the guest has against it.
+    fn last_word(&mut self) -> Result<(), TreeError> {
+        match self.message()? {
+            Reply::Done => Ok(()),
+            other => Err(refused(other).into()),
+        }
+    }
+}

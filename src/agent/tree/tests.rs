@@ -1,0 +1,176 @@
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use super::*;
+use crate::protocol::{Bytes, Entry, FileKind, Stat, Symlink};
+
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir();
+        let path = path.join(format!("dormouse-tree-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn pair() -> (BlockingWire, BlockingWire) {
+    let (a, b) = UnixStream::pair().unwrap();
+    let wire = |socket| BlockingWire { socket: Arc::new(socket), body: Vec::new() };
+    (wire(a), wire(b))
+}
+
+fn receive(wire: &mut BlockingWire, path: &Path, limits: &CopyLimits) -> Result<Copied, String> {
+    write::receive(wire, path, limits).map_err(|error| match error {
+        TreeError::Wire(error) => error.to_string(),
+        TreeError::Other(error) => error.to_string(),
+    })
+}
+
+fn facts(kind: FileKind, mode: u32) -> Stat {
+    Stat { kind, mode, uid: 0, gid: 0, size: 0, modified_ns: 1_500_000_000 }
+}
+
+fn directory(name: &str) -> Node {
+    Node::Directory(Entry { name: Bytes::from(name), stat: facts(FileKind::Directory, 0o755) })
+}
+
+fn file(name: &str) -> Node {
+    Node::File(Entry { name: Bytes::from(name), stat: facts(FileKind::File, 0o6777) })
+}
+
+fn link(name: &str, target: &str) -> Node {
+    let entry = Entry { name: Bytes::from(name), stat: facts(FileKind::Symlink, 0o777) };
+    Node::Symlink(Symlink { entry, target: Bytes::from(target) })
+}
+
+/// What a guest says, to a host that writes it below `path`.
+fn says(path: &Path, frames: &[Vec<u8>]) -> Result<Copied, String> {
+    let (mut host, guest) = pair();
+    let bytes = frames.concat();
+    let saying = thread::spawn(move || {
+        let _ = guest.send_raw(&bytes);
+        let _ = guest.socket.shutdown(Shutdown::Write);
+    });
+    let said = receive(&mut host, path, &CopyLimits::new().bytes(100).entries(10));
+    drop(host);
+    saying.join().unwrap();
+    said
+}
+
+fn frames(nodes: &[Node]) -> Vec<Vec<u8>> {
+    nodes.iter().map(Frame::message).collect()
+}
+
+fn data(bytes: &[u8]) -> Vec<u8> {
+    [&Frame::header(Channel::Data, bytes.len())[..], bytes].concat()
+}
+
+#[test]
+fn a_tree_is_the_same_on_the_other_side() {
+    let scratch = Scratch::new("same");
+    let from = scratch.0.join("from");
+    fs::create_dir_all(from.join("a/b")).unwrap();
+    fs::write(from.join("a/b/text"), vec![7; 200_000]).unwrap();
+    fs::set_permissions(from.join("a/b/text"), fs::Permissions::from_mode(0o751)).unwrap();
+    fs::set_permissions(from.join("a"), fs::Permissions::from_mode(0o555)).unwrap();
+    symlink("nowhere/../x", from.join("link")).unwrap();
+    let sparse = fs::File::create(from.join("sparse")).unwrap();
+    sparse.set_len(1 << 30).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&sparse, b"end", (1 << 30) - 3).unwrap();
+    let to = scratch.0.join("to");
+    let (mut host, mut guest) = pair();
+    let path = from.clone();
+    let sending = thread::spawn(move || match read::send(&mut host, &path) {
+        Ok(copied) => copied,
+        Err(_) => panic!("not sent"),
+    });
+    let received = receive(&mut guest, &to, &CopyLimits::new()).unwrap();
+    guest.send_raw(&Frame::message(&Reply::Done)).unwrap();
+    assert_eq!(sending.join().unwrap(), received);
+    assert_eq!(received.entries, 6);
+    assert_eq!(fs::read(to.join("a/b/text")).unwrap(), vec![7; 200_000]);
+    let mode = |path: &str| fs::metadata(to.join(path)).unwrap().mode() & 0o7777;
+    assert_eq!((mode("a/b/text"), mode("a")), (0o751, 0o555));
+    assert_eq!(fs::read_link(to.join("link")).unwrap(), Path::new("nowhere/../x"));
+    let sparse = fs::metadata(to.join("sparse")).unwrap();
+    assert_eq!(sparse.len(), 1 << 30);
+    assert!(sparse.blocks() < 1000, "{}", sparse.blocks());
+    let modified = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+    assert_eq!(modified(&from.join("a/b/text")), modified(&to.join("a/b/text")));
+    for path in ["from/a", "to/a"] {
+        fs::set_permissions(scratch.0.join(path), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
+#[test]
+fn names_lead_nowhere_else() {
+    let scratch = Scratch::new("names");
+    let to = scratch.0.join("to");
+    let long = "x".repeat(256);
+    for name in ["..", ".", "", "a/b", "/etc/passwd", "a\0", &long] {
+        for node in [file(name), directory(name), link(name, "x")] {
+            let error = says(&to, &frames(&[directory(""), node])).unwrap_err();
+            assert!(error.contains("a name that is none"), "{error}");
+        }
+    }
+    let names: Vec<_> = fs::read_dir(&scratch.0).unwrap().collect();
+    assert_eq!(names.len(), 1);
+}
+
+#[test]
+fn links_are_made_and_never_followed() {
+    let scratch = Scratch::new("links");
+    let (to, outside) = (scratch.0.join("to"), scratch.0.join("outside"));
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("kept"), "kept").unwrap();
+    // Into a directory that is a link.
+    let nodes = [directory(""), link("d", "../outside"), directory("d")];
+    says(&to, &frames(&nodes)).unwrap_err();
+    // A file in the place of a link is a file, not what the link points to.
+    let mut said = frames(&[directory(""), link("f", "../outside/kept"), file("f")]);
+    said.extend([data(b"mine"), data(b"")]);
+    said.extend(frames(&[Node::Leave, Node::End]));
+    says(&to, &said).unwrap();
+    assert_eq!(fs::read(outside.join("kept")).unwrap(), b"kept");
+    assert_eq!(fs::read(to.join("f")).unwrap(), b"mine");
+    assert_eq!(fs::metadata(to.join("f")).unwrap().mode() & 0o7777, 0o777, "no set-user-id");
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+}
+
+#[test]
+fn too_much_too_deep_and_nonsense_are_refused() {
+    let scratch = Scratch::new("nonsense");
+    let to = scratch.0.join("to");
+    let refused = |said: &[Vec<u8>], why: &str| {
+        let _ = fs::remove_dir_all(&to).or_else(|_| fs::remove_file(&to));
+        let error = says(&to, said).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    };
+    let many: Vec<_> = (0..11).map(|at| link(&at.to_string(), "x")).collect();
+    refused(&frames(&[&[directory("")][..], &many].concat()), "more than 10");
+    let mut said = frames(&[file("")]);
+    said.push(data(&[1; 101]));
+    refused(&said, "more than 100");
+    refused(&frames(&[file(""), Node::Hole(u64::MAX)]), "a file without an end");
+    refused(&frames(&[file(""), Node::Leave]), "a file in a file");
+    refused(&frames(&[Node::Leave]), "the end of no directory");
+    refused(&frames(&[Node::Hole(1)]), "a hole outside of a file");
+    refused(&frames(&[directory(""), Node::End]), "a directory without its end");
+    refused(&frames(&[directory(""), Node::Leave, directory("x")]), "two roots");
+    refused(&[vec![1, 0, 0, 0, 0, 99]], "no message");
+    refused(&[], "failed to fill");
+    let deep: Vec<_> =
+        std::iter::once(directory("")).chain((0..9).map(|_| directory("d"))).collect();
+    refused(&frames(&deep), "failed to fill");
+}

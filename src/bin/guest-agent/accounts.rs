@@ -1,0 +1,109 @@
+//! Users and groups, by the guest's /etc/passwd and /etc/group.
+
+use std::fs;
+use std::path::Path;
+
+use crate::protocol::{Failure, FailureKind};
+
+/// Who a program runs as.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Account {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// All its groups, `gid` among them.
+    pub(crate) groups: Vec<u32>,
+}
+
+impl Account {
+    /// Finds `user`, `uid`, `user:group` or `uid:gid`.
+    pub(crate) fn find(spec: &str) -> Result<Self, Failure> {
+        // Where a file is not there, numbers will do.
+        let read = |path: &Path| {
+            let bytes = fs::read(path).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let (passwd, group) = (read(Path::new("/etc/passwd")), read(Path::new("/etc/group")));
+        Self::find_in(spec, &passwd, &group)
+    }
+
+    fn find_in(spec: &str, passwd: &str, group: &str) -> Result<Self, Failure> {
+        let (user, group_name) = match spec.split_once(':') {
+            Some((user, group)) => (user, Some(group)),
+            None => (spec, None),
+        };
+        // name:password:uid:gid:…
+        let entry = lines(passwd).find(|fields| fields.first() == Some(&user));
+        let number = |at: usize| entry.as_ref()?.get(at)?.parse::<u32>().ok();
+        let named = number(2).zip(number(3));
+        let (uid, primary) = match (named, user.parse::<u32>()) {
+            (Some(found), _) => found,
+            (None, Ok(uid)) => {
+                let entry = lines(passwd).find(|fields| fields.get(2) == Some(&user));
+                let gid = entry.and_then(|fields| fields.get(3)?.parse().ok());
+                (uid, gid.unwrap_or(0))
+            }
+            (None, Err(_)) => return Err(not_found("user", user)),
+        };
+        let gid = match group_name {
+            None => primary,
+            Some(name) => {
+                let entry = lines(group).find(|fields| fields.first() == Some(&name));
+                let found = entry.and_then(|fields| fields.get(2)?.parse().ok());
+                found.or_else(|| name.parse().ok()).ok_or_else(|| not_found("group", name))?
+            }
+        };
+        let mut groups = vec![gid];
+        if named.is_some() {
+            groups.extend(supplementary(user, group).filter(|&other| other != gid));
+        }
+        Ok(Self { uid, gid, groups })
+    }
+}
+
+fn not_found(what: &str, name: &str) -> Failure {
+    Failure::new(FailureKind::NotFound, format!("find the {what} {name}"))
+}
+
+fn lines(text: &str) -> impl Iterator<Item = Vec<&str>> {
+    text.lines().map(|line| line.split(':').collect())
+}
+
+/// The groups that name the user as a member: name:password:gid:member,member…
+fn supplementary(user: &str, group: &str) -> impl Iterator<Item = u32> {
+    lines(group).filter_map(move |fields| {
+        let is_member = fields.get(3)?.split(',').any(|member| member == user);
+        if is_member { fields.get(2)?.parse().ok() } else { None }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\n\nweb:x:33:34::/:/bin/false\n77:x:78:79::/:\n";
+    const GROUP: &str = "root:x:0:\nweb:x:34:\nlog:x:4:adm,web\nbad:x:no:web\nssl:x:101:web\n";
+
+    #[test]
+    fn users_and_groups_are_found_by_name_and_by_number() {
+        let cases: &[(&str, u32, u32, &[u32])] = &[
+            ("root", 0, 0, &[0]),
+            ("web", 33, 34, &[34, 4, 101]),
+            ("web:log", 33, 4, &[4, 101]),
+            ("33", 33, 34, &[34]),
+            ("33:4", 33, 4, &[4]),
+            ("1234", 1234, 0, &[0]),
+            ("1234:ssl", 1234, 101, &[101]),
+            // A name comes before a number.
+            ("77", 78, 79, &[79]),
+        ];
+        for (spec, uid, gid, groups) in cases {
+            let account = Account { uid: *uid, gid: *gid, groups: groups.to_vec() };
+            assert_eq!(Account::find_in(spec, PASSWD, GROUP).as_ref(), Ok(&account), "{spec}");
+        }
+        for spec in ["nobody", "", "web:", "web:nogroup", "-1", "4294967296", ":web"] {
+            let failure = Account::find_in(spec, PASSWD, GROUP).unwrap_err();
+            assert_eq!(failure.kind, FailureKind::NotFound, "{spec}");
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! The guest's boot, from the kernel's first process on: one step after the other, each of which may
+//! fail without the others.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use crate::children::Child;
+use crate::console::{Faults, say};
+use crate::protocol::{
+    AGENT_PORT, Failure, FailureKind, MODULES_PATH, Program, SETUP_PATH, Setup, Wire,
+};
+use crate::sys::{self, VsockListener, WaitStatus};
+use crate::{THREAD_STACK_BYTES, cgroup, identity, mounts, network, ports, program, shutdown};
+
+/// How long other processes have to end when the entrypoint has.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// A guest that is up, as far as it could be.
+pub(crate) struct Booted {
+    pub(crate) setup: Setup,
+    pub(crate) fault: Option<Failure>,
+    /// None without vsock: the host reaches nobody then.
+    pub(crate) listener: Option<VsockListener>,
+}
+
+/// Does what there is to do before the agent is ready.
+pub(crate) fn boot() -> Booted {
+    let mut faults = Faults::default();
+    for failure in mounts::mount_kernels_own() {
+        faults.note::<()>(Err(failure));
+    }
+    let _ = sys::raise_the_limit_of_open_files();
+    // Without the agent nobody could say why memory was out.
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    load_modules(&mut faults);
+    let setup = faults.note(read_setup()).unwrap_or_else(empty_setup);
+    // Early: the host may call already, and waits until the agent is ready.
+    let listener = VsockListener::bind(AGENT_PORT);
+    let listener = faults.note(listener.map_err(|e| Failure::of("listen for the host", &e)));
+    faults.note(network::set_loopback_up());
+    let is_rooted = match &setup.root {
+        Some(root) => faults.note(mounts::switch_root(root)).is_some(),
+        None => true,
+    };
+    if let Err(error) = cgroup::make() {
+        say(&format!("no cgroups of version 2, without which no snapshot is consistent: {error}"));
+    }
+    for mount in &setup.mounts {
+        faults.note(mounts::mount_other(mount));
+    }
+    if let Some(name) = &setup.hostname {
+        faults.note(identity::set_hostname(name));
+    }
+    faults.note(network::configure(&setup.interfaces, &[]));
+    faults.note(write_nameservers(&setup.nameservers));
+    faults.note(ports::serve(setup.services.clone()));
+    if let Some(entrypoint) = setup.entrypoint.as_ref().filter(|_| is_rooted) {
+        faults.note(start_entrypoint(entrypoint, setup.end_with_entrypoint));
+    }
+    Booted { setup, fault: faults.first, listener }
+}
+
+fn empty_setup() -> Setup {
+    Setup {
+        root: None,
+        mounts: Vec::new(),
+        hostname: None,
+        interfaces: Vec::new(),
+        nameservers: Vec::new(),
+        services: Vec::new(),
+        entrypoint: None,
+        end_with_entrypoint: false,
+    }
+}
+
+fn read_setup() -> Result<Setup, Failure> {
+    let bytes = fs::read(SETUP_PATH);
+    let bytes = bytes.map_err(|e| Failure::of_path("read", Path::new(SETUP_PATH), &e))?;
+    Setup::from_bytes(&bytes).map_err(|malformed| {
+        Failure::new(FailureKind::Invalid, format!("read {SETUP_PATH}: {malformed}"))
+    })
+}
+
+/// Loads the kernel's modules in the order of their names, and frees their files.
+fn load_modules(faults: &mut Faults) {
+    let entries = fs::read_dir(MODULES_PATH).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let loaded = File::open(&path).and_then(|module| sys::load_module(&module));
+        match loaded {
+            // Built into the kernel, or loaded as another's dependency.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            result => {
+                faults.note(result.map_err(|e| Failure::of_path("load", &path, &e)));
+            }
+        }
+        let _ = fs::remove_file(&path);
+    }
+}
+
+fn write_nameservers(addresses: &[String]) -> Result<(), Failure> {
+    if addresses.is_empty() {
+        return Ok(());
+    }
+    let path = Path::new("/etc/resolv.conf");
+    let _ = fs::create_dir("/etc");
+    let lines: String = addresses.iter().map(|ip| format!("nameserver {ip}\n")).collect();
+    mounts::replace_file(path, &lines).map_err(|e| Failure::of_path("write", path, &e))
+}
+
+/// Starts what the guest is there for, with the console as its output.
+fn start_entrypoint(entrypoint: &Program, end_with_it: bool) -> Result<(), Failure> {
+    let opened = (|| {
+        let console = OpenOptions::new().write(true).open("/dev/console");
+        let console = console.or_else(|_| OpenOptions::new().write(true).open("/dev/null"))?;
+        Ok([File::open("/dev/null")?.into(), console.try_clone()?.into(), console.into()])
+    })();
+    let streams = opened.map_err(|e: io::Error| Failure::of("open the console", &e))?;
+    let account = program::account(entrypoint)?;
+    let child = program::start(entrypoint, account, streams, false)?;
+    let waiter = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
+    let waiting = waiter.spawn(move || wait_for_entrypoint(child, end_with_it));
+    waiting.map(|_| ()).map_err(|error| Failure::of("wait for the entrypoint", &error))
+}
+
+fn wait_for_entrypoint(mut child: Child, end_with_it: bool) {
+    match child.status() {
+        Ok(WaitStatus(0)) | Err(_) => {}
+        Ok(status) => match status.signal() {
+            Some(signal) => say(&format!("the entrypoint was ended by signal {signal}")),
+            None => say(&format!("the entrypoint ended with status {}", status.code())),
+        },
+    }
+    if end_with_it {
+        let _ = shutdown::shut_down(GRACE);
+    }
+}

@@ -1,0 +1,114 @@
+//! The host's calls: each a connection, and a thread while it lasts.
+
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::connection::Connection;
+use crate::protocol::{Call, Failure, FailureKind, Reply, Usage};
+use crate::sys::{CID_HOST, VsockListener};
+use crate::{THREAD_STACK_BYTES, cgroup, exec, files, ports, shutdown, tree};
+
+/// How many calls there may be at a time.
+pub(crate) const MAX_CALLS: usize = 1024;
+
+/// How many there are.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+/// Takes calls for ever.
+pub(crate) fn accept(listener: &VsockListener) -> ! {
+    loop {
+        match listener.accept() {
+            Ok((stream, CID_HOST)) => begin(stream),
+            // A program of the guest itself, which could become root by this.
+            Ok(_) => {}
+            // Out of descriptors, or of memory: not for long.
+            Err(_) => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+fn begin(stream: UnixStream) {
+    let Ok(spare) = stream.try_clone() else { return };
+    let began = spawn_bounded(move || {
+        // An error is the connection's: nobody is there to hear of it.
+        let _ = serve(Connection::new(stream));
+    });
+    if let Err(error) = began {
+        // A few bytes never wait.
+        let failure = Failure::of("take one more call", &error);
+        let _ = Connection::new(spare).answer(Err(failure));
+    }
+}
+
+/// Runs something on a thread of its own, unless there are too many of them.
+pub(crate) fn spawn_bounded(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    struct Place;
+    impl Drop for Place {
+        fn drop(&mut self) {
+            CALLS.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+    let taken = CALLS.fetch_add(1, Ordering::Relaxed);
+    let place = Place;
+    if taken >= MAX_CALLS {
+        return Err(io::ErrorKind::QuotaExceeded.into());
+    }
+    let thread = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
+    thread.spawn(move || {
+        let _place = place;
+        work();
+    })?;
+    Ok(())
+}
+
+/// Serves one call.
+pub(crate) fn serve(mut connection: Connection) -> io::Result<()> {
+    let result = match connection.receive_message()? {
+        Call::Exec(exec) => return exec::serve(connection, &exec),
+        Call::Connect(port) => return ports::connect(connection, port),
+        Call::Read(call) => return files::read(&mut connection, &call),
+        Call::Write(call) => return files::write(&mut connection, &call),
+        Call::CopyIn(path) => return tree::copy_in(&mut connection, &path),
+        Call::CopyOut(path) => return tree::copy_out(&mut connection, &path),
+        Call::List(path) => return files::list(&mut connection, &path),
+        Call::Stat(path) => files::stat(&path).map(Reply::Stat),
+        Call::Remove(call) => files::remove(&call).map(|()| Reply::Done),
+        Call::MakeDirectory(call) => files::make_directory(&call).map(|()| Reply::Done),
+        Call::Freeze => cgroup::freeze().map(|()| Reply::Done),
+        Call::Thaw => cgroup::thaw().map(|()| Reply::Done),
+        Call::Usage => usage().map(Reply::Usage),
+        Call::Shutdown(grace_ms) => {
+            let grace = Duration::from_millis(grace_ms.into());
+            shutdown::shut_down(grace).map(|()| Reply::Done)
+        }
+    };
+    connection.send(&result.unwrap_or_else(Reply::Failed))
+}
+
+/// How much memory the agent takes.
+fn usage() -> Result<Usage, Failure> {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, name: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    let status = read("/proc/self/status");
+    // Not every kernel has the former, which is exact.
+    let resident = field(&read("/proc/self/smaps_rollup"), "Rss:");
+    let resident = resident.or_else(|| field(&status, "VmRSS:"));
+    match resident.zip(field(&status, "Threads:")) {
+        Some((kib, threads)) => Ok(Usage {
+            resident_bytes: kib.saturating_mul(1024),
+            threads: u32::try_from(threads).unwrap_or(u32::MAX),
+        }),
+        None => Err(Failure::new(FailureKind::Other, "read /proc/self/status")),
+    }
+}
+
+#[cfg(test)]
+#[path = "tests/calls.rs"]
+mod tests;

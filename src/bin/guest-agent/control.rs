@@ -1,0 +1,98 @@
+//! The connection to the host: on it the agent says that it is there, and learns who its guest is.
+
+use std::io;
+use std::thread;
+use std::time::Duration;
+
+use crate::connection::Connection;
+use crate::console::{describe, say};
+use crate::protocol::{Failure, HOST_PORT, Hello, Interface, Opening, VERSION, Welcome};
+use crate::sys::{self, CID_HOST};
+use crate::{cgroup, identity};
+
+/// How long to wait for a host that is not there, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long to wait for another host, if this one cannot be understood.
+const PAUSE_OF_VERSIONS: Duration = Duration::from_secs(10);
+
+/// What the agent says of itself.
+pub(crate) struct Control {
+    fault: Option<Failure>,
+    times: u32,
+    /// What the guest's addresses are now.
+    interfaces: Vec<Interface>,
+}
+
+/// How a connection ended.
+enum End {
+    /// Nobody was there, or it broke before the host had answered.
+    Unheard,
+    /// The host was there, and left: this VM was restored, or the host's process is another.
+    Left,
+    /// The host says what this agent does not know.
+    Misunderstood,
+}
+
+impl Control {
+    pub(crate) fn new(fault: Option<Failure>, interfaces: Vec<Interface>) -> Self {
+        Self { fault, times: 0, interfaces }
+    }
+
+    /// Keeps a connection to the host, for ever.
+    pub(crate) fn run(mut self) -> ! {
+        let mut pause = FIRST_PAUSE;
+        let mut is_known = false;
+        loop {
+            match self.connect() {
+                End::Left => {
+                    pause = FIRST_PAUSE;
+                    continue;
+                }
+                End::Unheard => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                End::Misunderstood => {
+                    if !is_known {
+                        say(&format!(
+                            "the host speaks another version of the protocol than {VERSION}: \
+                             start this guest with the version of dormouse that it was made with"
+                        ));
+                        is_known = true;
+                    }
+                    thread::sleep(PAUSE_OF_VERSIONS);
+                }
+            }
+        }
+    }
+
+    fn connect(&mut self) -> End {
+        let Ok(stream) = sys::connect_vsock(CID_HOST, HOST_PORT) else { return End::Unheard };
+        let mut connection = Connection::new(stream);
+        match self.welcome(&mut connection) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => return End::Misunderstood,
+            Err(_) => return End::Unheard,
+        }
+        // Nothing more is said: this is its end, or what a host of ours does not say.
+        let _ = connection.receive();
+        End::Left
+    }
+
+    /// Says hello, and becomes who the host says that this guest is.
+    fn welcome(&mut self, connection: &mut Connection) -> io::Result<()> {
+        let hello = Hello { version: VERSION, times: self.times, fault: self.fault.clone() };
+        connection.send(&Opening::Hello(hello))?;
+        let welcome: Welcome = connection.receive_message()?;
+        self.times = self.times.saturating_add(1);
+        let applied = identity::apply(&welcome.identity, &mut self.interfaces);
+        if let Err(failure) = &applied {
+            say(&describe(failure));
+        }
+        // Whatever went wrong: a guest that stands still helps nobody.
+        let thawed = cgroup::thaw();
+        connection.answer(applied.and(thawed))
+    }
+}

@@ -1,0 +1,67 @@
+//! The agent: the first process of a guest. It boots it, and does there what the host asks for.
+//!
+//! build.rs compiles it into one static program for the guest, by rustc alone: it is built of the
+//! standard library and of src/protocol, which it shares with the host. As a binary of this package
+//! it is only checked and tested, on the host, as an ordinary process.
+//!
+//! Nothing that goes wrong in the guest ends it, as the kernel would panic with it: there are no
+//! panics, and what fails is told to the host and on the console.
+
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+mod accounts;
+mod boot;
+mod calls;
+mod cgroup;
+mod children;
+mod connection;
+mod console;
+mod control;
+mod drain;
+mod exec;
+mod failure;
+mod files;
+mod identity;
+mod mounts;
+mod network;
+mod output;
+mod ports;
+mod program;
+#[path = "../../protocol/mod.rs"]
+mod protocol;
+mod shutdown;
+mod sys;
+mod tree;
+
+#[cfg(test)]
+#[path = "tests/host.rs"]
+mod host;
+#[cfg(test)]
+#[path = "tests/scratch.rs"]
+mod scratch;
+
+use std::process::ExitCode;
+use std::thread;
+
+use crate::boot::Booted;
+use crate::control::Control;
+
+/// Enough for every thread: what is large is on the heap, and nothing recurses.
+const THREAD_STACK_BYTES: usize = 64 << 10;
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        console::say("the agent is for a guest, whose first process it is");
+        return ExitCode::FAILURE;
+    }
+    sys::keep_memory_small();
+    let Booted { setup, fault, listener } = boot::boot();
+    if let Some(listener) = listener {
+        let calls = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
+        if let Err(error) = calls.spawn(move || calls::accept(&listener)) {
+            console::say(&format!("cannot take calls: {error}"));
+        }
+    }
+    Control::new(fault, setup.interfaces).run()
+}

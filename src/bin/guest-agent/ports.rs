@@ -1,0 +1,150 @@
+//! TCP ports of the guest's loopback: those of its programs, that the host reaches, and those that
+//! stand for services of the host.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use crate::connection::Connection;
+use crate::console::say;
+use crate::protocol::{Failure, HOST_PORT, Opening, Reply, Service};
+use crate::sys::{self, CID_HOST, POLLIN, POLLOUT, PollFd};
+
+/// How much of each direction is on its way.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Connects the host to a port, and passes on what both say.
+pub(crate) fn connect(mut connection: Connection, port: u16) -> io::Result<()> {
+    let loopback = |address: IpAddr| TcpStream::connect(SocketAddr::new(address, port));
+    let connected = match loopback(Ipv4Addr::LOCALHOST.into()) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            loopback(Ipv6Addr::LOCALHOST.into()).map_err(|_| error)
+        }
+        result => result,
+    };
+    match connected {
+        Err(error) => {
+            connection.answer(Err(Failure::of(format!("connect to port {port}"), &error)))
+        }
+        Ok(stream) => {
+            connection.answer(Ok(()))?;
+            let _ = stream.set_nodelay(true);
+            pass_on(connection.into_stream(), UnixStream::from(OwnedFd::from(stream)))
+        }
+    }
+}
+
+/// Passes on what two streams say, until both have ended.
+pub(crate) fn pass_on(a: UnixStream, b: UnixStream) -> io::Result<()> {
+    a.set_nonblocking(true)?;
+    b.set_nonblocking(true)?;
+    let (mut there, mut back) = (Flow::default(), Flow::default());
+    while !(there.is_over && back.is_over) {
+        let mut fds = [
+            PollFd::new(there.wants_to_read().then(|| a.as_fd()), POLLIN),
+            PollFd::new(there.wants_to_write().then(|| b.as_fd()), POLLOUT),
+            PollFd::new(back.wants_to_read().then(|| b.as_fd()), POLLIN),
+            PollFd::new(back.wants_to_write().then(|| a.as_fd()), POLLOUT),
+        ];
+        sys::poll(&mut fds, None)?;
+        // An error of either ends both: the streams are closed with their descriptors.
+        there.advance(&a, &b)?;
+        back.advance(&b, &a)?;
+    }
+    Ok(())
+}
+
+/// One direction.
+#[derive(Default)]
+struct Flow {
+    buffer: Vec<u8>,
+    begin: usize,
+    end: usize,
+    is_over: bool,
+}
+
+impl Flow {
+    fn wants_to_read(&self) -> bool {
+        !self.is_over && self.begin == self.end
+    }
+
+    fn wants_to_write(&self) -> bool {
+        self.begin < self.end
+    }
+
+    /// Reads and writes while that does not wait; the end of the one becomes that of the other.
+    fn advance(&mut self, mut from: &UnixStream, mut to: &UnixStream) -> io::Result<()> {
+        while !self.is_over {
+            let result = if self.wants_to_write() {
+                to.write(&self.buffer[self.begin..self.end]).map(|count| self.begin += count)
+            } else {
+                self.buffer.resize(BUFFER_BYTES, 0);
+                from.read(&mut self.buffer).map(|count| {
+                    (self.begin, self.end) = (0, count);
+                    self.is_over = count == 0;
+                })
+            };
+            match result {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            if self.is_over {
+                self.buffer = Vec::new();
+                // The other may have closed already.
+                let _ = to.shutdown(Shutdown::Write);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Listens for the guest's programs, in place of services of the host.
+pub(crate) fn serve(services: Vec<Service>) -> Result<(), Failure> {
+    for service in services {
+        let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, service.port)));
+        let serving = listener.and_then(|listener| {
+            let thread = thread::Builder::new().stack_size(crate::THREAD_STACK_BYTES);
+            thread.spawn(move || accept(&listener, &service))
+        });
+        serving.map_err(|error| Failure::of("listen for a service of the host", &error))?;
+    }
+    Ok(())
+}
+
+fn accept(listener: &TcpListener, service: &Service) {
+    loop {
+        let Ok((stream, _)) = listener.accept() else {
+            // Out of descriptors, or of memory: not for long.
+            thread::sleep(std::time::Duration::from_millis(100));
+            continue;
+        };
+        let name = service.name.clone();
+        // Without a thread the stream is closed, as it is without a host.
+        let _ = crate::calls::spawn_bounded(move || {
+            if let Err(error) = reach(&name, stream) {
+                say(&format!("cannot reach the host's service {name}: {error}"));
+            }
+        });
+    }
+}
+
+fn reach(name: &str, stream: TcpStream) -> io::Result<()> {
+    let mut connection = Connection::new(sys::connect_vsock(CID_HOST, HOST_PORT)?);
+    connection.send(&Opening::Service(name.to_owned()))?;
+    match connection.receive_message()? {
+        Reply::Done => {}
+        _ => return Err(io::ErrorKind::ConnectionRefused.into()),
+    }
+    let _ = stream.set_nodelay(true);
+    // How it ends is the two's own matter.
+    let _ = pass_on(connection.into_stream(), UnixStream::from(OwnedFd::from(stream)));
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "tests/ports.rs"]
+mod tests;

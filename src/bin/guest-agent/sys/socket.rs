@@ -1,0 +1,96 @@
+//! Sockets of families that the standard library does not know: vsock and netlink.
+
+use std::ffi::c_int;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use super::{checked, owned};
+
+/// The host's address (`VMADDR_CID_HOST`).
+pub(crate) const CID_HOST: u32 = 2;
+
+const CID_ANY: u32 = u32::MAX;
+const AF_VSOCK: u16 = 40;
+const AF_NETLINK: c_int = 16;
+const SOCK_STREAM: c_int = 1;
+const SOCK_RAW: c_int = 3;
+const SOCK_CLOEXEC: c_int = 0o2_000_000;
+const NETLINK_ROUTE: c_int = 0;
+
+/// `struct sockaddr_vm` (vsock(7)).
+#[repr(C)]
+struct SockaddrVm {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    zero: [u8; 4],
+}
+
+const SOCKADDR_BYTES: u32 = size_of::<SockaddrVm>() as u32;
+
+impl SockaddrVm {
+    fn new(cid: u32, port: u32) -> Self {
+        Self { family: AF_VSOCK, reserved: 0, port, cid, zero: [0; 4] }
+    }
+}
+
+unsafe extern "C" {
+    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    fn bind(socket: c_int, address: *const SockaddrVm, length: u32) -> c_int;
+    fn connect(socket: c_int, address: *const SockaddrVm, length: u32) -> c_int;
+    fn listen(socket: c_int, backlog: c_int) -> c_int;
+    fn accept4(socket: c_int, address: *mut SockaddrVm, length: *mut u32, flags: c_int) -> c_int;
+}
+
+fn vsock() -> io::Result<OwnedFd> {
+    // SAFETY: it takes integers, and gives a new descriptor.
+    owned(unsafe { socket(c_int::from(AF_VSOCK), SOCK_STREAM | SOCK_CLOEXEC, 0) })
+}
+
+/// Connects to a port of the host. The stream is no UNIX socket, but reads, writes and shuts down
+/// as one.
+pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<UnixStream> {
+    let socket = vsock()?;
+    let address = SockaddrVm::new(cid, port);
+    // SAFETY: the kernel reads the address, which is as long as is said.
+    checked(unsafe { connect(socket.as_raw_fd(), &address, SOCKADDR_BYTES) })?;
+    Ok(UnixStream::from(socket))
+}
+
+pub(crate) struct VsockListener(OwnedFd);
+
+impl VsockListener {
+    pub(crate) fn bind(port: u32) -> io::Result<Self> {
+        let socket = vsock()?;
+        let address = SockaddrVm::new(CID_ANY, port);
+        // SAFETY: the kernel reads the address, which is as long as is said.
+        checked(unsafe { bind(socket.as_raw_fd(), &address, SOCKADDR_BYTES) })?;
+        // SAFETY: it takes integers.
+        checked(unsafe { listen(socket.as_raw_fd(), 1024) })?;
+        Ok(Self(socket))
+    }
+
+    /// The next connection, and the CID that it comes from.
+    pub(crate) fn accept(&self) -> io::Result<(UnixStream, u32)> {
+        let mut address = SockaddrVm::new(0, 0);
+        let mut length = SOCKADDR_BYTES;
+        // SAFETY: the kernel writes at most `length` bytes of the address.
+        let socket =
+            owned(unsafe { accept4(self.0.as_raw_fd(), &mut address, &mut length, SOCK_CLOEXEC) })?;
+        Ok((UnixStream::from(socket), address.cid))
+    }
+}
+
+/// The kernel's configuration of networks (rtnetlink(7)): requests are written, answers are read.
+pub(crate) struct NetlinkSocket(pub(crate) File);
+
+impl NetlinkSocket {
+    pub(crate) fn open() -> io::Result<Self> {
+        // SAFETY: it takes integers, and gives a new descriptor.
+        let socket = owned(unsafe { socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE) })?;
+        Ok(Self(File::from(socket)))
+    }
+}

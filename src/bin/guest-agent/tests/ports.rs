@@ -1,0 +1,97 @@
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use crate::host::{call, failure};
+use crate::ports::pass_on;
+use crate::protocol::{Call, FailureKind, Reply};
+
+fn connect(port: u16) -> UnixStream {
+    let mut connection = call(&Call::Connect(port));
+    assert_eq!(connection.receive_message::<Reply>().unwrap(), Reply::Done);
+    connection.into_stream()
+}
+
+/// Reads all, then says how much it was.
+fn count(mut stream: TcpStream) {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    write!(stream, "{} bytes", all.len()).unwrap();
+}
+
+#[test]
+fn half_a_connection_is_closed_as_half_of_the_other() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let guest = thread::spawn(move || count(listener.accept().unwrap().0));
+    let mut stream = connect(port);
+    stream.write_all(&vec![7; 3_000_000]).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut said = String::new();
+    stream.read_to_string(&mut said).unwrap();
+    assert_eq!(said, "3000000 bytes");
+    guest.join().unwrap();
+}
+
+#[test]
+fn what_the_guest_closes_first_the_host_may_still_answer() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let guest = thread::spawn(move || {
+        let mut stream = listener.accept().unwrap().0;
+        stream.write_all(&vec![1; 1_000_000]).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        all
+    });
+    let mut stream = connect(port);
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), 1_000_000);
+    stream.write_all(b"thanks").unwrap();
+    drop(stream);
+    assert_eq!(guest.join().unwrap(), b"thanks");
+}
+
+#[test]
+fn nobody_at_a_port_is_said_so_and_ipv6_is_tried() {
+    let unused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = unused.local_addr().unwrap().port();
+    drop(unused);
+    let refused = failure(call(&Call::Connect(port)).receive_message().unwrap());
+    assert_eq!(refused.kind, FailureKind::Refused);
+    let Ok(listener) = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)) else { return };
+    let port = listener.local_addr().unwrap().port();
+    let guest = thread::spawn(move || count(listener.accept().unwrap().0));
+    let stream = connect(port);
+    stream.shutdown(Shutdown::Write).unwrap();
+    guest.join().unwrap();
+}
+
+#[test]
+fn both_ways_at_once_neither_waits_for_the_other() {
+    let ((mut a, theirs_a), (mut b, theirs_b)) =
+        (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let passing = thread::spawn(move || pass_on(theirs_a, theirs_b));
+    let write = |mut stream: UnixStream| {
+        thread::spawn(move || {
+            stream.write_all(&vec![5; 5_000_000]).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        })
+    };
+    let writers = [write(a.try_clone().unwrap()), write(b.try_clone().unwrap())];
+    // Nothing is read until the pipe between them is full in both directions.
+    thread::sleep(std::time::Duration::from_millis(50));
+    let read = |stream: &mut UnixStream| {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        all.len()
+    };
+    let reader = thread::spawn(move || read(&mut b));
+    assert_eq!(read(&mut a), 5_000_000);
+    assert_eq!(reader.join().unwrap(), 5_000_000);
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    passing.join().unwrap().unwrap();
+}

@@ -1,0 +1,59 @@
+//! What the host and the agent in its guest say to each other: the one description, compiled into
+//! both. It imports nothing but the standard library, since the agent is built without any other.
+//!
+//! The transport is vsock, and every call is a connection of its own, which vsock multiplexes, and
+//! to which it gives its own flow control:
+//!
+//! - The agent connects to the host's port [`HOST_PORT`] when it is up, and again whenever that
+//!   connection ends, as it does in a VM that was restored. It says [`Hello`]; the host answers
+//!   [`Welcome`], with who this VM is now; the agent makes it so, and says [`Reply::Done`]. The
+//!   connection stays open as long as both live; nothing more is said on it.
+//! - The host connects to the guest's port [`AGENT_PORT`] and says a [`Call`]. What comes then, and
+//!   in which direction, is written at each call. Either side ends a call by closing.
+//! - A program of the guest that connects to a port of its loopback which stands for a service of
+//!   the host is passed on by the agent, on a connection to [`HOST_PORT`] that begins with
+//!   [`Opening::Service`]. After the answer it carries the bytes of both.
+//!
+//! Bytes are cut into frames ([`Frame`]), and messages are written as [`Wire`] says. Both sides take
+//! what comes for hostile: lengths are bounded before anything is allocated, and what cannot be
+//! read is [`Malformed`], which ends the connection.
+//!
+//! A change of any message changes [`VERSION`]. [`Hello`] and [`Welcome`] alone begin the same way
+//! in all versions, so that two that do not fit can say so.
+
+#![allow(dead_code, unused_imports, reason = "each side uses its half")]
+
+mod frame;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
+mod messages;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use self::frame::{
+    Channel, Decoder, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES,
+};
+pub(crate) use self::messages::*;
+pub(crate) use self::wire::{Bytes, Malformed, Wire};
+
+/// The version of everything here.
+pub(crate) const VERSION: u32 = 1;
+
+/// The port of the host at which agents call. Below 1,024, as the agent's own, so that nobody but
+/// the guest's root can take it.
+pub(crate) const HOST_PORT: u32 = 1000;
+
+/// The port of the guest at which the agent is called.
+pub(crate) const AGENT_PORT: u32 = 1000;
+
+/// Where the agent finds its [`Setup`] in its initramfs, as a [`Wire`] message without a frame.
+pub(crate) const SETUP_PATH: &str = "/dormouse/setup";
+
+/// Where it finds the modules of its kernel: files that it loads in the order of their names.
+pub(crate) const MODULES_PATH: &str = "/dormouse/modules";
+
+/// How much of a stream may be under way, unless its reader says that it has taken some
+/// ([`Control::Credit`]).
+pub(crate) const WINDOW_BYTES: usize = 256 << 10;

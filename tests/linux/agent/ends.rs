@@ -1,0 +1,90 @@
+use std::time::Duration;
+
+use dormouse::{AgentConfig, BlockConfig, Entrypoint, ErrorKind, ExitStatus, MicroVm, RootDisk};
+
+use super::{Guest, block_on, busybox, config};
+use crate::devices::Image;
+use crate::{PATIENCE, Release, Transcript};
+
+#[test]
+fn a_guest_that_dies_before_it_is_ready_says_how() {
+    block_on(async {
+        // The kernel panics: its first process is no program.
+        let archive = busybox().file("init", 0o755, "not a program");
+        let config = dormouse::VmConfig::new(Release::Linux6_12.kernel())
+            .initramfs(archive.build().unwrap())
+            .agent(AgentConfig::new());
+        // Ours wins; so let the guest die in another way: by its command line.
+        let cmdline = dormouse::Cmdline::default().push("rdinit=/nowhere").unwrap();
+        let vm = MicroVm::create(config.cmdline(cmdline)).unwrap().start().unwrap();
+        let error = vm.agent().await.unwrap_err();
+        assert!(
+            matches!(error.kind(), ErrorKind::GuestEnded(ExitStatus::Panicked { .. })),
+            "{error:?}"
+        );
+        assert!(error.console_tail().unwrap().contains("Kernel panic"), "{error:?}");
+    });
+}
+
+#[test]
+fn an_agent_that_cannot_make_the_guest_ready_says_why() {
+    block_on(async {
+        let image = Image::new("no-file-system", 8);
+        let agent = AgentConfig::new().root(RootDisk::new(0).fs_type("ext4"));
+        let config = config(agent).block(BlockConfig::new(&image.0));
+        let vm = MicroVm::create(config).unwrap().start().unwrap();
+        let error = vm.agent().await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Agent, "{error:?}");
+        assert!(error.to_string().contains("vda"), "{error}");
+    });
+}
+
+#[test]
+fn a_vm_without_an_agent_says_how_to_get_one() {
+    block_on(async {
+        let config = crate::config(Release::Linux6_12.kernel(), "sleep 1000");
+        let vm = MicroVm::create(config).unwrap().start().unwrap();
+        let error = vm.agent().await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Config);
+        assert!(error.how_to_fix().unwrap().contains("AgentConfig"), "{error}");
+    });
+}
+
+#[test]
+fn a_shutdown_lets_programs_end_and_a_dead_guest_says_that_it_is_dead() {
+    block_on(async {
+        let entrypoint = "trap 'echo goodbye >/dev/console; exit' TERM; echo started; while true; do sleep 0.1; done";
+        let agent = AgentConfig::new().entrypoint(Entrypoint::new(["sh", "-c", entrypoint]));
+        let guest = Guest::boot(config(agent)).await;
+        let Guest { vm, agent, transcript } = guest;
+        transcript.wait_for("started\n");
+        let waiting = agent.clone();
+        let waiting = tokio::spawn(async move { waiting.exec("sleep", ["1000"]).await });
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let vm = vm.shutdown(Duration::from_secs(20)).await;
+        assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{}", transcript.text());
+        assert!(transcript.text().contains("goodbye"), "{}", transcript.text());
+        // The program was ended, or its call was: either way nobody waits.
+        let _ = waiting.await.unwrap();
+        let error = agent.exec("true", [""; 0]).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::GuestEnded(ExitStatus::PoweredOff), "{error}");
+    });
+}
+
+#[test]
+fn a_guest_ends_with_its_entrypoint_if_it_shall() {
+    block_on(async {
+        let entrypoint = Entrypoint::new(["sh", "-c", "echo worked as $(id -u) in $PWD with $A"]);
+        let entrypoint = entrypoint.env("A", "b").current_dir("/tmp").user("user");
+        let agent = AgentConfig::new().entrypoint(entrypoint).end_with_entrypoint(true);
+        let transcript = Transcript::default();
+        let vm = MicroVm::create(config(agent).console(transcript.clone())).unwrap();
+        let vm = vm.start().unwrap().wait_timeout(PATIENCE / 2).unwrap();
+        assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff);
+        assert!(
+            transcript.text().contains("worked as 1000 in /tmp with b"),
+            "{}",
+            transcript.text()
+        );
+    });
+}

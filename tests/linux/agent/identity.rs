@@ -1,0 +1,119 @@
+use std::collections::HashSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use dormouse::{
+    AgentConfig, Error, ErrorKind, Hook, HookName, RestoreOptions, Snapshot, WriteOptions,
+};
+
+use super::{Guest, block_on, config, sh};
+use crate::PATIENCE;
+
+fn scratch(name: &str) -> PathBuf {
+    let path =
+        std::env::temp_dir().join(format!("dormouse-identity-{name}-{}", std::process::id()));
+    let _ = fs::remove_dir_all(&path);
+    path
+}
+
+#[test]
+fn clones_are_others_before_their_programs_go_on_and_their_agents_answer_at_once() {
+    block_on(async {
+        let guest = Guest::boot(config(AgentConfig::new().hostname("base")).memory_mib(256)).await;
+        // A program that notes who it is as fast as it can.
+        let watching = "(while true; do echo $(cat /etc/machine-id) $(hostname 2>/dev/null || busybox hostname) >>/seen; done) >/dev/null 2>&1 &";
+        guest.sh(watching).await;
+        guest.agent.freeze().await.unwrap();
+        let lines = sh(&guest.agent, "echo").await;
+        // Nothing new runs while it is frozen; the agent itself answers.
+        drop(lines);
+        let mut parent = guest.vm.pause().unwrap();
+        let mut names = 0..;
+        let options =
+            |_| RestoreOptions::new().hostname(format!("clone-{}", names.next().unwrap()));
+        let clones = parent.fork_with(4, options).unwrap();
+        let vm = parent.resume().unwrap();
+        guest.agent.thaw().await.unwrap();
+        assert_eq!(sh(&vm.agent().await.unwrap(), "busybox hostname").await.unwrap(), "base\n");
+        let mut ids = HashSet::new();
+        for (at, clone) in clones.into_iter().enumerate() {
+            let clone = clone.resume().unwrap();
+            let agent = clone.agent().await.unwrap();
+            assert_eq!(sh(&agent, "busybox hostname").await.unwrap(), format!("clone-{at}\n"));
+            let id = sh(&agent, "cat /etc/machine-id").await.unwrap();
+            assert_eq!(id.trim().len(), 32);
+            assert!(ids.insert(id.clone()), "{id} twice");
+            // What the program saw after it went on.
+            let seen = sh(&agent, "sleep 1; busybox tail -n 1 /seen").await.unwrap();
+            assert_eq!(seen, format!("{} clone-{at}\n", id.trim()));
+            let uuid = sh(&agent, "cat /proc/sys/kernel/random/uuid").await.unwrap();
+            assert!(ids.insert(uuid));
+        }
+    });
+}
+
+#[test]
+fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
+    block_on(async {
+        let dir = scratch("sleeper");
+        let agent = AgentConfig::new()
+            .hook(HookName::Suspend, Hook::command(["sh", "-c", "echo suspend >>/hooks"]))
+            .hook(HookName::Resume, Hook::command(["sh", "-c", "echo resume >>/hooks"]));
+        let guest = Guest::boot(config(agent)).await;
+        let id = guest.sh("cat /etc/machine-id /proc/sys/kernel/random/boot_id").await;
+        let waiting = guest.agent.clone();
+        let call = tokio::spawn(async move { waiting.exec("sleep", ["1000"]).await });
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        guest.agent.freeze().await.unwrap();
+        let asleep = guest.vm.suspend(&dir).unwrap();
+        // A call that was under way, and one that comes too late, say what became of them.
+        let error: Error = call.await.unwrap().unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Agent | ErrorKind::GuestEnded(_)), "{error}");
+        guest.agent.exec("true", [""; 0]).await.unwrap_err();
+        let vm = asleep.resume().unwrap();
+        let agent = vm.agent().await.unwrap();
+        let same = sh(&agent, "cat /etc/machine-id /proc/sys/kernel/random/boot_id").await.unwrap();
+        assert_eq!(same, id);
+        let date: u64 = sh(&agent, "date +%s").await.unwrap().trim().parse().unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+        assert!(now.abs_diff(date) <= 2, "{date} at {now}");
+        assert_eq!(sh(&agent, "cat /hooks").await.unwrap(), "suspend\nresume\n");
+        // The program goes on without its caller.
+        assert!(sh(&agent, "busybox ps").await.unwrap().contains("sleep 1000"));
+        // Files are enough: another VM comes of them.
+        drop(vm);
+        let vm = Snapshot::open(&dir).unwrap().restore().unwrap().resume().unwrap();
+        let other = sh(&vm.agent().await.unwrap(), "cat /etc/machine-id").await.unwrap();
+        assert!(!id.starts_with(other.trim()));
+        fs::remove_dir_all(&dir).unwrap();
+    });
+}
+
+#[test]
+fn a_hook_that_fails_leaves_the_guest_running_and_says_what_it_said() {
+    block_on(async {
+        let failing = Hook::command(["sh", "-c", "echo not now >&2; exit 1"]);
+        let slow = Hook::command(["sleep", "1000"]).deadline(Duration::from_secs(1));
+        let agent = AgentConfig::new()
+            .hook(HookName::Suspend, failing)
+            .hook(HookName::Run, slow)
+            .hook(HookName::Ready, Hook::http_at(9000, "/cgi-bin/ready").deadline(PATIENCE / 2));
+        let guest = Guest::boot(config(agent)).await;
+        let error = guest.agent.freeze().await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Hook, "{error}");
+        assert!(error.to_string().contains("not now"), "{error}");
+        let error = guest.agent.run_hook(HookName::Run, "{}").await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Hook, "{error}");
+        // Somebody who is not there, says "not yet", and then is ready.
+        let ready = "#!/bin/sh\ncat >/payload\n\
+            if test -e /asked; then echo 'Status: 200 OK'; else echo 'Status: 503 Later'; fi\n\
+            echo >/asked; echo; echo\n";
+        guest.agent.create_dir_all("/www/cgi-bin").await.unwrap();
+        let options = WriteOptions::new().mode(0o755);
+        guest.agent.write_from("/www/cgi-bin/ready", ready.as_bytes(), &options).await.unwrap();
+        guest.sh("(sleep 1; httpd -p 9000 -h /www) >/dev/null 2>&1 &").await;
+        guest.agent.run_hook(HookName::Ready, "{\"a\": 1}").await.unwrap();
+        assert_eq!(guest.sh("cat /payload").await, "{\"a\": 1}");
+    });
+}

@@ -1,0 +1,72 @@
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::thread;
+
+use dormouse::{AgentConfig, ErrorKind, HostService};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::{Guest, block_on, config};
+
+#[test]
+fn ports_of_the_guest_are_reached_many_at_once_and_closed_by_halves() {
+    block_on(async {
+        let guest = Guest::boot(config(AgentConfig::new()).memory_mib(256)).await;
+        let error = guest.agent.connect_tcp(8080).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Refused, "{error}");
+        guest.sh("mkdir -p /www; head -c 300000 /dev/zero >/www/zeros; busybox httpd -p 127.0.0.1:8080 -h /www").await;
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..50 {
+            let agent = guest.agent.clone();
+            tasks.spawn(async move {
+                let mut stream = agent.connect_tcp(8080).await.unwrap();
+                stream.write_all(b"GET /zeros HTTP/1.0\r\n\r\n").await.unwrap();
+                let mut answer = Vec::new();
+                stream.read_to_end(&mut answer).await.unwrap();
+                assert!(
+                    answer.starts_with(b"HTTP/1.0 200 OK")
+                        || answer.starts_with(b"HTTP/1.1 200 OK")
+                );
+                assert!(answer.len() > 300_000, "{}", answer.len());
+            });
+        }
+        while let Some(task) = tasks.join_next().await {
+            task.unwrap();
+        }
+        // The end of what is written comes as an end, and the answer after it.
+        guest
+            .sh("(nc -l -p 9000 127.0.0.1 >/got; echo over >>/got) >/dev/null 2>&1 & sleep 1")
+            .await;
+        let mut stream = guest.agent.connect_tcp(9000).await.unwrap();
+        stream.write_all(b"half\n").await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(
+            guest.sh("while ! grep over /got; do sleep 0.1; done; cat /got").await,
+            "over\nhalf\nover\n"
+        );
+    });
+}
+
+#[test]
+fn a_guest_reaches_the_services_of_the_host_that_it_may_and_no_others() {
+    block_on(async {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let answering = thread::spawn(move || {
+            for _ in 0..2 {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut line = [0; 6];
+                stream.read_exact(&mut line).unwrap();
+                stream.write_all(&line).unwrap();
+            }
+        });
+        let agent = AgentConfig::new().service("echo", 7, HostService::Tcp(address));
+        let guest = Guest::boot(config(agent)).await;
+        for _ in 0..2 {
+            assert_eq!(guest.sh("echo hello | nc 127.0.0.1 7").await, "hello\n");
+        }
+        answering.join().unwrap();
+        guest.sh("! echo hello | nc 127.0.0.1 8").await;
+    });
+}

@@ -1,0 +1,113 @@
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use dormouse::{AgentConfig, BlockConfig, Cmdline, RootDisk, VmConfig};
+
+use super::{Guest, block_on};
+use crate::{Release, guest_root, programs};
+
+/// A disk with a file system of ext4 that holds busybox.
+struct RootImage(PathBuf);
+
+impl RootImage {
+    fn new(name: &str) -> Self {
+        let base =
+            std::env::temp_dir().join(format!("dormouse-root-{name}-{}", std::process::id()));
+        let tree = base.with_extension("tree");
+        let _ = fs::remove_dir_all(&tree);
+        for directory in ["bin", "etc", "proc", "sys", "dev", "tmp", "run", "root"] {
+            fs::create_dir_all(tree.join(directory)).unwrap();
+        }
+        fs::copy(guest_root().join("bin/busybox"), tree.join("bin/busybox")).unwrap();
+        fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
+        for link in ["sh", "cat", "hostname", "ls", "mount", "ip", "df", "sleep"] {
+            symlink("busybox", tree.join("bin").join(link)).unwrap();
+        }
+        let image = base.with_extension("ext4");
+        fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
+        let made = programs::command("mke2fs")
+            .args(["-q", "-t", "ext4", "-d"])
+            .arg(&tree)
+            .arg(&image)
+            .status();
+        assert!(made.unwrap().success());
+        fs::remove_dir_all(&tree).unwrap();
+        Self(image)
+    }
+}
+
+impl Drop for RootImage {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn config(release: Release, agent: AgentConfig, image: &Path) -> VmConfig {
+    VmConfig::new(release.kernel())
+        .cmdline(Cmdline::default().push("quiet").unwrap())
+        .block(BlockConfig::new(image).read_only())
+        .agent(agent)
+}
+
+#[test]
+fn a_root_disk_with_an_overlay_needs_no_other_tool_under_linux_6_1() {
+    block_on(over_memory(Release::Linux6_1));
+}
+
+#[test]
+fn a_root_disk_with_an_overlay_needs_no_other_tool_under_linux_6_12() {
+    block_on(over_memory(Release::Linux6_12));
+}
+
+async fn over_memory(release: Release) {
+    let image = RootImage::new(release.prefix());
+    let agent = AgentConfig::new()
+        .root(RootDisk::new(0).overlay_memory(16 << 20))
+        .hostname("worker-7")
+        .nameserver("192.0.2.1");
+    let guest = Guest::boot(config(release, agent, &image.0)).await;
+    assert_eq!(
+        guest.sh("hostname; cat /etc/resolv.conf").await,
+        "worker-7\nnameserver 192.0.2.1\n"
+    );
+    assert_eq!(
+        guest.sh("echo new >/etc/new; cat /etc/new; ls /").await,
+        "new\nbin\ndev\netc\nlost+found\nproc\nroot\nrun\nsys\ntmp\n"
+    );
+    let mounts = guest.sh("cat /proc/mounts").await;
+    for mount in [
+        " / overlay ",
+        " /proc proc ",
+        " /sys sysfs ",
+        " /dev devtmpfs ",
+        " /dev/pts devpts ",
+        " /sys/fs/cgroup cgroup2 ",
+    ] {
+        assert!(mounts.contains(mount), "{mount} in {mounts}");
+    }
+    assert!(guest.sh("ip addr show lo").await.contains("127.0.0.1/8"));
+    let resident = guest.agent.memory_bytes().await.unwrap();
+    assert!(resident <= 4 << 20, "{resident}");
+    // What a program may write is what the overlay has room for.
+    guest.sh("! cat /dev/zero >/full 2>/dev/null; rm /full 2>/dev/null || busybox rm /full").await;
+}
+
+#[test]
+fn a_root_disk_that_is_written_keeps_what_was_written() {
+    block_on(async {
+        let image = RootImage::new("written");
+        let agent = AgentConfig::new().root(RootDisk::new(0).fs_type("ext4"));
+        let config = VmConfig::new(Release::Linux6_12.kernel())
+            .block(BlockConfig::new(&image.0))
+            .agent(agent);
+        let guest = Guest::boot(config.clone()).await;
+        guest.agent.write("/etc/kept", "kept").await.unwrap();
+        let ended = guest.vm.shutdown(std::time::Duration::from_secs(10)).await;
+        assert!(ended.exit_status().is_clean(), "{}", guest.transcript.text());
+        drop((ended, guest.agent));
+        let guest = Guest::boot(config).await;
+        assert_eq!(guest.agent.read("/etc/kept").await.unwrap(), b"kept");
+        assert!(!guest.transcript.text().contains("recovery"), "it was unmounted");
+    });
+}
