@@ -29,12 +29,16 @@ const PORT: u32 = 5000;
 
 fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("tokio");
+    eprintln!("booting {} guests", 2 * (ROUNDS + 1));
     let mut metrics = vec![boot(&runtime)];
     runtime.block_on(async {
         let guest = Guest::boot().await;
         metrics.extend(size(&guest.agent).await);
+        eprintln!("running programs");
         metrics.push(exec(&guest).await);
+        eprintln!("copying files");
         metrics.extend(copy(&guest).await);
+        eprintln!("making clones");
         metrics.extend(wake(guest.vm).await);
     });
     report(&metrics, "without the agent");
@@ -85,6 +89,7 @@ fn boot(runtime: &tokio::runtime::Runtime) -> Metric {
         let vm = vm.start().expect("start");
         let at = wrote.iter().find(|(line, _)| line.contains("/init")).expect("init's word").1;
         drop(vm);
+        eprint!(".");
         // The first of each warms the host up.
         if round > 0 {
             metric.ours.push(micros(ours));

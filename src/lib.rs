@@ -62,7 +62,8 @@
 //! | make many of one | [`MicroVm::<Paused>::fork`], [`Snapshot`], [`RestoreOptions`], [`Clock`] |
 //! | have one ready | [`Pool`], [`PoolOptions`], [`PreparedShell`] |
 //! | have an agent in the guest | [`AgentConfig`], [`RootDisk`], [`Entrypoint`], [`Hook`], [`HostService`] |
-//! | talk to its programs | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
+//! | run commands in it, move its files, reach its ports | [`MicroVm::agent`], [`Agent`], [`Command`], [`Process`] |
+//! | talk to its programs by sockets | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
 //! | know what it cost | [`Timings`], [`Phase`], and `tracing` spans of the same names |

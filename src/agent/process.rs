@@ -61,6 +61,11 @@ impl Process {
             Reply::Failed(failure) => return Err(AgentError::exec(&program, failure)),
             _ => return Err(AgentError::Unexpected.into()),
         };
+        Ok(Self::serve(connection, vsock, id, has_input))
+    }
+
+    /// A program that has been started.
+    pub(super) fn serve(connection: Connection, vsock: &Vsock, id: u32, has_input: bool) -> Self {
         let (outgoing, frames) = mpsc::unbounded_channel();
         let (at_end, end) = oneshot::channel();
         let pipe = |channel| Arc::new(Pipe::new(channel, outgoing.clone()));
@@ -77,7 +82,7 @@ impl Process {
             AbortOnDrop(tokio::spawn(incoming.run(at_end))),
             AbortOnDrop(tokio::spawn(write(connection.writer, frames))),
         ];
-        Ok(Self {
+        Self {
             stdin: has_input.then(|| ProcessInput::new(window, outgoing.clone())),
             stdout: Some(ProcessOutput::new(stdout)),
             stderr: Some(ProcessOutput::new(stderr)),
@@ -85,7 +90,7 @@ impl Process {
             outgoing,
             end,
             tasks,
-        })
+        }
     }
 
     /// Its process id in the guest, which is that of its process group too.

@@ -2,11 +2,22 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream as StdStream;
+use std::sync::Arc;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::connection::{Connection, ReadError};
-use crate::protocol::{Call, Channel, Frame, MAX_DATA_BYTES, Reply};
+use super::process::Process;
+use crate::console::Console;
+use crate::error::ErrorKind;
+use crate::exit::{ExitLatch, ProcessStatus};
+use crate::protocol::{
+    Call, Channel, Control, Exit, ExitCode, Frame, HEADER_BYTES, MAX_DATA_BYTES, Reply,
+    WINDOW_BYTES, Wire,
+};
+use crate::virtio::WeakDeviceHandle;
+use crate::vsock::Vsock;
 
 fn pair() -> (Connection, StdStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -72,4 +83,121 @@ async fn what_follows_the_frames_is_left_for_whoever_wants_bytes() {
     let mut five = [0; 5];
     (&stream).read_exact(&mut five).unwrap();
     assert_eq!(&five, b"bytes");
+}
+
+/// A program that runs, and the agent's side of it.
+fn process() -> (Process, StdStream) {
+    let (connection, agent) = pair();
+    let device = WeakDeviceHandle::gone();
+    let vsock = Vsock::new(device, Arc::new(ExitLatch::default()), Console::new(0));
+    (Process::serve(connection, &vsock, 7, true), agent)
+}
+
+fn piece(channel: Channel, bytes: &[u8]) -> Vec<u8> {
+    [&Frame::header(channel, bytes.len())[..], bytes].concat()
+}
+
+fn exited(code: i32) -> Vec<u8> {
+    let exit = Exit { status: ExitCode::Code(code), timed_out: false };
+    Frame::message(&Reply::Exited(exit))
+}
+
+/// What the host says next.
+fn heard(agent: &mut StdStream) -> (u8, Vec<u8>) {
+    let mut header = [0; HEADER_BYTES];
+    agent.read_exact(&mut header).unwrap();
+    let (channel, length) = Frame::parse_header(header).unwrap();
+    let mut body = vec![0; length];
+    agent.read_exact(&mut body).unwrap();
+    (channel as u8, body)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn output_that_came_before_the_end_is_read_after_it() {
+    let (mut process, mut agent) = process();
+    agent.write_all(&piece(Channel::Stdout, b"out")).unwrap();
+    agent.write_all(&piece(Channel::Stderr, b"err")).unwrap();
+    agent.write_all(&exited(3)).unwrap();
+    assert_eq!(process.wait().await.unwrap(), ProcessStatus::Code(3));
+    let (mut stdout, mut stderr) = (String::new(), String::new());
+    process.stdout.take().unwrap().read_to_string(&mut stdout).await.unwrap();
+    process.stderr.take().unwrap().read_to_string(&mut stderr).await.unwrap();
+    assert_eq!((&stdout[..], &stderr[..]), ("out", "err"));
+    let mut stdin = process.stdin.take().unwrap();
+    assert_eq!(stdin.write(b"x").await.unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_sends_more_than_the_window_or_nonsense_is_cut_off() {
+    let (mut flooded, mut agent) = process();
+    let flood = piece(Channel::Stdout, &vec![0; MAX_DATA_BYTES]);
+    for _ in 0..=WINDOW_BYTES / MAX_DATA_BYTES {
+        // It may have been cut off.
+        let _ = agent.write_all(&flood);
+    }
+    assert_eq!(flooded.wait().await.unwrap_err().kind(), &ErrorKind::Agent);
+    for nonsense in [
+        piece(Channel::Data, b"data"),
+        Frame::message(&Reply::Done),
+        piece(Channel::Message, &[99]),
+        vec![0, 0, 0, 0, 77],
+    ] {
+        let (mut process, mut agent) = process();
+        agent.write_all(&nonsense).unwrap();
+        assert_eq!(process.wait().await.unwrap_err().kind(), &ErrorKind::Agent);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_ends_before_the_program_is_said_to() {
+    let (mut process, agent) = process();
+    drop(agent);
+    // The device of this VM is gone, so that is why.
+    let error = process.wait().await.unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::GuestEnded(_)), "{error}");
+    let mut rest = Vec::new();
+    process.stdout.take().unwrap().read_to_end(&mut rest).await.unwrap();
+    assert!(rest.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_read_is_given_back_and_input_waits_for_room() {
+    let (mut process, mut agent) = process();
+    let mut stdout = process.stdout.take().unwrap();
+    let mut buffer = vec![0; MAX_DATA_BYTES];
+    for _ in 0..8 {
+        agent.write_all(&piece(Channel::Stdout, &buffer)).unwrap();
+        stdout.read_exact(&mut buffer).await.unwrap();
+        let (channel, message) = heard(&mut agent);
+        assert_eq!(channel, Channel::Message as u8);
+        let Control::Credit(credit) = Control::from_bytes(&message).unwrap() else {
+            panic!("{message:?}");
+        };
+        assert_eq!(
+            (credit.channel, credit.bytes as usize),
+            (Channel::Stdout as u8, MAX_DATA_BYTES)
+        );
+    }
+    // Nobody reads any more: it is given back all the same.
+    drop(stdout);
+    agent.write_all(&piece(Channel::Stdout, &buffer)).unwrap();
+    assert_eq!(heard(&mut agent).0, Channel::Message as u8);
+    let mut stdin = process.stdin.take().unwrap();
+    stdin.write_all(&vec![1; WINDOW_BYTES]).await.unwrap();
+    let more = tokio::time::timeout(std::time::Duration::from_millis(50), stdin.write(b"x"));
+    assert!(more.await.is_err(), "there is no room");
+    let credit = crate::protocol::Credit { channel: Channel::Data as u8, bytes: 1 };
+    agent.write_all(&Frame::message(&Reply::Credit(credit))).unwrap();
+    assert_eq!(stdin.write(b"yz").await.unwrap(), 1);
+    drop(stdin);
+    let mut input = 0;
+    loop {
+        let (channel, body) = heard(&mut agent);
+        assert_eq!(channel, Channel::Data as u8);
+        if body.is_empty() {
+            break;
+        }
+        input += body.len();
+    }
+    assert_eq!(input, WINDOW_BYTES + 1);
 }

@@ -24,6 +24,12 @@ pub(crate) struct DeviceHandle<D: ?Sized = dyn VirtioDevice>(Arc<Shared<D>>);
 pub(crate) struct WeakDeviceHandle<D>(Weak<Shared<D>>);
 
 impl<D> WeakDeviceHandle<D> {
+    /// A device that is gone.
+    #[cfg(test)]
+    pub(crate) fn gone() -> Self {
+        Self(Weak::new())
+    }
+
     /// The device, while its machine is there.
     pub(crate) fn upgrade(&self) -> Option<DeviceHandle<D>> {
         self.0.upgrade().map(DeviceHandle)

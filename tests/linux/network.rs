@@ -40,7 +40,7 @@ fn busybox(arguments: &str) {
 }
 
 /// Gives an interface of this machine an address.
-fn set_up(tap: &str, address: &str) {
+pub fn set_up(tap: &str, address: &str) {
     busybox(&format!("ip addr add {address} dev {tap}"));
     busybox(&format!("ip link set {tap} up"));
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
@@ -14,29 +14,10 @@ use dormouse::{
 };
 
 use crate::devices::{DISK, Image, config, config_with};
-use crate::{PATIENCE, Release, Transcript, guest_tool, programs};
+use crate::{PATIENCE, Release, Scratch, Transcript, guest_tool, programs};
 
 /// Does what is typed, line by line.
 const SHELL: &str = "stty -echo; echo ready; while read -r line; do eval \"$line\"; done";
-
-/// A directory that goes with the test.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir();
-        let path = path.join(format!("dormouse-sleep-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A guest that does what is typed.
 struct Guest {

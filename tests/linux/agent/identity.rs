@@ -1,6 +1,4 @@
 use std::collections::HashSet;
-use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use dormouse::{
@@ -8,14 +6,7 @@ use dormouse::{
 };
 
 use super::{Guest, block_on, config, sh};
-use crate::PATIENCE;
-
-fn scratch(name: &str) -> PathBuf {
-    let path =
-        std::env::temp_dir().join(format!("dormouse-identity-{name}-{}", std::process::id()));
-    let _ = fs::remove_dir_all(&path);
-    path
-}
+use crate::{PATIENCE, Scratch};
 
 #[test]
 fn clones_are_others_before_their_programs_go_on_and_their_agents_answer_at_once() {
@@ -56,7 +47,8 @@ fn clones_are_others_before_their_programs_go_on_and_their_agents_answer_at_once
 #[test]
 fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
     block_on(async {
-        let dir = scratch("sleeper");
+        let scratch = Scratch::new("sleeper");
+        let dir = scratch.0.join("asleep");
         let agent = AgentConfig::new()
             .hook(HookName::Suspend, Hook::command(["sh", "-c", "echo suspend >>/hooks"]))
             .hook(HookName::Resume, Hook::command(["sh", "-c", "echo resume >>/hooks"]));
@@ -86,7 +78,6 @@ fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
         let vm = Snapshot::open(&dir).unwrap().restore().unwrap().resume().unwrap();
         let other = sh(&vm.agent().await.unwrap(), "cat /etc/machine-id").await.unwrap();
         assert!(!id.starts_with(other.trim()));
-        fs::remove_dir_all(&dir).unwrap();
     });
 }
 

@@ -4,6 +4,7 @@ mod ends;
 mod exec;
 mod files;
 mod identity;
+mod network;
 mod ports;
 mod root;
 
@@ -35,6 +36,7 @@ fn busybox() -> InitramfsBuilder {
         "ps",
         "mount",
         "true",
+        "ping",
         "dd",
         "rm",
         "date",
