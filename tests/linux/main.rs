@@ -89,6 +89,8 @@ pub fn initramfs(script: &str) -> InitramfsBuilder {
          /bin/busybox --install -s /bin\n\
          export PATH=/bin\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev\n\
+         # What the console has not sent when the machine is switched off is lost: wait for it.\n\
+         poweroff() {{ stty -F /dev/console echo 2>/dev/null; /bin/busybox poweroff \"$@\"; }}\n\
          {script}\n"
     );
     Initramfs::builder()
