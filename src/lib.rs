@@ -72,8 +72,8 @@
 //!
 //! The library installs no signal handler, touches no terminal, writes to no standard stream,
 //! never exits or aborts, and keeps nothing behind: descriptors, mappings and threads of a VM are
-//! gone within milliseconds of its drop. Calls block, for the times that they document; none
-//! needs an async runtime. Threads are named `dormouse-…`; seccomp confines them, and what of
+//! gone within milliseconds of its drop. Calls block, for the times that they document; those
+//! of the agent are async, and none else needs a runtime. Threads are named `dormouse-…`; seccomp confines them, and what of
 //! yours runs on them (see [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU
 //! threads, which have it blocked: it is never delivered. A process that uses that signal itself
 //! must not send it to the process as a whole.

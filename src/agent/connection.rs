@@ -94,20 +94,15 @@ pub(super) fn lost(vsock: &Vsock) -> Error {
 /// Why a frame was not read.
 #[derive(Debug)]
 pub(super) enum ReadError {
-    Io(
-        #[allow(
-            dead_code,
-            reason = "for those who look: what matters is that the connection is over"
-        )]
-        io::Error,
-    ),
+    /// The connection is over.
+    Ended,
     Malformed(Malformed),
 }
 
 impl ReadError {
     pub(super) fn explain(self, vsock: &Vsock) -> Error {
         match self {
-            Self::Io(_) => lost(vsock),
+            Self::Ended => lost(vsock),
             Self::Malformed(malformed) => AgentError::Malformed(malformed).into(),
         }
     }
@@ -131,10 +126,6 @@ pub(super) struct FrameReader {
     body_bytes: usize,
 }
 
-fn cut_off() -> ReadError {
-    ReadError::Io(io::ErrorKind::UnexpectedEof.into())
-}
-
 impl FrameReader {
     fn new(stream: OwnedReadHalf) -> Self {
         Self { stream, header: [0; HEADER_BYTES], header_bytes: 0, body: Vec::new(), body_bytes: 0 }
@@ -152,10 +143,10 @@ impl FrameReader {
         while self.header_bytes < HEADER_BYTES {
             let mut rest = ReadBuf::new(&mut self.header[self.header_bytes..]);
             ready!(Pin::new(&mut self.stream).poll_read(context, &mut rest))
-                .map_err(ReadError::Io)?;
+                .map_err(|_| ReadError::Ended)?;
             match rest.filled().len() {
                 0 if self.header_bytes == 0 => return Poll::Ready(Ok(None)),
-                0 => return Poll::Ready(Err(cut_off())),
+                0 => return Poll::Ready(Err(ReadError::Ended)),
                 bytes => self.header_bytes += bytes,
             }
         }
@@ -167,9 +158,9 @@ impl FrameReader {
             }
             let mut rest = ReadBuf::new(&mut self.body[self.body_bytes..]);
             ready!(Pin::new(&mut self.stream).poll_read(context, &mut rest))
-                .map_err(ReadError::Io)?;
+                .map_err(|_| ReadError::Ended)?;
             match rest.filled().len() {
-                0 => return Poll::Ready(Err(cut_off())),
+                0 => return Poll::Ready(Err(ReadError::Ended)),
                 bytes => self.body_bytes += bytes,
             }
         }

@@ -53,6 +53,10 @@ pub(crate) enum AgentError {
     Host { path: PathBuf, source: io::Error },
     #[error("cannot read what is to be written")]
     Source(#[source] io::Error),
+    #[error("more than {limit} bytes of names in the directory")]
+    List { limit: usize },
+    #[error("more than {limit} files, directories and links")]
+    Entries { limit: u64 },
     #[error("more than {limit} bytes in the file")]
     FileSize { limit: u64 },
     #[error("the hook `{name}` {how}")]
@@ -84,9 +88,12 @@ impl From<AgentError> for Error {
             E::Guest(failure) => file_kind(failure),
             E::Exec { failure, .. } => ErrorKind::ExecFailed(exec_failure(failure)),
             E::Process { status, .. } => ErrorKind::ProcessFailed(*status),
-            E::Output { .. } | E::TooLong { .. } | E::FileSize { .. } | E::Socket(_) => {
-                ErrorKind::Resources
-            }
+            E::List { .. }
+            | E::Entries { .. }
+            | E::Output { .. }
+            | E::TooLong { .. }
+            | E::FileSize { .. }
+            | E::Socket(_) => ErrorKind::Resources,
             E::Host { source, .. } | E::Source(source) => ErrorKind::File(source.kind()),
             E::Hook { .. } => ErrorKind::Hook,
             _ => ErrorKind::Agent,

@@ -21,6 +21,8 @@ use crate::protocol::{
 };
 use crate::vsock::Vsock;
 
+/// As much of a directory as [`Agent::read_dir`] takes.
+const LIST_LIMIT: usize = 64 << 20;
 /// As much of a file as [`Agent::read`] takes.
 const READ_LIMIT: u64 = 64 << 20;
 
@@ -139,25 +141,27 @@ impl Agent {
         }
     }
 
-    /// What is in a directory, in no order: up to a million entries.
+    /// What is in a directory, in no order: up to 64 MiB of names and metadata, some 500,000
+    /// entries.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn read_dir(&self, path: impl AsRef<Path>) -> Result<Vec<DirEntry>, Error> {
-        const LIMIT: usize = 1 << 20;
         let call = Call::List(bytes(path.as_ref()));
         let mut connection = Connection::call(self.vsock(), &call).await?;
-        let mut entries = Vec::new();
+        let (mut entries, mut bytes) = (Vec::new(), 0);
         loop {
             match connection.reply(self.vsock()).await? {
-                Reply::Entry(_) if entries.len() == LIMIT => {
-                    return Err(AgentError::FileSize { limit: LIMIT as u64 }.into());
+                Reply::Entry(entry) => {
+                    // With what is kept beside it: a guest can send many names, and long ones.
+                    bytes += entry.name.0.len() + size_of::<DirEntry>();
+                    if bytes > LIST_LIMIT {
+                        return Err(AgentError::List { limit: LIST_LIMIT }.into());
+                    }
+                    let name = OsString::from_vec(entry.name.0);
+                    entries.push(DirEntry { name, metadata: Metadata(entry.stat) });
                 }
-                Reply::Entry(entry) => entries.push(DirEntry {
-                    name: OsString::from_vec(entry.name.0),
-                    metadata: Metadata(entry.stat),
-                }),
                 Reply::Done => return Ok(entries),
                 other => return Err(refused(other)),
             }

@@ -39,6 +39,8 @@ pub struct Process {
     id: u32,
     outgoing: Outgoing,
     end: oneshot::Receiver<Result<ProcessStatus, Error>>,
+    /// What `end` said: it says it once.
+    ended: Option<ProcessStatus>,
     tasks: Vec<AbortOnDrop>,
 }
 
@@ -89,6 +91,7 @@ impl Process {
             id,
             outgoing,
             end,
+            ended: None,
             tasks,
         }
     }
@@ -125,9 +128,19 @@ impl Process {
     /// [`ErrorKind::Agent`](crate::ErrorKind::Agent), where the guest or the connection ended before
     /// the program.
     pub async fn wait(&mut self) -> Result<ProcessStatus, Error> {
+        if let Some(status) = self.ended {
+            return Ok(status);
+        }
+        if self.end.is_terminated() {
+            return Err(AgentError::Lost.into());
+        }
         match (&mut self.end).await {
-            Ok(status) => status,
-            // It has been waited for, or the runtime is going down.
+            Ok(status) => {
+                let status = status?;
+                self.ended = Some(status);
+                Ok(status)
+            }
+            // The runtime is going down.
             Err(_) => Err(AgentError::Lost.into()),
         }
     }

@@ -143,7 +143,7 @@ impl Agent {
             let copied = work(&mut wire);
             match copied {
                 // The guest says better why its end failed.
-                Err(TreeError::Wire(_)) => wire.last_word().and(copied),
+                Err(TreeError::Wire) => wire.last_word().and(copied),
                 copied => copied,
             }
         });
@@ -151,7 +151,7 @@ impl Agent {
         drop(guard);
         match copied {
             Ok(Ok(copied)) => Ok(copied),
-            Ok(Err(TreeError::Wire(_))) => Err(lost(self.vsock())),
+            Ok(Err(TreeError::Wire)) => Err(lost(self.vsock())),
             Ok(Err(TreeError::Other(error))) => Err(error),
             Err(_) => Err(AgentError::Lost.into()),
         }
@@ -170,8 +170,8 @@ impl Drop for EndOnDrop {
 /// Why a copy ended.
 #[derive(Debug)]
 enum TreeError {
-    /// The connection failed.
-    Wire(#[allow(dead_code, reason = "for those who look")] io::Error),
+    /// The connection is over.
+    Wire,
     Other(Error),
 }
 
@@ -205,19 +205,19 @@ impl BlockingWire {
     }
 
     fn send_raw(&self, bytes: &[u8]) -> Result<(), TreeError> {
-        (&*self.socket).write_all(bytes).map_err(TreeError::Wire)
+        (&*self.socket).write_all(bytes).map_err(|_| TreeError::Wire)
     }
 
     fn next(&mut self) -> Result<Frame<'_>, TreeError> {
         let mut header = [0; HEADER_BYTES];
-        (&*self.socket).read_exact(&mut header).map_err(TreeError::Wire)?;
+        (&*self.socket).read_exact(&mut header).map_err(|_| TreeError::Wire)?;
         let (channel, length) = Frame::parse_header(header).map_err(AgentError::Malformed)?;
         self.body.clear();
         // As much memory as has come.
         let read = (&*self.socket).take(length as u64).read_to_end(&mut self.body);
-        match read.map_err(TreeError::Wire)? {
+        match read.map_err(|_| TreeError::Wire)? {
             read if read == length => Ok(Frame { channel, bytes: &self.body }),
-            _ => Err(TreeError::Wire(io::ErrorKind::UnexpectedEof.into())),
+            _ => Err(TreeError::Wire),
         }
     }
 

@@ -32,7 +32,7 @@ fn pair() -> (BlockingWire, BlockingWire) {
 
 fn receive(wire: &mut BlockingWire, path: &Path, limits: &CopyLimits) -> Result<Copied, String> {
     write::receive(wire, path, limits).map_err(|error| match error {
-        TreeError::Wire(error) => error.to_string(),
+        TreeError::Wire => "the connection is over".to_owned(),
         TreeError::Other(error) => error.to_string(),
     })
 }
@@ -169,8 +169,8 @@ fn too_much_too_deep_and_nonsense_are_refused() {
     refused(&frames(&[directory(""), Node::End]), "a directory without its end");
     refused(&frames(&[directory(""), Node::Leave, directory("x")]), "two roots");
     refused(&[vec![1, 0, 0, 0, 0, 99]], "no message");
-    refused(&[], "failed to fill");
+    refused(&[], "the connection is over");
     let deep: Vec<_> =
         std::iter::once(directory("")).chain((0..9).map(|_| directory("d"))).collect();
-    refused(&frames(&deep), "failed to fill");
+    refused(&frames(&deep), "the connection is over");
 }

@@ -91,7 +91,7 @@ impl<'a> Writer<'a> {
     fn count(&mut self) -> Result<(), TreeError> {
         self.copied.entries += 1;
         match self.copied.entries > self.limits.entries {
-            true => Err(AgentError::FileSize { limit: self.limits.entries }.into()),
+            true => Err(AgentError::Entries { limit: self.limits.entries }.into()),
             false => Ok(()),
         }
     }
