@@ -55,7 +55,7 @@ fn wait_until(vm: &MicroVm<Running>, what: &str, is: impl Fn(&BalloonStatus) -> 
 }
 
 fn ends_well(vm: MicroVm<Running>, transcript: &Transcript) -> String {
-    let vm = vm.wait_timeout(PATIENCE).unwrap();
+    let vm = transcript.end_of(vm);
     let text = transcript.text();
     assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}");
     text

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dormouse::{ExitStatus, MicroVm};
 
-use crate::{PATIENCE, Release, Transcript, config};
+use crate::{Release, Transcript, config};
 
 #[test]
 fn a_shell_on_the_console_answers_what_is_typed() {
@@ -22,7 +22,7 @@ fn a_shell_on_the_console_answers_what_is_typed() {
     vm.console_input(format!("echo {words} | wc -w\n")).unwrap();
     transcript.wait_for("\n100\n");
     vm.console_input("exit\n").unwrap();
-    let vm = vm.wait_timeout(PATIENCE).unwrap();
+    let vm = transcript.end_of(vm);
     assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff);
     assert!(vm.console().tail().contains("42 is the answer"));
 }

@@ -160,7 +160,7 @@ poweroff -f"#;
     vm.console_input("go\n").unwrap();
     transcript.wait_for("full=262144\n");
     assert!(given(&vm) >= bytes + (256 << 10));
-    let vm = vm.wait_timeout(PATIENCE).unwrap();
+    let vm = transcript.end_of(vm);
     assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff);
 }
 
@@ -218,7 +218,7 @@ poweroff -f"#;
         })
         .collect();
     assert_eq!(kinds, ["block 16", "block 16", "net", "net", "entropy", "balloon", "vsock 1"]);
-    let vm = vm.wait_timeout(PATIENCE).unwrap();
+    let vm = transcript.end_of(vm);
     let text = transcript.text();
     assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}");
     assert!(text.contains("\n7\n") || text.starts_with("7\n"), "{text}");

@@ -25,9 +25,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use dormouse::{Cmdline, Initramfs, InitramfsBuilder, Kernel, MicroVm, Terminated, VmConfig};
+use dormouse::{
+    Cmdline, Initramfs, InitramfsBuilder, Kernel, MicroVm, Running, Terminated, VmConfig,
+};
 
-/// A boot takes some 5 s in the testbed, more when it is busy. Only a failing test waits longer.
+/// How long a guest may be silent: a boot takes some 5 s in the testbed, more when it is busy. Only
+/// a failing test waits longer.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The two kernels that the tests use.
@@ -109,12 +112,8 @@ pub fn config(kernel: Kernel, script: &str) -> VmConfig {
 pub fn run(config: VmConfig) -> (MicroVm<Terminated>, String) {
     let transcript = Transcript::default();
     let vm = MicroVm::create(config.console(transcript.clone())).expect("create");
-    let vm = vm.start().unwrap().wait_timeout(PATIENCE);
-    let text = transcript.text();
-    match vm {
-        Ok(vm) => (vm, text),
-        Err(failed) => panic!("{}\n{text}", failed.error),
-    }
+    let vm = transcript.end_of(vm.start().unwrap());
+    (vm, transcript.text())
 }
 
 /// A directory that goes with the test.
@@ -146,11 +145,35 @@ impl Transcript {
 
     /// Waits until the guest has written `text`.
     pub fn wait_for(&self, text: &str) {
-        let begin = Instant::now();
+        let mut heard = (self.length(), Instant::now());
         while !self.text().contains(text) {
-            assert!(begin.elapsed() < PATIENCE, "no {text:?} in:\n{}", self.text());
+            self.listen(&mut heard, &format!("no {text:?}"));
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until the guest has ended.
+    pub fn end_of(&self, mut vm: MicroVm<Running>) -> MicroVm<Terminated> {
+        let mut heard = (self.length(), Instant::now());
+        loop {
+            vm = match vm.wait_timeout(Duration::from_secs(1)) {
+                Ok(vm) => return vm,
+                Err(failed) => failed.vm,
+            };
+            self.listen(&mut heard, "no end");
+        }
+    }
+
+    fn length(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+
+    /// Panics where the guest has been silent for too long. `heard` is what it had written, and when.
+    fn listen(&self, heard: &mut (usize, Instant), missing: &str) {
+        if heard.0 < self.length() {
+            *heard = (self.length(), Instant::now());
+        }
+        assert!(heard.1.elapsed() < PATIENCE, "{missing} in:\n{}", self.text());
     }
 }
 

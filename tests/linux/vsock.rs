@@ -198,7 +198,7 @@ fn vsock_survives_a_pause_and_ends_with_the_guest() {
     let ended = ErrorKind::GuestEnded(ExitStatus::PoweredOff);
     assert_eq!(listener.accept().unwrap_err().kind(), &ended);
     assert_eq!(vsock.connect(GUEST_PORT).unwrap_err().kind(), &ended);
-    let vm = vm.wait_timeout(PATIENCE).unwrap();
+    let vm = transcript.end_of(vm);
     assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff);
     let text = transcript.text();
     assert!(text.contains("good night") && text.contains("refused as it should"), "{text}");

@@ -4,7 +4,7 @@ use dormouse::{AgentConfig, BlockConfig, Entrypoint, ErrorKind, ExitStatus, Micr
 
 use super::{Guest, block_on, busybox, config};
 use crate::devices::Image;
-use crate::{PATIENCE, Release, Transcript};
+use crate::{Release, Transcript};
 
 #[test]
 fn a_guest_that_dies_before_it_is_ready_says_how() {
@@ -79,7 +79,7 @@ fn a_guest_ends_with_its_entrypoint_if_it_shall() {
         let agent = AgentConfig::new().entrypoint(entrypoint).end_with_entrypoint(true);
         let transcript = Transcript::default();
         let vm = MicroVm::create(config(agent).console(transcript.clone())).unwrap();
-        let vm = vm.start().unwrap().wait_timeout(PATIENCE / 2).unwrap();
+        let vm = transcript.end_of(vm.start().unwrap());
         assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff);
         assert!(
             transcript.text().contains("worked as 1000 in /tmp with b"),
