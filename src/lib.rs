@@ -81,7 +81,6 @@
 //! # Features
 //!
 //! - `agent` (default): the agent in the guest, on tokio.
-//! - `deb` (default): [`Kernel::deb`], kernels out of Debian packages.
 
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -96,7 +95,6 @@ mod cmdline;
 mod compression;
 mod config;
 mod console;
-#[cfg(feature = "deb")]
 mod deb;
 mod devices;
 mod disk;

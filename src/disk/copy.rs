@@ -187,10 +187,16 @@ fn copy_some(
     }
     let mut buffer = vec![0; BUFFER_BYTES.min(len as usize)];
     from.read_exact_at(&mut buffer, source)?;
-    for (block, bytes) in buffer.chunks(BLOCK_BYTES).enumerate() {
+    write_sparse(to, &buffer, target)?;
+    Ok(buffer.len() as u64)
+}
+
+/// Writes what is not zero to a place that is zeros so far.
+pub(crate) fn write_sparse(to: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    for (block, bytes) in bytes.chunks(BLOCK_BYTES).enumerate() {
         if bytes.iter().any(|byte| *byte != 0) {
-            to.write_all_at(bytes, target + (block * BLOCK_BYTES) as u64)?;
+            to.write_all_at(bytes, at + (block * BLOCK_BYTES) as u64)?;
         }
     }
-    Ok(buffer.len() as u64)
+    Ok(())
 }

@@ -25,6 +25,27 @@ pub(super) fn next(file: &File, from: u64, end: u64) -> io::Result<Option<Range<
     Ok(Some(start..hole.clamp(start + 1, end)))
 }
 
+/// The parts of a whole file that have data, counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extents {
+    pub(crate) count: usize,
+    pub(crate) bytes: u64,
+}
+
+impl Extents {
+    /// Moves the position of the file.
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
+        let (mut found, mut at) = (Self { count: 0, bytes: 0 }, 0);
+        let end = file.metadata()?.len();
+        while let Some(range) = next(file, at, end)? {
+            found.count += 1;
+            found.bytes += range.end - range.start;
+            at = range.end;
+        }
+        Ok(found)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
@@ -44,5 +65,7 @@ mod tests {
         assert_eq!(next(&file, 0, 65_536).unwrap(), None);
         assert_eq!(next(&file, 73_728, 1 << 20).unwrap(), None);
         assert_eq!(next(&file, 5, 5).unwrap(), None);
+        file.write_all_at(&[1; 4096], 262_144).unwrap();
+        assert_eq!(Extents::of(&file).unwrap(), Extents { count: 2, bytes: 12_288 });
     }
 }

@@ -23,9 +23,10 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-pub(crate) use self::copy::{Progress, copy_file};
+pub(crate) use self::copy::{Progress, copy_file, write_sparse};
 use self::delta::Delta;
 pub(crate) use self::error::DiskError;
+pub(crate) use self::extents::Extents;
 pub(crate) use self::saved::SavedDisk;
 use crate::config::{BlockConfig, FileFacts, Writes};
 use crate::memory::{Clear, GuestBytes, Transfer};

@@ -84,6 +84,14 @@ impl SavedDisk {
         matches!(self, Self::Raw { .. } | Self::Delta { .. })
     }
 
+    /// How long the saved file is, where there is one.
+    pub(crate) fn file_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Raw { data } | Self::Delta { data, .. } => Some(data.bytes),
+            Self::ReadOnly { .. } | Self::Left { .. } => None,
+        }
+    }
+
     /// The file of the host that the saved disk needs.
     pub(crate) fn base(&self) -> Option<&Path> {
         match self {

@@ -6,7 +6,6 @@
 //! Source: Linux Documentation/arch/x86/boot.rst, boot protocol 2.15; ELF-64, version 1.5.
 
 mod bzimage;
-#[cfg(feature = "deb")]
 mod deb;
 mod installed;
 mod vmlinux;
@@ -60,7 +59,6 @@ pub(crate) enum KernelError {
     Unpack { format: &'static str, source: io::Error },
     #[error("no kernel under {} (vmlinuz-* in boot, or vmlinuz in lib/modules/*)", root.display())]
     NoneInstalled { root: PathBuf },
-    #[cfg(feature = "deb")]
     #[error("{} is not a Debian package with a kernel: {reason}", path.display())]
     Package { path: PathBuf, reason: String },
 }
@@ -145,7 +143,6 @@ struct KnownModules {
 #[serde(rename_all = "snake_case")]
 enum Source {
     File(PathBuf),
-    #[cfg(feature = "deb")]
     Deb(PathBuf),
     Installed(InstalledKernel),
     #[serde(skip)]
@@ -181,7 +178,6 @@ impl Kernel {
     }
 
     /// The kernel in a Debian package (`linux-image-*.deb`), which need not be installed.
-    #[cfg(feature = "deb")]
     pub fn deb(path: impl Into<PathBuf>) -> Self {
         Source::Deb(path.into()).into()
     }
@@ -269,7 +265,6 @@ impl Source {
         match self {
             Self::File(path) => read_file(path),
             Self::Installed(kernel) => read_file(kernel.path()),
-            #[cfg(feature = "deb")]
             Self::Deb(path) => deb::kernel_image(path),
             Self::Bytes(bytes) => Ok(bytes.to_vec()),
         }
@@ -279,7 +274,6 @@ impl Source {
     fn modules(&self) -> Option<Modules> {
         match self {
             Self::Installed(kernel) => kernel.modules_dir().map(Modules::in_directory),
-            #[cfg(feature = "deb")]
             Self::Deb(path) => Some(Modules::in_package(path)),
             Self::File(_) | Self::Bytes(_) => None,
         }
@@ -309,7 +303,6 @@ impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
             Source::File(path) => path.display().fmt(f),
-            #[cfg(feature = "deb")]
             Source::Deb(path) => path.display().fmt(f),
             Source::Installed(kernel) => kernel.path().display().fmt(f),
             Source::Bytes(bytes) => write!(f, "{} bytes in memory", bytes.len()),

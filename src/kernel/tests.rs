@@ -172,7 +172,6 @@ fn bzimages_that_cannot_be_unpacked_say_why() {
     assert!(text(bzimage(b"")).contains("compressed in an unknown way"));
 }
 
-#[cfg(feature = "deb")]
 mod deb {
     use super::*;
     use crate::deb::tests::{ar_header, scratch};

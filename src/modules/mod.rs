@@ -5,7 +5,6 @@
 
 mod directory;
 mod module;
-#[cfg(feature = "deb")]
 mod package;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -17,7 +16,6 @@ use thiserror::Error as ThisError;
 
 use self::directory::Directory;
 pub(crate) use self::module::Module;
-#[cfg(feature = "deb")]
 use self::package::Package;
 use crate::error::{Error, ErrorKind};
 
@@ -37,7 +35,6 @@ pub(crate) enum ModuleError {
     #[error("cannot read {}", path.display())]
     Read { path: PathBuf, source: io::Error },
     #[error("{} is not a Debian package: {reason}", path.display())]
-    #[cfg(feature = "deb")]
     Package { path: PathBuf, reason: String },
     #[error("there is no module {name} in {}", place.display())]
     Missing { name: String, place: PathBuf },
@@ -74,7 +71,6 @@ pub(crate) struct Modules {
 #[derive(Debug)]
 enum Place {
     Directory(Directory),
-    #[cfg(feature = "deb")]
     Package(Package),
 }
 
@@ -92,7 +88,6 @@ impl Modules {
     }
 
     /// Those in a Debian package of a kernel, which may have none.
-    #[cfg(feature = "deb")]
     pub(crate) fn in_package(path: impl Into<PathBuf>) -> Self {
         Self::at(Place::Package(Package::new(path.into())))
     }
@@ -203,7 +198,6 @@ impl Place {
     fn read(&mut self, names: &BTreeSet<String>) -> Result<Vec<Packed>, ModuleError> {
         match self {
             Self::Directory(directory) => directory.read(names),
-            #[cfg(feature = "deb")]
             Self::Package(package) => package.read(names),
         }
     }
@@ -211,7 +205,6 @@ impl Place {
     fn is_builtin(&self, name: &str) -> bool {
         match self {
             Self::Directory(directory) => directory.builtin().contains(name),
-            #[cfg(feature = "deb")]
             Self::Package(package) => package.builtin().contains(name),
         }
     }
@@ -219,7 +212,6 @@ impl Place {
     fn has_none(&self) -> bool {
         match self {
             Self::Directory(_) => false,
-            #[cfg(feature = "deb")]
             Self::Package(package) => package.has_none(),
         }
     }
@@ -227,7 +219,6 @@ impl Place {
     fn path(&self) -> &Path {
         match self {
             Self::Directory(directory) => directory.path(),
-            #[cfg(feature = "deb")]
             Self::Package(package) => package.path(),
         }
     }

@@ -107,7 +107,6 @@ fn a_module_that_wants_more_than_there_can_be_is_refused() {
     assert!(release.load(&["soft"]).unwrap_err().contains("soft.ko"));
 }
 
-#[cfg(feature = "deb")]
 mod package {
     use super::*;
     use crate::deb::tests::package;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error as ThisError;
 
+use super::archive::ArchiveError;
 use super::directory::DirectoryError;
 use super::format::FormatError;
 use crate::config::ConfigError;
@@ -53,6 +54,12 @@ pub(crate) enum SnapshotError {
     Random(#[source] io::Error),
     #[error("cannot write {}", path.display())]
     Write { path: PathBuf, source: io::Error },
+    #[error("the snapshot is in memory, and has no files to pack")]
+    InMemory,
+    #[error("cannot open {}", path.display())]
+    OpenArchive { path: PathBuf, source: io::Error },
+    #[error("{} is no packed snapshot, or is damaged", path.display())]
+    Archive { path: PathBuf, source: ArchiveError },
     #[error("cannot save the guest's memory to {}", path.display())]
     SaveMemory { path: PathBuf, source: MemoryError },
     #[error("cannot share the guest's memory")]
@@ -73,6 +80,11 @@ impl SnapshotError {
 }
 
 impl SnapshotError {
+    pub(super) fn open_archive(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::OpenArchive { path, source }
+    }
+
     /// What a save of the memory says.
     pub(super) fn save_memory(path: PathBuf) -> impl FnOnce(MemoryError) -> Self {
         move |source| match source {
@@ -97,6 +109,14 @@ impl From<SnapshotError> for Error {
             }
             SnapshotError::State { source: FormatError::Version { .. }, .. } => {
                 Some("use the version of dormouse that wrote it, or save the VM again")
+            }
+            SnapshotError::InMemory => {
+                Some("save the VM to a directory, with `MicroVm::snapshot` or `MicroVm::suspend`")
+            }
+            SnapshotError::OpenArchive { source, .. }
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                Some("name a file that `Snapshot::pack` wrote")
             }
             SnapshotError::OtherShell => {
                 Some("prepare it with `prepare` of the same snapshot or VM")

@@ -3,6 +3,7 @@
 //! `state` is read and checked when it is opened; memory and disks are mapped, and read by whoever
 //! touches them. docs/snapshot-format.md describes the files.
 
+mod archive;
 mod directory;
 mod error;
 mod format;

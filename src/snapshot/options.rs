@@ -38,7 +38,7 @@ pub struct SaveProgress {
     pub total_bytes: Option<u64>,
 }
 
-/// A part of a snapshot.
+/// A part of a snapshot, or of the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SaveStage {
@@ -46,6 +46,8 @@ pub enum SaveStage {
     Memory,
     /// The disk at this place, counted from 0.
     Disk(usize),
+    /// All of it, to or from one packed file.
+    Archive,
 }
 
 impl SnapshotOptions {

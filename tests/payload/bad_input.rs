@@ -168,7 +168,6 @@ fn where_no_kernel_is_installed_the_error_says_how_to_get_one() {
     assert!(none.to_string().contains("apt-get install"), "{none}");
 }
 
-#[cfg(feature = "deb")]
 #[test]
 fn a_package_that_is_none_is_refused() {
     let text = Scratch::new("text.deb", b"not an archive");

@@ -361,6 +361,35 @@ fn verify_finds_any_flip_in_memory() {
 }
 
 #[test]
+fn a_guest_goes_on_from_a_packed_snapshot_of_several_layers() {
+    let scratch = Scratch::new();
+    let guest = Guest::restore(&saved(&scratch.join("base")));
+    guest.write(3, 7);
+    let second = guest.pause().0.snapshot(scratch.join("second")).unwrap();
+    assert_eq!(second.facts().memory_layers, 2);
+    second.pack_with(scratch.join("cold"), &SnapshotOptions::new().sync(true)).unwrap();
+    let facts = second.facts();
+    drop(second);
+    for name in ["base", "second"] {
+        fs::remove_dir_all(scratch.join(name)).unwrap();
+    }
+    let unpacked = Snapshot::unpack(scratch.join("cold"), scratch.join("warm")).unwrap();
+    assert_eq!(scratch.names(), ["cold", "warm"]);
+    assert_eq!(unpacked.facts(), facts);
+    unpacked.verify().unwrap();
+    let guest = Guest::restore(&unpacked);
+    assert_eq!(guest.sum(10), 28);
+    guest.off();
+    // What was never in a directory has nothing to pack.
+    let (vm, _output) = Guest::restore(&unpacked).pause();
+    let in_memory = vm.suspend_in_memory().unwrap().into_snapshot().unwrap();
+    let error = in_memory.pack(scratch.join("colder")).unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Snapshot);
+    assert!(error.to_string().contains("in memory"), "{error}");
+    assert_eq!(scratch.names(), ["cold", "warm"]);
+}
+
+#[test]
 fn a_pool_keeps_vms_ready_and_counts_those_in_use() {
     let scratch = Scratch::new();
     let snapshot = saved(&scratch.join("base"));

@@ -229,7 +229,6 @@ fn an_installed_kernel_brings_its_modules() {
     assert_eq!(module_names(&made).len(), ALWAYS.len());
 }
 
-#[cfg(feature = "deb")]
 #[test]
 fn a_packaged_kernel_brings_its_modules() {
     let folder = Folder::new("packaged", &[]);

@@ -1,5 +1,7 @@
 //! What a file of anybody may say, by a golden snapshot that is changed in one place at a time.
 
+mod archive;
+
 use std::os::unix::fs::FileExt;
 
 use super::*;
@@ -9,7 +11,7 @@ use crate::config::{
 
 macro_rules! golden {
     ($name:literal) => {
-        zstd::decode_all(&include_bytes!(concat!("../../tests/goldens/1/", $name, ".zst"))[..])
+        zstd::decode_all(&include_bytes!(concat!("../../../tests/goldens/1/", $name, ".zst"))[..])
             .unwrap()
     };
 }
