@@ -57,6 +57,9 @@ pub enum ErrorKind {
     ProcessFailed(ProcessStatus),
     /// A hook in the guest failed, or its time was over.
     Hook,
+    /// A template cannot be made of the configuration, was deactivated, or its VMs are not as they
+    /// should be.
+    Template,
     /// A file of the guest, or of the host, cannot be read or written.
     File(std::io::ErrorKind),
 }

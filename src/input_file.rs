@@ -8,6 +8,14 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+/// Where something is that a guest is booted from.
+#[cfg(feature = "image")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Origin<'a> {
+    File(&'a Path),
+    Bytes(&'a [u8]),
+}
+
 /// Opens a regular file for reading.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;

@@ -81,6 +81,7 @@
 //! # Features
 //!
 //! - `agent` (default): the agent in the guest, on tokio.
+//! - `image`: templates, whose VMs have their application up.
 
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -117,6 +118,8 @@ mod protocol;
 mod seccomp;
 mod snapshot;
 mod tap;
+#[cfg(feature = "image")]
+mod template;
 mod timings;
 mod virtio;
 mod vsock;
@@ -152,6 +155,8 @@ pub use microvm::{
 pub use phase::Phase;
 pub use pool::{Pool, PoolOptions};
 pub use snapshot::{SaveProgress, SaveStage, Snapshot, SnapshotFacts, SnapshotOptions};
+#[cfg(feature = "image")]
+pub use template::{Ready, Template, TemplateOptions, TemplateProgress, TemplateStage};
 pub use timings::{Timing, Timings};
 #[cfg(fuzzing)]
 #[doc(hidden)]

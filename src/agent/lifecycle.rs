@@ -24,6 +24,11 @@ impl Agent {
     /// [`ErrorKind::Hook`](crate::ErrorKind::Hook) where the hook failed; the guest runs on. Else as every call.
     pub async fn freeze(&self) -> Result<(), Error> {
         self.run_hook(HookName::Suspend, "").await?;
+        self.stop_processes().await
+    }
+
+    /// As [`freeze`](Self::freeze), without the hook.
+    pub(crate) async fn stop_processes(&self) -> Result<(), Error> {
         self.done(&Call::Freeze).await
     }
 

@@ -56,6 +56,15 @@ impl From<AgentError> for Error {
     }
 }
 
+/// Where the agent comes from that a guest would get.
+#[cfg(feature = "image")]
+pub(crate) fn agent_origin(config: &AgentConfig) -> input_file::Origin<'_> {
+    match &config.binary {
+        Some(path) => input_file::Origin::File(path),
+        None => input_file::Origin::Bytes(EMBEDDED),
+    }
+}
+
 /// The guest's initramfs, with the agent where it has one.
 pub(crate) fn archive(
     kernel: &Kernel,

@@ -85,6 +85,15 @@ impl Initramfs {
         Ok(self.load()?)
     }
 
+    /// Where it comes from.
+    #[cfg(feature = "image")]
+    pub(crate) fn origin(&self) -> input_file::Origin<'_> {
+        match &self.source {
+            Source::File(path) => input_file::Origin::File(path),
+            Source::Bytes(bytes) => input_file::Origin::Bytes(bytes),
+        }
+    }
+
     pub(crate) fn load(&self) -> Result<Arc<[u8]>, InitramfsError> {
         match &self.source {
             Source::Bytes(bytes) => Ok(Arc::clone(bytes)),

@@ -223,6 +223,16 @@ impl Kernel {
         Ok(self.load()?.image().to_vec())
     }
 
+    /// Where it comes from.
+    #[cfg(feature = "image")]
+    pub(crate) fn origin(&self) -> input_file::Origin<'_> {
+        match &self.source {
+            Source::File(path) | Source::Deb(path) => input_file::Origin::File(path),
+            Source::Installed(kernel) => input_file::Origin::File(kernel.path()),
+            Source::Bytes(bytes) => input_file::Origin::Bytes(bytes),
+        }
+    }
+
     pub(crate) fn boot_protocol(&self) -> BootProtocol {
         self.protocol
     }

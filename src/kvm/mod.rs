@@ -13,6 +13,8 @@ mod vm_state;
 
 pub(crate) use self::clock::ClockPolicy;
 pub(crate) use self::cpu_profile::CpuProfile;
+#[cfg(feature = "image")]
+pub(crate) use self::cpu_profile::HostFacts;
 pub(crate) use self::kick::{KickTarget, block_signals};
 pub(crate) use self::vcpu::{Vcpu, VmExit};
 pub(crate) use self::vcpu_state::VcpuState;

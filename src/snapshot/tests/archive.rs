@@ -4,6 +4,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 
+/// Names and contents.
+type Files = Vec<(String, Vec<u8>)>;
+
 /// A golden snapshot with some memory, its packed file, and a place to unpack it to.
 struct Packed {
     golden: Golden,
@@ -46,7 +49,7 @@ impl Packed {
     }
 
     /// The files in the archive.
-    fn files(&self) -> Vec<(String, Vec<u8>)> {
+    fn files(&self) -> Files {
         let bytes = zstd::decode_all(File::open(&self.file).unwrap()).unwrap();
         let mut archive = tar::Archive::new(&bytes[..]);
         let entries = archive.entries().unwrap().map(|entry| {
@@ -130,7 +133,7 @@ fn what_is_cut_or_flipped_is_refused_and_leaves_nothing() {
 fn archives_of_other_files_are_refused_by_name() {
     let packed = Packed::new();
     let files = packed.files();
-    let refusal = |change: &dyn Fn(&mut Vec<(String, Vec<u8>)>)| {
+    let refusal = |change: &dyn Fn(&mut Files)| {
         let mut files = files.clone();
         change(&mut files);
         packed.refusal(&archive(&files))

@@ -7,6 +7,7 @@ mod identity;
 mod network;
 mod ports;
 mod root;
+mod template;
 
 use std::time::Duration;
 
@@ -44,6 +45,7 @@ fn busybox() -> InitramfsBuilder {
         "kill",
         "test",
         "wc",
+        "mkdir",
         "sha256sum",
         "head",
         "tr",

@@ -1,0 +1,144 @@
+//! From a configuration to a snapshot that was tried.
+
+use std::ops::ControlFlow;
+
+use tokio::runtime::Handle;
+use tokio::time::timeout;
+
+use super::Template;
+use super::error::TemplateError;
+use super::options::{TemplateOptions, TemplateProgress, TemplateStage};
+use super::store::Entry;
+use crate::agent::AgentError;
+use crate::config::{HookName, RestoreOptions, VmConfig};
+use crate::error::{Error, ErrorKind};
+use crate::microvm::{MicroVm, Running};
+use crate::phase::Phase;
+use crate::snapshot::{Snapshot, SnapshotOptions};
+
+pub(super) async fn find_or_build(
+    config: VmConfig,
+    options: &TemplateOptions,
+    entry: Entry,
+) -> Result<Template, Error> {
+    if let Some(found) = find(&entry)? {
+        return Ok(found);
+    }
+    let _lock = entry.lock(|| options.begin(TemplateStage::Waiting)).await?;
+    // Whoever had the lock has built it, or has failed, or deactivated it.
+    if let Some(found) = find(&entry)? {
+        return Ok(found);
+    }
+    let vm = up(config, options).await?;
+    let mut building = entry.building();
+    let snapshot = save(vm, &building.path, options).await?;
+    building.id = Some(snapshot.id());
+    options.begin(TemplateStage::Validate);
+    validate(&snapshot, options).await?;
+    drop(snapshot);
+    let snapshot = building.commit()?;
+    Ok(Template { entry, snapshot, was_built: true })
+}
+
+/// The template, where it is there and whole.
+fn find(entry: &Entry) -> Result<Option<Template>, Error> {
+    if !entry.is_active() {
+        return Err(TemplateError::Inactive { id: entry.id() }.into());
+    }
+    match Template::found(entry.clone()) {
+        Ok(template) => Ok(Some(template)),
+        Err(error) if error.kind() == &ErrorKind::Snapshot => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A guest whose application is up, and whose processes stand still.
+async fn up(config: VmConfig, options: &TemplateOptions) -> Result<MicroVm<Running>, Error> {
+    options.begin(TemplateStage::Boot);
+    let watch = options.ready.watch();
+    let config = match &watch {
+        Some(watch) => {
+            let next = config.parts().3.console_writer.clone();
+            config.console(watch.writer(next))
+        }
+        None => config,
+    };
+    let vm = blocking(move || Ok(MicroVm::create(config)?.start()?)).await?;
+    let ready = timeout(options.timeout, async {
+        let agent = vm.agent().await?;
+        options.begin(TemplateStage::Ready);
+        options.ready.wait(&agent, watch.as_ref()).await?;
+        agent.stop_processes().await
+    });
+    match ready.await {
+        Ok(Ok(())) => Ok(vm),
+        Ok(Err(error)) => Err(vm.error(Phase::Agent, error)),
+        Err(_) => Err(vm.error(Phase::Agent, not_ready(options))),
+    }
+}
+
+fn not_ready(options: &TemplateOptions) -> TemplateError {
+    let seconds = options.timeout.as_secs_f64();
+    TemplateError::NotReady { seconds, waiting: options.ready.text() }
+}
+
+/// Saves the guest, which is over then.
+async fn save(
+    vm: MicroVm<Running>,
+    path: &std::path::Path,
+    options: &TemplateOptions,
+) -> Result<Snapshot, Error> {
+    options.begin(TemplateStage::Save);
+    let (path, options) = (path.to_owned(), options.clone());
+    let saving = SnapshotOptions::new().sync(true).progress(move |progress| {
+        let (bytes, total_bytes) = (progress.bytes, progress.total_bytes);
+        options.report(TemplateProgress { stage: TemplateStage::Save, bytes, total_bytes });
+        ControlFlow::Continue(())
+    });
+    blocking(move || {
+        let vm = vm.pause()?;
+        let snapshot = vm.snapshot_with(path, &saving);
+        drop(vm.terminate());
+        snapshot
+    })
+    .await
+}
+
+/// Tries a VM of the snapshot: it has to be up, and what it writes first is noted when it is paused.
+async fn validate(snapshot: &Snapshot, options: &TemplateOptions) -> Result<(), Error> {
+    let vm = restored(snapshot, RestoreOptions::new().outside_paths(true)).await;
+    let vm = vm.map_err(TemplateError::Invalid)?;
+    let tried = timeout(options.timeout, async {
+        let agent = vm.agent().await?;
+        options.ready.wait(&agent, None).await?;
+        agent.run_hook(HookName::Validate, "").await
+    });
+    let error = match tried.await {
+        Ok(Ok(())) => {
+            drop(blocking(move || Ok(vm.pause()?.terminate())).await?);
+            return Ok(());
+        }
+        Ok(Err(error)) => error,
+        Err(_) => not_ready(options).into(),
+    };
+    Err(TemplateError::Invalid(vm.error(Phase::Agent, error)).into())
+}
+
+/// A VM of the snapshot, with its programs running.
+pub(super) async fn restored(
+    snapshot: &Snapshot,
+    options: RestoreOptions,
+) -> Result<MicroVm<Running>, Error> {
+    let snapshot = snapshot.clone();
+    let vm = blocking(move || Ok(snapshot.restore_with(&options)?.resume()?)).await?;
+    vm.agent().await?;
+    Ok(vm)
+}
+
+/// Does what takes milliseconds, or much longer, where it holds up no task.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let runtime = Handle::try_current().map_err(|_| AgentError::NoRuntime)?;
+    runtime.spawn_blocking(work).await.map_err(|_| TemplateError::Thread)?
+}

@@ -1,0 +1,123 @@
+//! What makes a template another one, and what its directory holds.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::*;
+use crate::config::{AgentConfig, BlockConfig};
+use crate::error::ErrorKind;
+use crate::initramfs::Initramfs;
+use crate::kernel::Kernel;
+
+/// A directory that goes with the test.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let name = format!("dormouse-template-{name}-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn config() -> VmConfig {
+    VmConfig::new(Kernel::bytes(&b"kernel"[..])).agent(AgentConfig::new())
+}
+
+fn key(config: &VmConfig) -> String {
+    key::of(config, &Ready::Hook).unwrap().to_string()
+}
+
+#[test]
+fn what_is_the_same_has_the_same_name_and_every_change_another() {
+    let scratch = Scratch::new("key");
+    let disk = scratch.0.join("disk");
+    fs::write(&disk, "one").unwrap();
+    let with_disk = || config().block(BlockConfig::new(&disk).read_only());
+    assert_eq!(key(&config()), key(&config()));
+    assert_eq!(key(&with_disk()), key(&with_disk()));
+    let mut keys = vec![
+        key(&config()),
+        key(&with_disk()),
+        key(&config().memory_mib(256)),
+        key(&config().initramfs(Initramfs::bytes(&b"one"[..]))),
+        key(&config().initramfs(Initramfs::bytes(&b"two"[..]))),
+        key(&config().agent(AgentConfig::new().hostname("one"))),
+        key(&VmConfig::new(Kernel::bytes(&b"other"[..])).agent(AgentConfig::new())),
+        key::of(&config(), &Ready::Port(80)).unwrap().to_string(),
+    ];
+    fs::write(&disk, "longer").unwrap();
+    keys.push(key(&with_disk()));
+    let count = keys.len();
+    keys.sort();
+    keys.dedup();
+    assert_eq!(keys.len(), count);
+}
+
+#[test]
+fn what_cannot_be_a_template_says_why() {
+    let refusal = |config: &VmConfig| {
+        let error = key::of(config, &Ready::Hook).err().unwrap();
+        (error.kind().clone(), error.to_string())
+    };
+    let (kind, text) = refusal(&VmConfig::new(Kernel::bytes(&b"kernel"[..])));
+    assert_eq!(kind, ErrorKind::Template);
+    assert!(text.contains("AgentConfig::new()"), "{text}");
+    let (kind, text) = refusal(&config().block(BlockConfig::new("/disk")));
+    assert_eq!(kind, ErrorKind::Template);
+    assert!(text.contains("disk 0") && text.contains("discard_writes"), "{text}");
+    let (kind, text) = refusal(&config().block(BlockConfig::new("/no/disk").read_only()));
+    assert_eq!(kind, ErrorKind::File(std::io::ErrorKind::NotFound));
+    assert!(text.contains("/no/disk"), "{text}");
+}
+
+#[test]
+fn names_are_hashes_and_nothing_else() {
+    let scratch = Scratch::new("names");
+    for name in
+        ["", ".", "../x", &"g".repeat(64), &"a".repeat(63), &"A".repeat(64), &"é".repeat(32)]
+    {
+        let error = Template::open(&scratch.0, name).unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Template, "{name}");
+    }
+    let id = "0".repeat(64);
+    assert_eq!(Template::open(&scratch.0, &id).unwrap_err().kind(), &ErrorKind::Snapshot);
+    fs::create_dir(scratch.0.join(&id)).unwrap();
+    fs::write(scratch.0.join("notes.txt"), "").unwrap();
+    assert_eq!(Template::list(&scratch.0).unwrap(), [id]);
+    assert_eq!(Template::list(scratch.0.join("new/one")).unwrap(), [""; 0]);
+}
+
+#[tokio::test]
+async fn one_at_a_time_builds_and_what_is_deactivated_is_not_built() {
+    let scratch = Scratch::new("lock");
+    let store = Store::open(&scratch.0).unwrap();
+    let entry = store.entry(key::of(&config(), &Ready::Hook).unwrap());
+    let lock = entry.lock(|| panic!("nobody else has it")).await.unwrap();
+    let waits = std::cell::Cell::new(false);
+    {
+        let second = entry.lock(|| waits.set(true));
+        tokio::pin!(second);
+        let soon = std::time::Duration::from_millis(1);
+        assert!(tokio::time::timeout(soon, &mut second).await.is_err());
+        drop(lock);
+        second.await.unwrap();
+    }
+    assert!(waits.get());
+    entry.deactivate().unwrap();
+    assert!(!entry.is_active());
+    let error = Template::build(config(), &TemplateOptions::new(&scratch.0)).await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Template);
+    assert!(error.to_string().contains("deactivated"), "{error}");
+    entry.activate().unwrap();
+    entry.activate().unwrap();
+    assert!(entry.is_active());
+}

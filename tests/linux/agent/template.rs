@@ -1,0 +1,135 @@
+//! Templates: booted once, tried, kept; and every VM of one has the application up.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use dormouse::{
+    AgentConfig, Entrypoint, Error, ErrorKind, Hook, HookName, Ready, RestoreOptions, Template,
+    TemplateOptions, TemplateStage, VmConfig,
+};
+
+use super::{block_on, busybox, config_of, sh};
+use crate::{PATIENCE, Release, Scratch, Transcript};
+
+/// A server whose state is in its memory, in files in memory, and in a file that it has open; its
+/// child counts.
+const APPLICATION: &str = r#"
+mkdir -p /www /dev/shm; echo up > /www/index.html; echo kept > /dev/shm/note; echo kept > /tmp/note
+exec 7> /tmp/open; echo first >&7
+(n=0; while true; do n=$((n + 1)); echo $n > /tmp/count; sleep 0.1; done) &
+echo $! > /tmp/child; echo $$ > /tmp/server
+sleep 1; echo the server is up
+exec httpd -f -p 8080 -h /www
+"#;
+
+fn config(release: Release) -> VmConfig {
+    let application = Entrypoint::new(["sh", "-c", APPLICATION]);
+    let validate = Hook::command(["sh", "-c", "echo tried > /tmp/tried"]);
+    let agent = AgentConfig::new().entrypoint(application).hook(HookName::Validate, validate);
+    config_of(release, busybox(), agent)
+}
+
+fn options(scratch: &Scratch) -> TemplateOptions {
+    TemplateOptions::new(scratch.0.join("templates")).timeout(PATIENCE).ready(Ready::Port(8080))
+}
+
+async fn built_and_started(release: Release) -> Result<(), Error> {
+    let scratch = Scratch::new("template");
+    let stages = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&stages);
+    let watched = options(&scratch).progress(move |progress| {
+        let mut seen = seen.lock().unwrap();
+        if seen.last() != Some(&progress.stage) {
+            seen.push(progress.stage);
+        }
+    });
+    // Two want it at once, and one builds it.
+    let others = options(&scratch);
+    let (one, two) = tokio::join!(
+        Template::build(config(release), &watched),
+        Template::build(config(release), &others),
+    );
+    let (one, two) = (one?, two?);
+    assert!(one.was_built() != two.was_built());
+    assert_eq!(one.id(), two.id());
+    if one.was_built() {
+        use TemplateStage::{Boot, Ready, Save, Validate};
+        assert_eq!(*stages.lock().unwrap(), [Boot, Ready, Save, Validate]);
+    }
+    assert!(!Template::build(config(release), &options(&scratch)).await?.was_built());
+    assert_eq!(Template::list(scratch.0.join("templates"))?, [one.id()]);
+    // Each VM has the same application, and is another machine.
+    let mut machines = BTreeSet::new();
+    for name in ["first", "second"] {
+        let vm = one.start_with(RestoreOptions::new().hostname(name)).await?;
+        let agent = vm.agent().await?;
+        let page = agent.exec("busybox", ["wget", "-qO-", "http://127.0.0.1:8080/"]).await?;
+        assert_eq!(page.check()?.text(), "up\n");
+        let state = "cat /dev/shm/note /tmp/note /tmp/open; kill -0 $(cat /tmp/child) && \
+            echo alive; ls /tmp/tried 2>/dev/null; cat /proc/sys/kernel/hostname";
+        let state = sh(&agent, state).await?;
+        assert_eq!(state, format!("kept\nkept\nfirst\nalive\n{name}\n"));
+        let goes_on = "n=$(cat /tmp/count); until [ $(cat /tmp/count) -gt $n ]; do sleep 0.1; done; \
+            cat /proc/sys/kernel/random/uuid";
+        assert!(machines.insert(sh(&agent, goes_on).await?));
+        drop(vm.terminate());
+    }
+    // Elsewhere, by its name.
+    let again = Template::open(scratch.0.join("templates"), &one.id())?;
+    assert_eq!(again.snapshot().facts(), one.snapshot().facts());
+    again.deactivate()?;
+    assert_eq!(one.start().await.unwrap_err().kind(), &ErrorKind::Template);
+    let refused = Template::build(config(release), &options(&scratch)).await.unwrap_err();
+    assert_eq!(refused.kind(), &ErrorKind::Template);
+    again.activate()?;
+    drop(one.start().await?.terminate());
+    one.remove();
+    assert_eq!(Template::list(scratch.0.join("templates"))?, [""; 0]);
+    Ok(())
+}
+
+#[test]
+fn a_template_has_its_application_up_under_linux_6_1() {
+    block_on(built_and_started(Release::Linux6_1)).unwrap();
+}
+
+#[test]
+fn a_template_has_its_application_up_under_linux_6_12() {
+    block_on(built_and_started(Release::Linux6_12)).unwrap();
+}
+
+#[test]
+fn a_template_waits_for_a_line_or_a_command_and_says_what_never_came() {
+    block_on(async {
+        let scratch = Scratch::new("template-ready");
+        let transcript = Transcript::default();
+        let config = || config(Release::Linux6_12).console(transcript.clone());
+        let log = options(&scratch).ready(Ready::Log("the server is up".to_owned()));
+        let template = Template::build(config(), &log).await.unwrap();
+        assert!(transcript.text().contains("the server is up"));
+        let command = ["sh", "-c", "test $(cat /tmp/count) -gt 3"].map(str::to_owned);
+        let command = options(&scratch).ready(Ready::Command(command.into()));
+        let other = Template::build(config(), &command).await.unwrap();
+        assert_ne!(template.id(), other.id());
+        // What never comes.
+        let never = options(&scratch).ready(Ready::Port(9)).timeout(Duration::from_secs(20));
+        let error = Template::build(config(), &never).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Timeout);
+        let text = format!("{error:?}");
+        assert!(text.contains("port 9") && text.contains("the server is up"), "{text}");
+        // A hook that fails in the VM that is tried.
+        let fails = Hook::command(["sh", "-c", "echo no luck >&2; exit 3"]);
+        let agent = AgentConfig::new().hook(HookName::Validate, fails);
+        let config = config_of(Release::Linux6_12, busybox(), agent);
+        let hook = options(&scratch).ready(Ready::Hook);
+        let error = Template::build(config, &hook).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Template);
+        assert!(format!("{error:?}").contains("no luck"), "{error:?}");
+        let templates = scratch.0.join("templates");
+        assert_eq!(Template::list(&templates).unwrap().len(), 2);
+        let names = std::fs::read_dir(&templates).unwrap().map(|entry| entry.unwrap().file_name());
+        let left: Vec<_> = names.filter(|name| name.to_str().unwrap().starts_with('.')).collect();
+        assert!(left.is_empty(), "{left:?}");
+    });
+}
