@@ -104,6 +104,8 @@ mod error;
 mod event_loop;
 mod exit;
 mod host;
+#[cfg(feature = "image")]
+mod image;
 mod initramfs;
 mod input_file;
 mod kernel;
@@ -141,6 +143,11 @@ pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::{ExecFailure, ExitStatus, ProcessStatus};
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
+#[cfg(feature = "image")]
+pub use image::{
+    ExposedPort, Image, ImageCache, ImageConfig, ImageLimits, ImageProgress, ImageSource,
+    ImageStage,
+};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
 pub use metrics::{

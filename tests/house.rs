@@ -10,7 +10,7 @@ use std::process::Command;
 /// The modules from top to bottom: each imports only from layers below its own.
 const LAYERS: &[&[&str]] = &[
     &["lib"],
-    &["pool", "agent"],
+    &["pool", "agent", "image"],
     &["microvm", "host"],
     &["snapshot"],
     &["boot", "machine"],
