@@ -224,34 +224,25 @@ pub(super) fn choose<'d>(
     // Where nothing is said of the platform, the image's configuration will.
     let fits = |d: &&&Descriptor| d.platform.as_ref().is_none_or(|platform| wanted.takes(platform));
     let fitting: Vec<&Descriptor> = named.iter().filter(fits).copied().collect();
-    // The plainest variant runs everywhere.
-    let plain = |d: &&&Descriptor| d.platform.as_ref().is_some_and(|p| p.variant.is_none());
-    let plainest = fitting.iter().filter(plain).count() == 1;
-    match &fitting[..] {
+    let (first, rest) = match &fitting[..] {
         [] => {
             let found = named.iter().filter_map(|d| d.platform.as_ref()).map(Platform::to_string);
             let found: Vec<_> = found.collect();
             let found = listed(found.iter().map(String::as_str));
-            Err(ImageError::Platform { wanted: wanted.to_string(), found })
+            return Err(ImageError::Platform { wanted: wanted.to_string(), found });
         }
-        [one] => Ok(one),
-        [first, rest @ ..] if rest.iter().all(|other| other.digest == first.digest) => Ok(first),
-        [first, ..] => match fitting.iter().find(|d| plainest && plain(d)) {
-            Some(plain) => Ok(plain),
-            // Variants of one processor, in the order of the index.
-            None if fitting.iter().all(|d| d.platform.is_some()) && !has_names(&fitting) => {
-                Ok(first)
-            }
-            None => {
-                let names = listed(fitting.iter().flat_map(|d| d.names()));
-                Err(ImageError::Several { names })
-            }
-        },
+        [first, rest @ ..] => (first, rest),
+    };
+    if rest.iter().all(|other| other.digest == first.digest) {
+        return Ok(first);
     }
-}
-
-fn has_names(descriptors: &[&Descriptor]) -> bool {
-    descriptors.iter().any(|descriptor| descriptor.names().next().is_some())
+    // Variants of one processor, of which the plainest runs everywhere.
+    if fitting.iter().all(|d| d.platform.is_some() && d.names().next().is_none()) {
+        let plain = |d: &&&Descriptor| d.platform.as_ref().is_some_and(|p| p.variant.is_none());
+        return Ok(fitting.iter().find(plain).unwrap_or(first));
+    }
+    let names = listed(fitting.iter().flat_map(|d| d.names()));
+    Err(ImageError::Several { names })
 }
 
 /// Is an image that is listed as `known` asked for by `name`? By all of it, or by its tag.

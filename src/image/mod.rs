@@ -245,3 +245,6 @@ impl ImageLimits {
         self
     }
 }
+
+#[cfg(test)]
+mod tests;

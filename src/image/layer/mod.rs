@@ -25,6 +25,3 @@ pub(super) trait Skip: Read {
     /// Goes on so many bytes further, which have to be there.
     fn skip(&mut self, bytes: u64) -> io::Result<()>;
 }
-
-#[cfg(test)]
-mod tests;

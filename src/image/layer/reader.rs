@@ -49,13 +49,14 @@ impl<R: Skip> TarReader<R> {
 
     /// The next entry; what is left of the one before is skipped.
     pub(in crate::image) fn next(&mut self) -> Result<Option<Entry>, LayerFault> {
-        let mut prefix = Prefix::default();
+        let (mut prefix, mut is_begun) = (Prefix::default(), false);
         loop {
             self.source.skip(self.left + self.padding)?;
             (self.left, self.padding) = (0, 0);
             let Some(header) = self.header()? else {
-                return Ok(None);
+                return if is_begun { Err(LayerFault::Truncated) } else { Ok(None) };
             };
+            is_begun = header.entry_type() != EntryType::XGlobalHeader;
             match header.entry_type() {
                 EntryType::GNULongName => prefix.name = Some(self.long_name(&header)?),
                 EntryType::GNULongLink => prefix.link = Some(self.long_name(&header)?),
@@ -171,22 +172,22 @@ impl<R: Skip> TarReader<R> {
             path.truncate(MAX_NAME_BYTES as usize);
             return Err(LayerFault::entry(&path, "the name is too long"));
         }
-        let id = |pax: Option<u64>, field: std::io::Result<u64>| {
-            let id = pax.map_or(field, Ok).map_err(|_| BAD_FIELD)?;
+        let old = header.as_old();
+        let id = |pax: Option<u64>, field: &[u8]| {
+            let id = pax.map_or_else(|| number(field), Ok)?;
             u32::try_from(id).map_err(|_| BAD_FIELD)
         };
-        let mtime = || header.mtime().map_err(|_| BAD_FIELD);
         let mtime = match pax.mtime {
             Some(mtime) => mtime,
             // What is before 1970 is a negative number of 64 bits.
-            None => Time { seconds: mtime()?.cast_signed(), nanoseconds: 0 },
+            None => Time { seconds: number(&old.mtime)?.cast_signed(), nanoseconds: 0 },
         };
         Ok(Entry {
             path,
             kind,
-            mode: (header.mode().map_err(|_| BAD_FIELD)? & 0o7777) as u16,
-            uid: id(pax.uid, header.uid())?,
-            gid: id(pax.gid, header.gid())?,
+            mode: (number(&old.mode)? & 0o7777) as u16,
+            uid: id(pax.uid, &old.uid)?,
+            gid: id(pax.gid, &old.gid)?,
             mtime,
             xattrs: pax.xattrs,
         })
@@ -222,21 +223,45 @@ impl<R: Skip> TarReader<R> {
 }
 
 fn size(header: &Header) -> Result<u64, LayerFault> {
-    let size = header.entry_size().map_err(|_| BAD_FIELD)?;
+    let size = number(&header.as_old().size)?;
     if size > MAX_BYTES { Err(BAD_FIELD) } else { Ok(size) }
 }
 
+/// A field with octal digits, or, where its first bit is set, with a number in all other bits (GNU). The crate tar
+/// has no number for a field that nothing was written to.
+fn number(field: &[u8]) -> Result<u64, LayerFault> {
+    if let Some(0x80..) = field.first() {
+        let (&last, front) = field
+            .last_chunk::<8>()
+            .map_or((&[0; 8], field), |last| (last, &field[..field.len() - last.len()]));
+        // The rest is the sign.
+        let is_small = front.iter().all(|&byte| matches!(byte, 0 | 0x80 | 0xff));
+        return if is_small { Ok(u64::from_be_bytes(last)) } else { Err(BAD_FIELD) };
+    }
+    let digits = field.split(|&byte| byte == 0).next().unwrap_or_default().trim_ascii();
+    digits
+        .iter()
+        .try_fold(0u64, |number, digit| match digit {
+            b'0'..=b'7' => number.checked_mul(8)?.checked_add(u64::from(digit - b'0')),
+            _ => None,
+        })
+        .ok_or(BAD_FIELD)
+}
+
 fn device(header: &Header) -> Result<Device, LayerFault> {
-    let number = |field: std::io::Result<Option<u32>>| {
-        field.map(Option::unwrap_or_default).map_err(|_| BAD_FIELD)
+    let (major, minor) = match (header.as_ustar(), header.as_gnu()) {
+        (Some(ustar), _) => (&ustar.dev_major, &ustar.dev_minor),
+        (_, Some(gnu)) => (&gnu.dev_major, &gnu.dev_minor),
+        (None, None) => return Err(BAD_FIELD),
     };
-    Ok(Device { major: number(header.device_major())?, minor: number(header.device_minor())? })
+    let number = |field| u32::try_from(number(field)?).map_err(|_| BAD_FIELD);
+    Ok(Device { major: number(major)?, minor: number(minor)? })
 }
 
 /// The sum of all bytes, with spaces for the field itself. Some old programs summed signed ones.
 fn has_its_checksum(header: &Header) -> bool {
     const FIELD: std::ops::Range<usize> = 148..156;
-    let Ok(expected) = header.cksum() else {
+    let Ok(expected) = number(&header.as_old().cksum) else {
         return false;
     };
     let bytes = header.as_bytes().iter().enumerate();
@@ -244,5 +269,5 @@ fn has_its_checksum(header: &Header) -> bool {
     let (unsigned, signed) = bytes.fold((0u32, 0i32), |(unsigned, signed), byte| {
         (unsigned + u32::from(byte), signed + i32::from(byte.cast_signed()))
     });
-    unsigned == expected || i64::from(signed) == i64::from(expected)
+    u64::from(unsigned) == expected || i64::from(signed) == expected.cast_signed()
 }

@@ -82,6 +82,19 @@ impl LayerStream {
         Ok((Digest::end(self.unpacked), self.count))
     }
 
+    /// Why an archive is wrong: because it is not the one that is meant, or because of what was found in it.
+    pub(in crate::image) fn explain(self, fault: LayerFault) -> LayerFault {
+        match fault {
+            LayerFault::Tar(_) | LayerFault::Truncated | LayerFault::Type(_) => {
+                match self.finish() {
+                    Err(digest @ LayerFault::Digest { .. }) => digest,
+                    _ => fault,
+                }
+            }
+            fault => fault,
+        }
+    }
+
     /// Whether there is one more.
     fn next_chunk(&mut self) -> Result<bool, LayerFault> {
         let Ok(chunk) = self.chunks.recv() else {
@@ -155,26 +168,30 @@ fn unpack(
     let mut source = Hashed { blob: packed.blob, hasher: packed.digest.map(|_| Sha256::new()) };
     let allowed = FREE_BYTES.max(size.saturating_mul(max_ratio));
     let budget = Budget { allowed, max_ratio };
-    match magic[..] {
+    let pumped = match magic[..] {
         [0x1f, 0x8b, ..] => {
             let reader = io::BufReader::with_capacity(CHUNK_BYTES, &mut source);
-            pump(flate2::bufread::MultiGzDecoder::new(reader), sender, returned, budget)?;
+            pump(flate2::bufread::MultiGzDecoder::new(reader), sender, returned, budget)
         }
         // A frame, or one that is to be skipped.
         [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
             let reader = io::BufReader::with_capacity(CHUNK_BYTES, &mut source);
             let mut decoder = zstd::stream::read::Decoder::with_buffer(reader)?;
             decoder.window_log_max(MAX_ZSTD_WINDOW_LOG)?;
-            pump(decoder, sender, returned, budget)?;
+            pump(decoder, sender, returned, budget)
         }
         [0xfd, b'7', b'z', b'X', b'Z', 0] | [b'B', b'Z', b'h', ..] => {
             return Err(LayerFault::Tar(
                 "it is packed with xz or bzip2, which the OCI specification does not have",
             ));
         }
-        _ => pump(&mut source, sender, returned, budget)?,
+        _ => pump(&mut source, sender, returned, budget),
+    };
+    if let Err(LayerFault::Limit { .. }) = pumped {
+        return pumped;
     }
-    // What the decoder did not need is part of the blob too.
+    // What the decoder did not need is part of the blob too; and that a blob is not the one that is meant says
+    // more than what is wrong in it.
     io::copy(&mut source, &mut io::sink())?;
     let found = source.hasher.map(Digest::end);
     match (packed.digest, found) {
@@ -182,7 +199,7 @@ fn unpack(
             let (expected, found) = (expected.to_string(), found.to_string());
             Err(LayerFault::Digest { expected, found })
         }
-        _ => Ok(()),
+        _ => pumped,
     }
 }
 

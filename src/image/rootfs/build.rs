@@ -83,7 +83,9 @@ impl Build {
             let budget = self.limits.bytes.saturating_sub(self.unpacked);
             let mut tar = TarReader::new(LayerStream::start(scope, packed, budget)?);
             if let Err(fault) = self.entries(&mut tar, on_bytes) {
-                return Err(tar.into_source().take_fault().unwrap_or(fault));
+                let mut stream = tar.into_source();
+                let fault = stream.take_fault().unwrap_or(fault);
+                return Err(stream.explain(fault));
             }
             let (digest, count) = tar.into_source().finish()?;
             self.unpacked += count;

@@ -14,6 +14,3 @@ mod tree;
 pub(super) use self::build::{Build, Limits, OnBytes, kept_xattrs};
 pub(super) use self::erofs::{FORMAT, is_whole};
 pub(super) use self::node::{Content, Kind, Node};
-
-#[cfg(test)]
-mod tests;

@@ -44,7 +44,7 @@ struct Spot<'p> {
 impl Tree {
     pub(in crate::image) fn new(max_bytes: u64) -> Self {
         let nodes = vec![Node::bare_directory()];
-        Self { nodes, free: Vec::new(), dead: Vec::new(), bytes: 0, max_bytes, steps: 0 }
+        Self { nodes, free: Vec::new(), dead: Vec::new(), bytes: NODE_BYTES, max_bytes, steps: 0 }
     }
 
     pub(in crate::image) fn root(&self) -> NodeId {

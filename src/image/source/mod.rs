@@ -131,6 +131,3 @@ pub(super) fn check(bytes: &[u8], what: &str, expected: Digest) -> Result<(), Im
     let (expected, found) = (expected.to_string(), found.to_string());
     Err(ImageError::Digest { what: what.to_owned(), expected, found })
 }
-
-#[cfg(test)]
-mod tests;
