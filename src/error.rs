@@ -34,6 +34,8 @@ pub enum ErrorKind {
     Network,
     /// A snapshot cannot be written or read, is damaged, or does not fit this host.
     Snapshot,
+    /// A container image cannot be read, is damaged, or is more than is allowed; or its registry does not give it.
+    Image,
     /// The caller's own progress ended it.
     Interrupted,
     /// The host could not give the memory, threads or descriptors that were asked for.

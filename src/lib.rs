@@ -81,7 +81,8 @@
 //! # Features
 //!
 //! - `agent` (default): the agent in the guest, on tokio.
-//! - `image`: templates, whose VMs have their application up.
+//! - `image`: [`Image`], container images as root file systems, and [`Template`], guests that are booted
+//!   once and start with their application up.
 
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -103,6 +104,8 @@ mod error;
 mod event_loop;
 mod exit;
 mod host;
+#[cfg(feature = "image")]
+mod image;
 mod initramfs;
 mod input_file;
 mod kernel;
@@ -142,6 +145,11 @@ pub use console::Console;
 pub use error::{Error, ErrorKind};
 pub use exit::{ExecFailure, ExitStatus, ProcessStatus};
 pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
+#[cfg(feature = "image")]
+pub use image::{
+    ExposedPort, Image, ImageCache, ImageConfig, ImageLimits, ImageProgress, ImageSource,
+    ImageStage,
+};
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};
 pub use metrics::{

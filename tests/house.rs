@@ -11,7 +11,7 @@ use std::process::Command;
 const LAYERS: &[&[&str]] = &[
     &["lib"],
     &["template"],
-    &["pool", "agent"],
+    &["pool", "agent", "image"],
     &["microvm", "host"],
     &["snapshot"],
     &["boot", "machine"],

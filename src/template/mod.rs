@@ -6,6 +6,7 @@
 
 mod build;
 mod error;
+mod image;
 mod key;
 mod options;
 mod ready;

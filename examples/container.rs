@@ -1,0 +1,126 @@
+//! Runs the server in a container image, in a VM of its own: once booted, and once from a template of it.
+//!
+//! ```sh
+//! docker save nginx -o nginx.tar
+//! cargo run --features image --example container -- nginx.tar 80
+//! ```
+//!
+//! Without arguments it is a web server of busybox, and no image is needed.
+
+use std::error::Error;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use dormouse::{
+    AgentConfig, Cmdline, Entrypoint, Image, ImageCache, ImageSource, Kernel, MicroVm, Ready,
+    Running, TemplateOptions, VmConfig,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// What was made once is found here the next time.
+const CACHE: &str = "target/container";
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = std::env::args().skip(1);
+    let archive = args.next();
+    let port: u16 = args.next().map_or(Ok(8080), |port| port.parse())?;
+    // Where a kernel and a static busybox are installed: here, or where the environment says.
+    let root = std::env::var_os("DORMOUSE_GUEST_ROOT").map_or("/".into(), PathBuf::from);
+    fs::create_dir_all(CACHE)?;
+    let (source, agent) = match archive {
+        Some(archive) => (Image::open(archive), AgentConfig::new()),
+        None => {
+            let server = ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"];
+            let agent = AgentConfig::new().entrypoint(Entrypoint::new(server));
+            (small_server(&root)?, agent)
+        }
+    };
+
+    let bar = bar();
+    let also = bar.clone();
+    let source = source.progress(move |progress| {
+        show(&also, &format!("{:?}", progress.stage), progress.bytes, progress.total_bytes);
+        ControlFlow::Continue(())
+    });
+    let image = source.unpack(&ImageCache::open(Path::new(CACHE).join("images"))?).await?;
+    bar.finish_and_clear();
+    println!("root file system: {}", image.path().display());
+
+    let config = VmConfig::new(Kernel::installed_in(&root)?)
+        .cmdline(Cmdline::default().push("quiet")?)
+        .memory_mib(512)
+        .agent(agent);
+    let begin = Instant::now();
+    let vm = MicroVm::create(image.configure(config.clone()))?.start()?;
+    let answer = ask(&vm, port).await?;
+    let cold = begin.elapsed();
+    println!("{}", answer.lines().next().unwrap_or_default());
+    let _off = vm.shutdown(Duration::from_secs(1)).await;
+
+    let also = bar.clone();
+    let options = TemplateOptions::new(Path::new(CACHE).join("templates"))
+        .ready(Ready::Port(port))
+        .progress(move |progress| {
+            show(&also, &format!("{:?}", progress.stage), progress.bytes, progress.total_bytes)
+        });
+    bar.reset();
+    let template = image.template(config, &options).await?;
+    bar.finish_and_clear();
+    let begin = Instant::now();
+    let vm = template.start().await?;
+    let again = ask(&vm, port).await?;
+    let warm = begin.elapsed();
+    println!("{}", again.lines().next().unwrap_or_default());
+    println!("booted: first answer after {:.0} ms", cold.as_secs_f64() * 1e3);
+    println!("from the template: {:.0} ms", warm.as_secs_f64() * 1e3);
+    drop(vm.terminate());
+    Ok(())
+}
+
+/// A directory with a web server, in place of an image.
+fn small_server(root: &Path) -> Result<ImageSource, Box<dyn Error>> {
+    let directory = Path::new(CACHE).join("busybox");
+    for folder in ["bin", "www", "tmp", "proc", "sys", "dev", "run", "etc"] {
+        fs::create_dir_all(directory.join(folder))?;
+    }
+    if !directory.join("bin/busybox").exists() {
+        fs::copy(root.join("bin/busybox"), directory.join("bin/busybox"))?;
+        fs::write(directory.join("www/index.html"), "hello from a container\n")?;
+    }
+    Ok(Image::directory(directory))
+}
+
+/// The server's answer, as soon as there is one.
+async fn ask(vm: &MicroVm<Running>, port: u16) -> Result<String, Box<dyn Error>> {
+    let agent = vm.agent().await?;
+    let end = Instant::now() + Duration::from_secs(120);
+    let mut stream = loop {
+        match agent.connect_tcp(port).await {
+            Ok(stream) => break stream,
+            Err(error) if Instant::now() > end => return Err(error.into()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    stream.write_all(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n").await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
+    Ok(body.ok_or("an answer that is not HTTP")?)
+}
+
+fn bar() -> ProgressBar {
+    let bar = ProgressBar::new_spinner();
+    let style = ProgressStyle::with_template("{msg:24} {bar:30} {bytes}/{total_bytes}");
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn show(bar: &ProgressBar, stage: &str, bytes: u64, total: Option<u64>) {
+    bar.set_message(stage.to_owned());
+    bar.set_length(total.unwrap_or(bytes));
+    bar.set_position(bytes);
+}

@@ -1,0 +1,251 @@
+//! Container images: from where they are to a root file system that a VM has as its disk.
+//!
+//! Everything blocks but the network: files are read on a thread that tokio keeps for those.
+
+mod blob;
+mod cache;
+mod config;
+mod configure;
+mod digest;
+mod error;
+mod layer;
+mod manifest;
+mod progress;
+mod rootfs;
+mod source;
+mod unpack;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+
+use self::cache::Cached;
+pub use self::cache::ImageCache;
+pub use self::config::{ExposedPort, ImageConfig};
+use self::digest::Digest;
+pub(crate) use self::error::ImageError;
+use self::manifest::Platform;
+use self::progress::{EndOnDrop, Reporter};
+pub use self::progress::{ImageProgress, ImageStage};
+use self::rootfs::Limits;
+use self::source::Wanted;
+use self::unpack::Work;
+use crate::config::{BlockConfig, RootDisk};
+use crate::error::Error;
+
+/// A container image that is ready to be the root of any number of VMs.
+///
+/// ```no_run
+/// use dormouse::{AgentConfig, Image, ImageCache, Kernel, MicroVm, VmConfig};
+///
+/// # async fn run() -> Result<(), dormouse::Error> {
+/// let cache = ImageCache::open("images")?;
+/// let image = Image::open("python.tar").unpack(&cache).await?;
+/// let mut agent = AgentConfig::new().root(image.root(0));
+/// if let Some(entrypoint) = image.config().entrypoint() {
+///     agent = agent.entrypoint(entrypoint);
+/// }
+/// let config = VmConfig::new(Kernel::installed()?).block(image.disk()).agent(agent);
+/// let vm = MicroVm::create(config)?.start()?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Its root file system is a file of the cache, which stays there as long as the image is held, or a VM has it.
+/// A clone is the same image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: ImageConfig,
+    digest: Option<Digest>,
+    root: Cached,
+}
+
+impl Image {
+    /// An image in a file or a directory: an OCI layout, an archive of one, or what `docker save` or
+    /// `podman save` writes.
+    pub fn open(path: impl Into<PathBuf>) -> ImageSource {
+        ImageSource::new(Origin::Path(path.into()))
+    }
+
+    /// A directory whose content becomes the root file system, as an image without a configuration. Its owner's
+    /// files are root's there; sockets are left out.
+    ///
+    /// It is copied again when something in it has changed, by the times of change that its file system keeps.
+    pub fn directory(path: impl Into<PathBuf>) -> ImageSource {
+        ImageSource::new(Origin::Directory(path.into()))
+    }
+
+    fn new(config: ImageConfig, digest: Option<Digest>, root: Cached) -> Self {
+        Self { inner: Arc::new(Inner { config, digest, root }) }
+    }
+
+    /// How it wants to be run.
+    pub fn config(&self) -> &ImageConfig {
+        &self.inner.config
+    }
+
+    /// The digest of its manifest, `sha256:…`, where it has one.
+    pub fn digest(&self) -> Option<String> {
+        self.inner.digest.map(|digest| digest.to_string())
+    }
+
+    /// Its root file system: a file with an EROFS, of whole pages, that nothing may be written to. The file's
+    /// name is the same for the same layers.
+    pub fn path(&self) -> &Path {
+        &self.inner.root.path
+    }
+
+    /// The disk with its root file system, which any number of VMs may have at once.
+    pub fn disk(&self) -> BlockConfig {
+        BlockConfig::new(self.path()).read_only()
+    }
+
+    /// The guest's root, where [`disk`](Self::disk) is the disk of this number. What the guest writes stays in
+    /// its memory, up to half of that: see [`RootDisk::overlay_memory`] and [`RootDisk::overlay_disk`] for
+    /// others.
+    pub fn root(&self, disk: u32) -> RootDisk {
+        RootDisk::new(disk).fs_type("erofs").overlay_memory(0)
+    }
+}
+
+/// Where an image comes from, and what is wanted of it.
+#[derive(Clone)]
+#[must_use = "it does nothing before `unpack`"]
+pub struct ImageSource {
+    origin: Origin,
+    name: Option<String>,
+    platform: Platform,
+    limits: ImageLimits,
+    reporter: Reporter,
+}
+
+#[derive(Clone, Debug)]
+enum Origin {
+    Path(PathBuf),
+    Directory(PathBuf),
+}
+
+impl ImageSource {
+    fn new(origin: Origin) -> Self {
+        let (name, platform) = (None, Platform::guest());
+        Self {
+            origin,
+            name,
+            platform,
+            limits: ImageLimits::default(),
+            reporter: Reporter::default(),
+        }
+    }
+
+    /// Which image of several, by its name there or by the end of it: `3.12`, `python:3.12`.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// For which platform, as Go names them: `linux/amd64` unless set, which is what guests are.
+    pub fn platform(mut self, platform: impl AsRef<str>) -> Self {
+        self.platform = Platform::parse(platform.as_ref());
+        self
+    }
+
+    /// How much it may be.
+    pub fn limits(mut self, limits: ImageLimits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Calls `progress` at every step, and every MiB or so, from threads of the work. When it answers `Break`,
+    /// the work ends with [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted), and nothing of it is
+    /// kept.
+    pub fn progress(
+        mut self,
+        progress: impl Fn(ImageProgress) -> ControlFlow<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.reporter.listener = Some(Arc::new(progress));
+        self
+    }
+
+    /// Makes the image's root file system, unless the cache has it: then it takes a few milliseconds, and no
+    /// layer is read. If another process makes the same one, it is waited for. A dropped future ends the work.
+    ///
+    /// Digests are checked while layers are read. Memory is bounded by [`ImageLimits`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Image`](crate::ErrorKind::Image) where it is damaged, refused or over a limit;
+    /// [`ErrorKind::File`](crate::ErrorKind::File) where files cannot be read, or the cache not written;
+    /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted).
+    pub async fn unpack(self, cache: &ImageCache) -> Result<Image, Error> {
+        let runtime = Handle::try_current().map_err(|_| ImageError::NoRuntime)?;
+        let _guard = EndOnDrop(Arc::clone(&self.reporter.is_over));
+        let work = Work {
+            cache: cache.clone(),
+            wanted: Wanted { name: self.name, platform: self.platform },
+            limits: self.limits.0,
+            reporter: self.reporter,
+        };
+        let done = runtime.spawn_blocking(move || match self.origin {
+            Origin::Path(path) => work.open(&path),
+            Origin::Directory(path) => work.directory(&path),
+        });
+        Ok(done.await.map_err(|_| ImageError::Lost)??)
+    }
+}
+
+/// How much an image may be. What is more is refused, and nothing of it is kept.
+#[derive(Clone, Debug)]
+pub struct ImageLimits(Limits);
+
+impl Default for ImageLimits {
+    /// 32 GiB, a million entries, 64 MiB of names and attributes, and 200 bytes out of each byte.
+    fn default() -> Self {
+        Self(Limits { bytes: 32 << 30, entries: 1 << 20, memory: 64 << 20, ratio: 200 })
+    }
+}
+
+impl ImageLimits {
+    /// The default ones.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Bytes of all layers, unpacked, and of the root file system; 32 GiB unless set.
+    #[must_use]
+    pub fn bytes(mut self, bytes: u64) -> Self {
+        self.0.bytes = bytes;
+        self
+    }
+
+    /// Entries of all layers together; 1,048,576 unless set.
+    #[must_use]
+    pub fn entries(mut self, entries: u64) -> Self {
+        self.0.entries = entries;
+        self
+    }
+
+    /// Memory for the names and attributes of files, in bytes; 64 MiB unless set, which is enough for some
+    /// 300,000 files.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.0.memory = bytes;
+        self
+    }
+
+    /// Unpacked bytes for each packed one, where a layer unpacks to more than 256 MiB; 200 unless set.
+    #[must_use]
+    pub fn ratio(mut self, ratio: u64) -> Self {
+        self.0.ratio = ratio;
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests;
