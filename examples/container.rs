@@ -2,7 +2,7 @@
 //!
 //! ```sh
 //! docker save nginx -o nginx.tar
-//! cargo run --features image --example container -- nginx.tar 80
+//! cargo run --example container -- nginx.tar 80
 //! ```
 //!
 //! Without arguments it is a web server of busybox, and no image is needed.

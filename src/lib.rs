@@ -62,6 +62,7 @@
 //! | make many of one | [`MicroVm::<Paused>::fork`], [`Snapshot`], [`RestoreOptions`], [`Clock`] |
 //! | have one ready | [`Pool`], [`PoolOptions`], [`PreparedShell`] |
 //! | have an agent in the guest | [`AgentConfig`], [`RootDisk`], [`Entrypoint`], [`Hook`], [`HostService`] |
+//! | have a container image as its root | [`Image`], [`ImageSource`], [`ImageCache`], [`ImageConfig`], [`ImageLimits`] |
 //! | run commands in it, move its files, reach its ports | [`MicroVm::agent`], [`Agent`], [`Command`], [`Process`] |
 //! | talk to its programs by sockets | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
@@ -81,8 +82,9 @@
 //! # Features
 //!
 //! - `agent` (default): the agent in the guest, on tokio.
-//! - `image`: [`Image`], container images as root file systems, and [`Template`], guests that are booted
+//! - `image` (default): [`Image`], container images as root file systems, and [`Template`], guests that are booted
 //!   once and start with their application up.
+//! - `registry`: `Image::pull`, images from registries. It brings TLS (rustls, ring), and so is not there by default.
 
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -169,6 +171,8 @@ pub use timings::{Timing, Timings};
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {
+    #[cfg(feature = "image")]
+    pub use crate::image::fuzzing::*;
     pub use crate::protocol::fuzzing::*;
     pub use crate::snapshot::fuzzing::*;
     pub use crate::virtio::fuzzing::*;

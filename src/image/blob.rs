@@ -23,6 +23,13 @@ impl Blob {
         Ok(Self { file: Arc::new(file), begin: 0, len, at: 0 })
     }
 
+    /// The same, of a file that others use too.
+    #[cfg(feature = "registry")]
+    pub(super) fn shared(file: Arc<File>) -> io::Result<Self> {
+        let len = file.metadata()?.len();
+        Ok(Self { file, begin: 0, len, at: 0 })
+    }
+
     /// A part of this one, which lies in it.
     pub(super) fn part(&self, begin: u64, len: u64) -> Option<Self> {
         let end = begin.checked_add(len)?;

@@ -34,6 +34,8 @@ pub struct ImageCache {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Shelf {
     Roots,
+    #[cfg(feature = "registry")]
+    Blobs,
 }
 
 /// A file of the cache that is in use.
@@ -59,11 +61,13 @@ impl Shelf {
     fn name(self) -> &'static str {
         match self {
             Self::Roots => "roots",
+            #[cfg(feature = "registry")]
+            Self::Blobs => "blobs",
         }
     }
 }
 
-const SHELVES: &[&str] = &["roots"];
+const SHELVES: &[&str] = &["roots", "blobs"];
 const LOCKS: &str = "locks";
 const PARTIAL: &str = "partial";
 

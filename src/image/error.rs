@@ -56,6 +56,9 @@ pub(crate) enum ImageError {
     Config { what: &'static str, value: String },
     #[error("cannot use the cache {}", path.display())]
     Cache { path: PathBuf, source: io::Error },
+    #[cfg(feature = "registry")]
+    #[error(transparent)]
+    Registry(#[from] super::registry::RegistryError),
     #[error("the caller's progress ended the work on an image")]
     Interrupted,
     #[error("there is no tokio runtime here")]
@@ -93,6 +96,8 @@ impl From<ImageError> for Error {
             }
             E::Layer { fault, .. } | E::Root(fault) | E::Archive(fault) => fault_kind(fault),
             E::NoRuntime => ErrorKind::Config,
+            #[cfg(feature = "registry")]
+            E::Registry(error) => error.kind(),
             _ => ErrorKind::Image,
         };
         let fix = match &error {
@@ -104,6 +109,8 @@ impl From<ImageError> for Error {
             E::Layer { fault: LayerFault::Limit { .. }, .. }
             | E::Root(LayerFault::Limit { .. }) => "raise the limit in `ImageLimits`",
             E::NoRuntime => "call it in `#[tokio::main]`, or in a task of a runtime",
+            #[cfg(feature = "registry")]
+            E::Registry(error) => error.fix(),
             _ => "",
         };
         let error = Self::new(kind, error);

@@ -40,6 +40,12 @@ const LAYERS: [&str; 9] = [
     "application/vnd.docker.image.rootfs.diff.tar.zstd",
 ];
 
+/// The media types of indexes and manifests, as a registry is asked for them.
+#[cfg(feature = "registry")]
+pub(super) const ACCEPTED: &str = "application/vnd.oci.image.manifest.v1+json, \
+    application/vnd.oci.image.index.v1+json, application/vnd.docker.distribution.manifest.v2+json, \
+    application/vnd.docker.distribution.manifest.list.v2+json";
+
 /// What an image runs on, as Go names it: an operating system, a processor, and perhaps a variant of that.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub(super) struct Platform {

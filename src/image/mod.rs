@@ -8,9 +8,13 @@ mod config;
 mod configure;
 mod digest;
 mod error;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod layer;
 mod manifest;
 mod progress;
+#[cfg(feature = "registry")]
+mod registry;
 mod rootfs;
 mod source;
 mod unpack;
@@ -82,6 +86,16 @@ impl Image {
         ImageSource::new(Origin::Directory(path.into()))
     }
 
+    /// An image of a registry, by its reference: `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`, of Docker Hub where no host
+    /// is named. Over TLS, but on this machine itself (loopback), where there is none. Logins are those that
+    /// `docker login` wrote to its config.json, unless [`ImageSource::login`] gives one; programs that keep
+    /// logins are not run. It needs a runtime with I/O and time.
+    #[cfg(feature = "registry")]
+    pub fn pull(reference: impl Into<String>) -> ImageSource {
+        let registry = registry::Registry { reference: reference.into(), ..Default::default() };
+        ImageSource::new(Origin::Registry(registry))
+    }
+
     fn new(config: ImageConfig, digest: Option<Digest>, root: Cached) -> Self {
         Self { inner: Arc::new(Inner { config, digest, root }) }
     }
@@ -130,6 +144,8 @@ pub struct ImageSource {
 enum Origin {
     Path(PathBuf),
     Directory(PathBuf),
+    #[cfg(feature = "registry")]
+    Registry(registry::Registry),
 }
 
 impl ImageSource {
@@ -153,6 +169,24 @@ impl ImageSource {
     /// For which platform, as Go names them: `linux/amd64` unless set, which is what guests are.
     pub fn platform(mut self, platform: impl AsRef<str>) -> Self {
         self.platform = Platform::parse(platform.as_ref());
+        self
+    }
+
+    /// Who asks a registry. Another source needs none.
+    #[cfg(feature = "registry")]
+    pub fn login(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
+        if let Origin::Registry(registry) = &mut self.origin {
+            registry.login = Some((name.into(), password.into()));
+        }
+        self
+    }
+
+    /// The file with Docker's logins; `$DOCKER_CONFIG/config.json` or `~/.docker/config.json` unless set.
+    #[cfg(feature = "registry")]
+    pub fn docker_config(mut self, path: impl Into<PathBuf>) -> Self {
+        if let Origin::Registry(registry) = &mut self.origin {
+            registry.docker_config = Some(path.into());
+        }
         self
     }
 
@@ -182,6 +216,7 @@ impl ImageSource {
     ///
     /// [`ErrorKind::Image`](crate::ErrorKind::Image) where it is damaged, refused or over a limit;
     /// [`ErrorKind::File`](crate::ErrorKind::File) where files cannot be read, or the cache not written;
+    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) where a registry says nothing for 30 s;
     /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted).
     pub async fn unpack(self, cache: &ImageCache) -> Result<Image, Error> {
         let runtime = Handle::try_current().map_err(|_| ImageError::NoRuntime)?;
@@ -192,9 +227,14 @@ impl ImageSource {
             limits: self.limits.0,
             reporter: self.reporter,
         };
-        let done = runtime.spawn_blocking(move || match self.origin {
+        let origin = self.origin;
+        #[cfg(feature = "registry")]
+        let inner = runtime.clone();
+        let done = runtime.spawn_blocking(move || match origin {
             Origin::Path(path) => work.open(&path),
             Origin::Directory(path) => work.directory(&path),
+            #[cfg(feature = "registry")]
+            Origin::Registry(registry) => work.pull(&registry, &inner),
         });
         Ok(done.await.map_err(|_| ImageError::Lost)??)
     }

@@ -70,7 +70,7 @@ impl Work {
         content: &Digest,
         fill: impl FnOnce(&mut Build, &Reporter) -> Result<(), ImageError>,
     ) -> Result<Cached, ImageError> {
-        let name = format!("{}-{FORMAT}.erofs", content.hex());
+        let name = root_name(content);
         let waiting = || self.reporter.report(ImageStage::Find, 0, None);
         let reserved: Reserved = match self.cache.reserve(Shelf::Roots, &name, waiting)? {
             Ok(found) => return Ok(found),
@@ -84,7 +84,13 @@ impl Work {
         reserved.commit(Shelf::Roots)
     }
 
-    fn ready(
+    /// The root file system of layers with these digests, if it was made before.
+    #[cfg(feature = "registry")]
+    pub(super) fn find_root(&self, diff_ids: &[Digest]) -> Result<Option<Cached>, ImageError> {
+        self.cache.find(Shelf::Roots, &root_name(&chain_id(diff_ids)))
+    }
+
+    pub(super) fn ready(
         &self,
         config: ImageConfig,
         digest: Option<Digest>,
@@ -94,6 +100,10 @@ impl Work {
         self.reporter.report(ImageStage::Ready, bytes, Some(bytes))?;
         Ok(Image::new(config, digest, root))
     }
+}
+
+fn root_name(content: &Digest) -> String {
+    format!("{}-{FORMAT}.erofs", content.hex())
 }
 
 fn same(expected: Digest, found: Digest) -> Result<(), LayerFault> {

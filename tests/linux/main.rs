@@ -10,6 +10,7 @@ mod cpu;
 mod devices;
 mod disks;
 mod ends;
+mod images;
 mod network;
 mod programs;
 #[path = "../payload/resources.rs"]

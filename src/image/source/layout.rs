@@ -69,7 +69,7 @@ fn image(
     let config = ConfigFile::parse(&config)?;
     let layers = manifest.layers.iter();
     let layers = layers.map(|layer| Ok((blob(files, layer)?, Some(layer.digest()?))));
-    found(config, Some(digest), layers.collect::<Result<_, _>>()?, &wanted.platform)
+    found(config, Some(digest), layers.collect::<Result<_, ImageError>>()?, &wanted.platform)
 }
 
 /// What a descriptor describes, of the size that it says.

@@ -82,11 +82,7 @@ pub(super) fn found(
     layers: Vec<(Blob, Option<Digest>)>,
     platform: &Platform,
 ) -> Result<Found, ImageError> {
-    let own = Platform { variant: platform.variant.clone(), ..config.platform() };
-    if own != *platform {
-        let (wanted, found) = (platform.to_string(), config.platform().to_string());
-        return Err(ImageError::Platform { wanted, found });
-    }
+    check_platform(&config, platform)?;
     let diff_ids = config.diff_ids()?;
     if diff_ids.len() != layers.len() {
         return Err(ImageError::Layers { layers: layers.len(), diff_ids: diff_ids.len() });
@@ -94,6 +90,16 @@ pub(super) fn found(
     let layers = layers.into_iter().zip(diff_ids);
     let layers = layers.map(|((blob, digest), diff_id)| FoundLayer { blob, digest, diff_id });
     Ok(Found { config, digest, layers: layers.collect() })
+}
+
+/// Is an image for this platform? Only its index knows of variants.
+pub(super) fn check_platform(config: &ConfigFile, platform: &Platform) -> Result<(), ImageError> {
+    let own = Platform { variant: platform.variant.clone(), ..config.platform() };
+    if own == *platform {
+        return Ok(());
+    }
+    let (wanted, found) = (platform.to_string(), config.platform().to_string());
+    Err(ImageError::Platform { wanted, found })
 }
 
 impl ConfigFile {

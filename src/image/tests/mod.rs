@@ -11,6 +11,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use self::erofs::Listing;
+#[cfg(feature = "registry")]
+pub(super) use self::tar::Tar;
 use super::ImageLimits;
 use super::blob::Blob;
 use super::digest::Digest;

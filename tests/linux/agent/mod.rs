@@ -18,7 +18,7 @@ use dormouse::{
 use crate::{PATIENCE, Release, Transcript, guest_root};
 
 /// Runs what a test awaits.
-fn block_on<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async { tokio::time::timeout(PATIENCE, future).await.unwrap() })
 }
@@ -79,14 +79,14 @@ fn config(agent: AgentConfig) -> VmConfig {
 }
 
 /// A guest whose agent is ready.
-struct Guest {
+pub(crate) struct Guest {
     vm: MicroVm<Running>,
     agent: Agent,
     transcript: Transcript,
 }
 
 impl Guest {
-    async fn boot(config: VmConfig) -> Self {
+    pub(crate) async fn boot(config: VmConfig) -> Self {
         let transcript = Transcript::default();
         let vm = MicroVm::create(config.console(transcript.clone())).unwrap().start().unwrap();
         match vm.agent_within(PATIENCE / 2).await {
@@ -96,7 +96,7 @@ impl Guest {
     }
 
     /// What a shell writes that does this.
-    async fn sh(&self, script: &str) -> String {
+    pub(crate) async fn sh(&self, script: &str) -> String {
         sh(&self.agent, script).await.unwrap_or_else(|error| {
             panic!("{script}: {error}\n{}", self.transcript.text());
         })

@@ -1,0 +1,273 @@
+//! A registry that the test is itself, and does as it likes.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use serde_json::json;
+
+use super::super::tests::{Scratch, Tar};
+use super::*;
+use crate::{Error, ErrorKind, ImageCache};
+
+/// What is answered to a request: path and headers.
+type Answer = dyn Fn(&str, &str) -> Vec<u8> + Send + Sync;
+
+struct Fake {
+    port: u16,
+    /// Paths that were asked for, each with whether somebody said who he is.
+    asked: Arc<Mutex<Vec<(String, bool)>>>,
+}
+
+impl Fake {
+    fn new(answer: impl Fn(&str, &str) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (seen, answer): (_, Arc<Answer>) = (Arc::clone(&asked), Arc::new(answer));
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
+                thread::spawn(move || serve(stream.unwrap(), &seen, &*answer));
+            }
+        });
+        Self { port, asked }
+    }
+
+    fn pull(&self, cache: &ImageCache, login: bool) -> Result<Image, Error> {
+        let mut source =
+            Image::pull(format!("127.0.0.1:{}/app:1", self.port)).docker_config("/nowhere");
+        if login {
+            source = source.login("me", "secret");
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(source.unpack(cache))
+    }
+
+    #[track_caller]
+    fn refusal(&self) -> String {
+        let scratch = Scratch::new();
+        let cache = ImageCache::open(&scratch.0).unwrap();
+        let error = self.pull(&cache, false).expect_err("it is refused");
+        assert_eq!(error.kind(), &ErrorKind::Image, "{error}");
+        assert_eq!(cache.used_bytes().unwrap(), 0);
+        error.to_string()
+    }
+}
+
+fn serve(stream: TcpStream, seen: &Mutex<Vec<(String, bool)>>, answer: &Answer) {
+    let mut lines = BufReader::new(&stream).lines();
+    let Some(Ok(request)) = lines.next() else { return };
+    let path = request.split(' ').nth(1).unwrap().to_owned();
+    let headers: Vec<String> =
+        lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+    let headers = headers.join("\n").to_lowercase();
+    seen.lock().unwrap().push((path.clone(), headers.contains("authorization:")));
+    let _ = (&stream).write_all(&answer(&path, &headers));
+}
+
+fn ok(media_type: &str, body: &[u8]) -> Vec<u8> {
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: {media_type}\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    [head.as_bytes(), body].concat()
+}
+
+fn status(line: &str, header: &str) -> Vec<u8> {
+    format!("HTTP/1.1 {line}\r\n{header}\r\ncontent-length: 0\r\n\r\n").into_bytes()
+}
+
+/// An image of one layer, as a registry has it.
+#[derive(Clone)]
+struct Served {
+    manifest: Vec<u8>,
+    config: Vec<u8>,
+    layer: Vec<u8>,
+}
+
+impl Served {
+    fn new() -> Self {
+        let layer = Tar::new().file("text", "from the registry").end();
+        let config = json!({
+            "os": "linux", "architecture": "amd64", "config": {"Cmd": ["/text"]},
+            "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer).to_string()]},
+        });
+        let config = config.to_string().into_bytes();
+        let describe = |media_type: &str, bytes: &[u8]| json!({"mediaType": media_type, "digest": Digest::of(bytes).to_string(), "size": bytes.len()});
+        let manifest = json!({
+            "schemaVersion": 2,
+            "config": describe("application/vnd.oci.image.config.v1+json", &config),
+            "layers": [describe("application/vnd.oci.image.layer.v1.tar", &layer)],
+        });
+        Self { manifest: manifest.to_string().into_bytes(), config, layer }
+    }
+
+    fn answer(&self, path: &str) -> Vec<u8> {
+        let blob = |bytes: &[u8]| format!("/v2/app/blobs/{}", Digest::of(bytes));
+        match path {
+            "/v2/app/manifests/1" => {
+                ok("application/vnd.oci.image.manifest.v1+json", &self.manifest)
+            }
+            _ if path == blob(&self.config) => ok("application/octet-stream", &self.config),
+            _ if path == blob(&self.layer) => ok("application/octet-stream", &self.layer),
+            _ => status("404 Not Found", "x: y"),
+        }
+    }
+
+    fn is_layer(&self, path: &str) -> bool {
+        path.ends_with(&Digest::of(&self.layer).to_string())
+    }
+}
+
+#[test]
+fn an_image_is_brought_once() {
+    let served = Served::new();
+    let fake = Fake::new(move |path, _| served.answer(path));
+    let scratch = Scratch::new();
+    let cache = ImageCache::open(&scratch.0).unwrap();
+    let first = fake.pull(&cache, false).unwrap();
+    assert_eq!(first.config().cmd, ["/text"]);
+    assert_eq!(fake.asked.lock().unwrap().len(), 3);
+    let second = fake.pull(&cache, false).unwrap();
+    assert_eq!(first.path(), second.path());
+    assert_eq!(fake.asked.lock().unwrap().len(), 5, "no layer the second time");
+}
+
+#[test]
+fn a_token_is_got_for_a_login_and_shown_to_the_registry_alone() {
+    let served = Served::new();
+    let elsewhere = {
+        let served = served.clone();
+        Fake::new(move |path, _| served.answer(path))
+    };
+    let port = elsewhere.port;
+    let fake = Fake::new(move |path, headers| {
+        if path.starts_with("/token?") {
+            assert!(path.contains("scope=repository%3Aapp%3Apull&service=here"), "{path}");
+            // me:secret
+            assert!(headers.contains("authorization: basic bwu6c2vjcmv0"), "{headers}");
+            return ok("application/json", br#"{"token": "t0ken"}"#);
+        }
+        if !headers.contains("authorization: bearer t0ken") {
+            let realm = headers.lines().find_map(|line| line.strip_prefix("host: ")).unwrap();
+            let challenge =
+                format!("www-authenticate: Bearer realm=\"http://{realm}/token\",service=\"here\"");
+            return status("401 Unauthorized", &challenge);
+        }
+        match served.is_layer(path) {
+            true => status(
+                "307 Temporary Redirect",
+                &format!("location: http://127.0.0.1:{port}{path}"),
+            ),
+            false => served.answer(path),
+        }
+    });
+    let scratch = Scratch::new();
+    let cache = ImageCache::open(&scratch.0).unwrap();
+    fake.pull(&cache, true).unwrap();
+    let asked = elsewhere.asked.lock().unwrap();
+    assert_eq!((asked.len(), asked[0].1), (1, false), "{asked:?}");
+}
+
+#[test]
+fn a_login_is_shown_where_it_is_asked_for() {
+    let served = Served::new();
+    let fake = Fake::new(move |path, headers| {
+        match headers.contains("authorization: basic bwu6c2vjcmv0") {
+            true => served.answer(path),
+            false => status("401 Unauthorized", "www-authenticate: Basic realm=\"x\""),
+        }
+    });
+    let scratch = Scratch::new();
+    let cache = ImageCache::open(&scratch.0).unwrap();
+    fake.pull(&cache, true).unwrap();
+    let text = fake.refusal();
+    assert!(text.contains("refuses the manifest") && text.contains("docker login"), "{text}");
+}
+
+#[test]
+fn what_a_registry_should_not_say_is_told() {
+    let html = Fake::new(|_, _| ok("text/html; charset=utf-8", b"<html>log in</html>"));
+    assert!(html.refusal().contains("sends \"text/html\" instead of the manifest"));
+    let missing = Fake::new(|_, _| status("404 Not Found", "x: y"));
+    assert!(missing.refusal().contains("has not the manifest of 127.0.0.1"));
+    let body = br#"{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow\u001b[2J down"}]}"#;
+    let busy = Fake::new(|_, _| {
+        let head =
+            format!("HTTP/1.1 429 Too Many Requests\r\ncontent-length: {}\r\n\r\n", body.len());
+        [head.as_bytes(), body].concat()
+    });
+    let text = busy.refusal();
+    assert!(text.contains("429: TOOMANYREQUESTS slow\u{fffd}[2J down"), "{text}");
+    let circle = Fake::new(|path, _| status("302 Found", &format!("location: {path}")));
+    assert!(circle.refusal().contains("more than 5 times"));
+    let away = Fake::new(|_, _| status("302 Found", "location: http://192.0.2.1/x"));
+    assert!(away.refusal().contains("not followed"));
+    let strange = Fake::new(|_, _| status("401 Unauthorized", "www-authenticate: Negotiate x"));
+    assert!(strange.refusal().contains("not understood"));
+    let token = Fake::new(|path, headers| {
+        let host = headers.lines().find_map(|line| line.strip_prefix("host: ")).unwrap();
+        match path.starts_with("/token") {
+            true => ok("application/json", br#"{"token": "a\nb: c"}"#),
+            false => status(
+                "401 Unauthorized",
+                &format!("www-authenticate: Bearer realm=\"http://{host}/token\""),
+            ),
+        }
+    });
+    assert!(token.refusal().contains("failed"));
+    let endless = Fake::new(|_, _| ok("application/json", &vec![b' '; 5 << 20]));
+    assert!(endless.refusal().contains("more than the 4194304 bytes"));
+    let no_http = Fake::new(|_, _| b"SSH-2.0-OpenSSH_9.2\r\n".to_vec());
+    assert!(no_http.refusal().contains("failed"));
+    let nothing = Fake::new(|_, _| Vec::new());
+    assert!(nothing.refusal().contains("failed"));
+}
+
+#[test]
+fn layers_of_another_length_or_content_are_refused() {
+    let served = Served::new();
+    let with_layer = |answer: fn(&[u8]) -> Vec<u8>| {
+        let served = served.clone();
+        let fake = Fake::new(move |path, _| match served.is_layer(path) {
+            true => answer(&served.layer),
+            false => served.answer(path),
+        });
+        fake.refusal()
+    };
+    let text = with_layer(|layer| ok("x/y", &layer[..1000]));
+    assert!(text.contains("1000 bytes of a layer instead of 2048"), "{text}");
+    let text = with_layer(|layer| ok("x/y", &[layer, layer].concat()));
+    assert!(text.contains("4096 bytes of a layer instead of 2048"), "{text}");
+    // Without a length, up to the end of the connection.
+    let text = with_layer(|layer| [b"HTTP/1.1 200 OK\r\n\r\n", &layer[..1000]].concat());
+    assert!(text.contains("1000 bytes of a layer instead of 2048"), "{text}");
+    let text = with_layer(|layer| [b"HTTP/1.1 200 OK\r\n\r\n", layer, layer].concat());
+    assert!(text.contains("bytes of a layer instead of 2048"), "{text}");
+    // Less than was promised.
+    let text = with_layer(|layer| {
+        let whole = ok("x/y", layer);
+        whole[..whole.len() - 100].to_vec()
+    });
+    assert!(text.contains("failed"), "{text}");
+    let text = with_layer(|layer| ok("x/y", &vec![1; layer.len()]));
+    assert!(text.contains("has the digest"), "{text}");
+}
+
+#[test]
+fn a_manifest_that_was_asked_for_by_digest_has_it() {
+    let served = Served::new();
+    let fake = Fake::new(move |path, _| {
+        served.answer(path.replace(&Digest::of(b"other").to_string(), "1").as_str())
+    });
+    let scratch = Scratch::new();
+    let cache = ImageCache::open(&scratch.0).unwrap();
+    let reference = format!("127.0.0.1:{}/app@{}", fake.port, Digest::of(b"other"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let error = runtime
+        .block_on(Image::pull(reference).docker_config("/nowhere").unpack(&cache))
+        .unwrap_err();
+    assert!(error.to_string().contains("the manifest has the digest"), "{error}");
+}
