@@ -199,9 +199,9 @@ fn a_guest_fits_the_host_that_it_was_saved_on() {
     guest.vcpus[0].configure(&cpuid, &[]).unwrap();
     let profile = {
         let cpuid = guest.vcpus.iter().map(|vcpu| vcpu.cpuid().unwrap()).collect();
-        CpuProfile::new(&kvm, cpuid, guest.vcpus.first()).unwrap()
+        CpuProfile::new(kvm.capabilities(), cpuid, guest.vcpus.first()).unwrap()
     };
-    profile.fits(&kvm, None).unwrap();
-    profile.fits(&kvm, guest.vcpus.first()).unwrap();
+    profile.fits(kvm.capabilities(), None).unwrap();
+    profile.fits(kvm.capabilities(), guest.vcpus.first()).unwrap();
     assert_eq!(profile.cpuid().unwrap().len(), 2);
 }
