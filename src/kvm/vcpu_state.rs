@@ -216,7 +216,7 @@ impl VcpuState {
     }
 
     /// Whether the guest has a clock of KVM's, which counts its pauses.
-    fn has_kvmclock(&self) -> bool {
+    pub(super) fn has_kvmclock(&self) -> bool {
         let is_on = |index: &u32| self.msr(*index).is_some_and(|value| value & 1 != 0);
         msr::KVM_SYSTEM_TIME.iter().any(is_on)
     }

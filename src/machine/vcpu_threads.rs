@@ -24,7 +24,7 @@ use crate::timings::FirstRun;
 
 /// Threads that no machine has yet: each confines itself, and parks.
 ///
-/// They are started before there is a VM: what they do takes as long as KVM_CREATE_VM, beside it.
+/// They are started before there is a VM, so that they are parked by the time that one is made.
 /// They [keep](Self::keep) it then, so that dropping them is as cheap as that of [`VcpuThreads`].
 #[derive(Debug)]
 pub(crate) struct IdleThreads {
