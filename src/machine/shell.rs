@@ -14,7 +14,7 @@ use super::vcpu_threads::IdleThreads;
 use crate::arch::{cpuid, msr};
 use crate::config::{CpuTemplate, MachineConfig};
 use crate::error::Error;
-use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
+use crate::kvm::{CpuProfile, HostError, Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::phase::Phase;
 use crate::seccomp::Confinement;
@@ -66,13 +66,17 @@ impl Shell {
         ram: GuestRam,
         recorder: &mut Recorder,
     ) -> Result<Self, Error> {
-        let (kvm, vm, count) = recorder.run(Phase::Kvm, || {
+        let (kvm, vm, count, threads) = recorder.run(Phase::Kvm, || {
             let kvm = Kvm::open(config.kvm_device)?;
             let (count, max) = (config.cpus.count(), kvm.capabilities().max_vcpus);
             let fits = u8::try_from(count).ok().filter(|_| count <= max);
             let count = fits.ok_or(KvmError::TooManyVcpus { count, max: max.min(255) })?;
+            // Before the VM, so that they are parked by the time that somebody wants one.
+            let confinement = config.seccomp.then_some(Confinement::Vcpu);
+            let threads = IdleThreads::spawn(count, confinement)?;
             let vm = Arc::new(Vm::new(&kvm, Arc::new(ram))?);
-            Ok::<_, KvmError>((kvm, vm, count))
+            threads.keep(Arc::clone(&vm));
+            Ok::<_, Error>((kvm, vm, count, threads))
         })?;
         recorder.run(Phase::Vcpus, || {
             let supported = &kvm.capabilities().supported_cpuid;
@@ -88,9 +92,7 @@ impl Shell {
                 Ok(vcpu)
             };
             let vcpus = (0..).zip(&cpuid).map(create).collect::<Result<Vec<_>, KvmError>>()?;
-            let confinement = config.seccomp.then_some(Confinement::Vcpu);
-            let threads = IdleThreads::spawn(count, confinement, Arc::clone(&vm))?;
-            Ok::<_, Error>(Self { vcpus, cpuid, vm, threads })
+            Ok::<_, KvmError>(Self { vcpus, cpuid, vm, threads })
         })
     }
 }
@@ -109,12 +111,12 @@ impl Shell {
 
     /// Makes a restore around it shorter, for its own time now.
     pub(crate) fn look_ahead(&self) -> Result<(), KvmError> {
-        self.vcpus.iter().try_for_each(Vcpu::look_ahead)
+        self.vm.look_ahead(&self.vcpus)
     }
 
-    /// The vCPU that boots.
-    pub(crate) fn first_vcpu(&self) -> Option<&Vcpu> {
-        self.vcpus.first()
+    /// Whether a guest with this profile can run in it.
+    pub(crate) fn fits(&self, profile: &CpuProfile) -> Result<(), HostError> {
+        profile.fits(self.vm.capabilities(), self.vcpus.first())
     }
 }
 

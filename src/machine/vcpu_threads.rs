@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use super::MachineError;
 use crate::bus::Bus;
+use crate::devices::VmGenId;
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{KickTarget, Vcpu, Vm, VmExit, block_signals};
 use crate::seccomp::{Confinement, SeccompError};
@@ -23,7 +24,8 @@ use crate::timings::FirstRun;
 
 /// Threads that no machine has yet: each confines itself, and parks.
 ///
-/// They keep the VM from the start, so that dropping them is as cheap as that of [`VcpuThreads`].
+/// They are started before there is a VM, so that they are parked by the time that one is made.
+/// They [keep](Self::keep) it then, so that dropping them is as cheap as that of [`VcpuThreads`].
 #[derive(Debug)]
 pub(crate) struct IdleThreads {
     // In this order, as in `VcpuThreads`.
@@ -58,7 +60,7 @@ pub(crate) struct NotRun {
 
 struct Shared {
     /// Kept until the last thread ends.
-    _vm: Arc<Vm>,
+    vm: OnceLock<Arc<Vm>>,
     /// What the vCPUs run in: there before the first of them comes.
     machine: OnceLock<Attached>,
     /// Asks every thread to give its vCPU back.
@@ -73,6 +75,8 @@ struct Attached {
     bus: Bus,
     exit: Arc<ExitLatch>,
     first_run: Arc<FirstRun>,
+    /// Here because of its interrupt, which takes the kernel a while to close.
+    _generation: Arc<VmGenId>,
 }
 
 #[derive(Default)]
@@ -86,13 +90,9 @@ struct Parked {
 
 impl IdleThreads {
     /// Starts `count` threads, which park.
-    pub(crate) fn spawn(
-        count: u8,
-        confinement: Option<Confinement>,
-        vm: Arc<Vm>,
-    ) -> Result<Self, MachineError> {
+    pub(crate) fn spawn(count: u8, confinement: Option<Confinement>) -> Result<Self, MachineError> {
         let shared = Arc::new(Shared {
-            _vm: vm,
+            vm: OnceLock::new(),
             machine: OnceLock::new(),
             stop: AtomicBool::new(false),
             parked: Mutex::default(),
@@ -111,15 +111,22 @@ impl IdleThreads {
         Ok(all)
     }
 
+    /// Has the threads be the last that hold the VM whose vCPUs they will run.
+    pub(crate) fn keep(&self, vm: Arc<Vm>) {
+        self.shared.vm.get_or_init(|| vm);
+    }
+
     /// Gives the threads the machine that their vCPUs run in. Wakes none of them.
     pub(crate) fn attach(
         self,
         bus: Bus,
         exit: Arc<ExitLatch>,
         first_run: Arc<FirstRun>,
+        generation: Arc<VmGenId>,
     ) -> VcpuThreads {
         let Self { shared, inboxes } = self;
-        let machine = Attached { bus, exit, first_run: Arc::clone(&first_run) };
+        let machine =
+            Attached { bus, exit, first_run: Arc::clone(&first_run), _generation: generation };
         shared.machine.get_or_init(|| machine);
         VcpuThreads { shared, inboxes, first_run }
     }
@@ -228,7 +235,7 @@ impl Shared {
     }
 
     fn run(&self, machine: &Attached, vcpu: &mut Vcpu) {
-        let Attached { bus, exit, first_run } = machine;
+        let Attached { bus, exit, first_run, .. } = machine;
         if vcpu.id() == 0 && !self.stop.load(Ordering::SeqCst) && first_run.entered() {
             let exit = vcpu.run(bus);
             first_run.left();
