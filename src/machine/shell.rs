@@ -66,17 +66,13 @@ impl Shell {
         ram: GuestRam,
         recorder: &mut Recorder,
     ) -> Result<Self, Error> {
-        let (kvm, vm, count, threads) = recorder.run(Phase::Kvm, || {
+        let (kvm, vm, count) = recorder.run(Phase::Kvm, || {
             let kvm = Kvm::open(config.kvm_device)?;
             let (count, max) = (config.cpus.count(), kvm.capabilities().max_vcpus);
             let fits = u8::try_from(count).ok().filter(|_| count <= max);
             let count = fits.ok_or(KvmError::TooManyVcpus { count, max: max.min(255) })?;
-            // Before the VM, so that they are parked by the time that somebody wants one.
-            let confinement = config.seccomp.then_some(Confinement::Vcpu);
-            let threads = IdleThreads::spawn(count, confinement)?;
             let vm = Arc::new(Vm::new(&kvm, Arc::new(ram))?);
-            threads.keep(Arc::clone(&vm));
-            Ok::<_, Error>((kvm, vm, count, threads))
+            Ok::<_, KvmError>((kvm, vm, count))
         })?;
         recorder.run(Phase::Vcpus, || {
             let supported = &kvm.capabilities().supported_cpuid;
@@ -92,7 +88,9 @@ impl Shell {
                 Ok(vcpu)
             };
             let vcpus = (0..).zip(&cpuid).map(create).collect::<Result<Vec<_>, KvmError>>()?;
-            Ok::<_, KvmError>(Self { vcpus, cpuid, vm, threads })
+            let confinement = config.seccomp.then_some(Confinement::Vcpu);
+            let threads = IdleThreads::spawn(count, confinement, Arc::clone(&vm))?;
+            Ok::<_, Error>(Self { vcpus, cpuid, vm, threads })
         })
     }
 }

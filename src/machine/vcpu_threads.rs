@@ -24,8 +24,7 @@ use crate::timings::FirstRun;
 
 /// Threads that no machine has yet: each confines itself, and parks.
 ///
-/// They are started before there is a VM, so that they are parked by the time that one is made.
-/// They [keep](Self::keep) it then, so that dropping them is as cheap as that of [`VcpuThreads`].
+/// They keep the VM from the start, so that dropping them is as cheap as that of [`VcpuThreads`].
 #[derive(Debug)]
 pub(crate) struct IdleThreads {
     // In this order, as in `VcpuThreads`.
@@ -60,7 +59,7 @@ pub(crate) struct NotRun {
 
 struct Shared {
     /// Kept until the last thread ends.
-    vm: OnceLock<Arc<Vm>>,
+    _vm: Arc<Vm>,
     /// What the vCPUs run in: there before the first of them comes.
     machine: OnceLock<Attached>,
     /// Asks every thread to give its vCPU back.
@@ -90,9 +89,13 @@ struct Parked {
 
 impl IdleThreads {
     /// Starts `count` threads, which park.
-    pub(crate) fn spawn(count: u8, confinement: Option<Confinement>) -> Result<Self, MachineError> {
+    pub(crate) fn spawn(
+        count: u8,
+        confinement: Option<Confinement>,
+        vm: Arc<Vm>,
+    ) -> Result<Self, MachineError> {
         let shared = Arc::new(Shared {
-            vm: OnceLock::new(),
+            _vm: vm,
             machine: OnceLock::new(),
             stop: AtomicBool::new(false),
             parked: Mutex::default(),
@@ -109,11 +112,6 @@ impl IdleThreads {
             all.inboxes.push(inbox);
         }
         Ok(all)
-    }
-
-    /// Has the threads be the last that hold the VM whose vCPUs they will run.
-    pub(crate) fn keep(&self, vm: Arc<Vm>) {
-        self.shared.vm.get_or_init(|| vm);
     }
 
     /// Gives the threads the machine that their vCPUs run in. Wakes none of them.
