@@ -12,6 +12,9 @@ use crate::error::{Error, ErrorKind};
 use crate::microvm::{Lease, MicroVm, Paused};
 use crate::snapshot::Snapshot;
 
+/// How long a VM that was taken is left alone with the machine, before the next one is made ready.
+const HEAD_START: Duration = Duration::from_millis(1);
+
 /// Why the pool has no VM to give.
 #[derive(Debug, ThisError)]
 enum PoolError {
@@ -219,13 +222,21 @@ impl Shared {
     /// The thread's life.
     fn keep_ready(&self) {
         loop {
-            let vms = self.lock();
+            let mut vms = self.lock();
+            let was_full = vms.ready.len() >= self.options.min;
             let waited = self.changed.wait_while(vms, |vms| {
                 !vms.over && (vms.ready.len() >= self.options.min || vms.failed.is_some())
             });
-            if waited.unwrap_or_else(PoisonError::into_inner).over {
+            vms = waited.unwrap_or_else(PoisonError::into_inner);
+            if was_full {
+                // Somebody has just taken one, and is about to run it.
+                let waited = self.changed.wait_timeout_while(vms, HEAD_START, |vms| !vms.over);
+                vms = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+            if vms.over {
                 return;
             }
+            drop(vms);
             let made = self.snapshot.restore_with(&self.options.restore);
             let mut vms = self.lock();
             match made {

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
-use super::connection::{Connection, FrameReader, lost};
+use super::connection::{Connection, Patience, lost};
 use super::{Agent, AgentError};
 use crate::error::Error;
 use crate::protocol::{
@@ -63,7 +63,8 @@ impl Agent {
         let vsock = self.vsock().clone();
         let state = Reading::Open;
         let (piece, at) = (Vec::new(), 0);
-        Ok(FileReader { connection, vsock, metadata, piece, at, state })
+        let patience = Patience::default();
+        Ok(FileReader { connection, vsock, metadata, piece, at, state, patience })
     }
 
     /// Puts a file into the place of what is there, in one step: whoever opens it sees the old or
@@ -126,7 +127,8 @@ impl Agent {
             Reply::Done => {}
             other => return Err(refused(other)),
         }
-        Ok(FileWriter { connection, vsock: self.vsock().clone(), pending: Vec::new(), at: 0 })
+        let (vsock, patience) = (self.vsock().clone(), Patience::default());
+        Ok(FileWriter { connection, vsock, pending: Vec::new(), at: 0, patience })
     }
 
     /// What a file is. Links are not followed.
@@ -341,6 +343,7 @@ pub struct FileReader {
     piece: Vec<u8>,
     at: usize,
     state: Reading,
+    patience: Patience,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -363,9 +366,9 @@ impl FileReader {
     }
 
     fn fill(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let reader: &mut FrameReader = &mut self.connection.reader;
-        let frame =
-            ready!(reader.poll_next(context)).map_err(|error| error.explain(&self.vsock))?;
+        let frame = self.connection.reader.poll_next(context);
+        let frame = ready!(self.patience.poll(context, frame))?;
+        let frame = frame.map_err(|error| error.explain(&self.vsock))?;
         Poll::Ready(match frame {
             Some((Channel::Data, piece)) => {
                 if piece.is_empty() {
@@ -414,6 +417,7 @@ pub struct FileWriter {
     /// A frame, and how much of it was written.
     pending: Vec<u8>,
     at: usize,
+    patience: Patience,
 }
 
 impl FileWriter {
@@ -426,9 +430,11 @@ impl FileWriter {
     pub async fn finish(mut self) -> Result<(), Error> {
         // An error of a write shows in the answer, unless there is none.
         let written = self.flush().await;
-        let end = Frame::header(Channel::Data, 0);
         let ended = match written {
-            Ok(()) => self.connection.writer.raw(&end).await,
+            Ok(()) => {
+                (self.pending, self.at) = (Frame::header(Channel::Data, 0).to_vec(), 0);
+                self.flush().await
+            }
             Err(error) => Err(error),
         };
         let answer = self.connection.reply(&self.vsock).await;
@@ -442,7 +448,8 @@ impl FileWriter {
     fn write_pending(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.at < self.pending.len() {
             let rest = &self.pending[self.at..];
-            self.at += ready!(self.connection.writer.poll_raw(context, rest))?;
+            let wrote = self.connection.writer.poll_raw(context, rest);
+            self.at += ready!(self.patience.poll(context, wrote)).map_err(io::Error::other)??;
         }
         Poll::Ready(Ok(()))
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-use super::connection::{Connection, ReadError};
+use super::connection::{Connection, Patience, ReadError};
 use super::process::Process;
 use crate::console::Console;
 use crate::error::ErrorKind;
@@ -202,4 +202,36 @@ async fn what_is_read_is_given_back_and_input_waits_for_room() {
         input += body.len();
     }
     assert_eq!(input, WINDOW_BYTES + 1);
+}
+
+#[tokio::test]
+async fn an_agent_that_goes_silent_in_the_middle_is_not_waited_for_for_ever() {
+    let (mut connection, mut agent) = pair();
+    let limit = std::time::Duration::from_millis(20);
+    // What comes begins the wait anew.
+    agent.write_all(&Frame::message(&Reply::Done)).unwrap();
+    agent.write_all(&Frame::header(Channel::Data, 100)).unwrap();
+    let mut patience = Patience::new(limit);
+    let reader = &mut connection.reader;
+    let mut next = async || {
+        std::future::poll_fn(|context| {
+            let polled = reader.poll_next(context);
+            patience.poll(context, polled)
+        })
+        .await
+    };
+    next().await.unwrap().unwrap().unwrap();
+    assert_eq!(next().await.unwrap_err().kind(), &ErrorKind::Timeout);
+    // It takes nothing any more.
+    let mut patience = Patience::new(limit);
+    let error = loop {
+        let wrote = std::future::poll_fn(|context| {
+            let polled = connection.writer.poll_raw(context, &[0; 4096]);
+            patience.poll(context, polled)
+        });
+        if let Err(error) = wrote.await {
+            break error;
+        }
+    };
+    assert_eq!(error.kind(), &ErrorKind::Timeout);
 }

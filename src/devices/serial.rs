@@ -31,7 +31,8 @@ const RECEIVED_DATA: u8 = 4;
 const DATA_READY: u8 = 1;
 
 /// The interrupt line of a device: an eventfd that KVM listens to.
-struct InterruptLine(EventFd);
+#[derive(Clone)]
+struct InterruptLine(Arc<EventFd>);
 
 impl Trigger for InterruptLine {
     type E = io::Error;
@@ -94,7 +95,7 @@ pub(crate) struct Serial {
 impl Serial {
     /// A port that raises `interrupt` and writes to `console`.
     pub(crate) fn new(interrupt: EventFd, console: ConsoleSink) -> Self {
-        let uart = Uart::new(InterruptLine(interrupt), console);
+        let uart = Uart::new(InterruptLine(Arc::new(interrupt)), console);
         Self { port: Arc::new(Port { uart: Mutex::new(uart), input: Mutex::default() }) }
     }
 
@@ -169,9 +170,9 @@ impl SerialInput {
             }
         }
         let mut uart = self.port.lock_uart();
-        let line = uart.interrupt_evt().0.try_clone().map_err(LegacyError::Interrupt)?;
+        let line = uart.interrupt_evt().clone();
         let console = uart.writer().clone();
-        let restored = Uart::from_state(&state.uart(), InterruptLine(line), NoEvents, console);
+        let restored = Uart::from_state(&state.uart(), line, NoEvents, console);
         *uart = restored.map_err(|error| match error {
             vm_superio::serial::Error::Trigger(error)
             | vm_superio::serial::Error::IOError(error) => LegacyError::Interrupt(error),

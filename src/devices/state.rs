@@ -17,7 +17,7 @@ pub(crate) struct LegacyState {
 pub(crate) enum LegacyError {
     #[error("the serial port has {found} bytes of input, of which {max} are possible")]
     Input { found: usize, max: usize },
-    #[error("cannot duplicate the serial port's interrupt")]
+    #[error("cannot raise the serial port's interrupt")]
     Interrupt(#[source] std::io::Error),
 }
 

@@ -6,10 +6,10 @@
 //! (drivers/virt/vmgenid.c) reseeds its random numbers when it is told, and tells programs by a
 //! uevent. Where the number is, and the event that tells of it, is in the ACPI tables, in `arch`.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::sync::Arc;
 
+use rustix::rand::GetRandomFlags;
 use thiserror::Error as ThisError;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -53,10 +53,12 @@ impl VmGenId {
     /// A boot's first generation: 16 random bytes where the ACPI tables say.
     pub(crate) fn write_first(ram: &GuestRam) -> Result<(), VmGenIdError> {
         let mut generation = [0; BYTES];
-        let random = File::open("/dev/urandom");
-        random
-            .and_then(|mut random| random.read_exact(&mut generation))
-            .map_err(VmGenIdError::Random)?;
+        // So few bytes come whole, or not at all (getrandom(2)).
+        match rustix::rand::getrandom(&mut generation, GetRandomFlags::empty()) {
+            Ok(BYTES) => {}
+            Ok(_) => return Err(VmGenIdError::Random(io::ErrorKind::UnexpectedEof.into())),
+            Err(errno) => return Err(VmGenIdError::Random(errno.into())),
+        }
         Ok(ram.write(&generation, layout::VM_GENERATION)?)
     }
 

@@ -7,10 +7,9 @@
 use std::fmt;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 
-use super::{Kvm, KvmError, Vcpu};
+use super::{Capabilities, KvmError, Vcpu};
 use crate::arch::features::{self, MissingFeatures};
 use crate::error::{Error, ErrorKind};
 
@@ -33,16 +32,16 @@ pub(crate) struct HostFacts {
 
 impl HostFacts {
     /// Reads the facts of this host: a few µs.
-    pub(crate) fn of(kvm: &Kvm, vcpu: Option<&Vcpu>) -> Result<Self, KvmError> {
-        let cpuid = kvm.capabilities().supported_cpuid.as_slice();
+    pub(crate) fn of(capabilities: &Capabilities, vcpu: Option<&Vcpu>) -> Result<Self, KvmError> {
+        let cpuid = capabilities.supported_cpuid.as_slice();
         let uname = rustix::system::uname();
         Ok(Self {
             vendor: features::vendor(cpuid),
             signature: features::signature(cpuid),
             kernel: uname.release().to_string_lossy().into_owned(),
             tsc_khz: vcpu.map(Vcpu::tsc_khz).transpose()?,
-            scales_tsc: kvm.check_extension(Cap::TscControl),
-            xsave_bytes: kvm.xsave_bytes(),
+            scales_tsc: capabilities.scales_tsc,
+            xsave_bytes: capabilities.xsave_bytes,
         })
     }
 }
@@ -64,14 +63,14 @@ impl CpuProfile {
     /// The profile of a guest on this host, given the CPUID of each of its vCPUs as it was set
     /// (KVM_GET_CPUID2 gives what the guest has changed since), and its first vCPU.
     pub(crate) fn new(
-        kvm: &Kvm,
+        capabilities: &Capabilities,
         cpuid: Vec<Vec<kvm_cpuid_entry2>>,
         vcpu: Option<&Vcpu>,
     ) -> Result<Self, KvmError> {
-        let supported = kvm.capabilities().supported_cpuid.as_slice();
+        let supported = capabilities.supported_cpuid.as_slice();
         let first = cpuid.first().map_or(&[][..], Vec::as_slice);
         let features = features::of_the_cpu(first, supported);
-        Ok(Self { host: HostFacts::of(kvm, vcpu)?, cpuid, features })
+        Ok(Self { host: HostFacts::of(capabilities, vcpu)?, cpuid, features })
     }
 
     /// The CPUID of each vCPU: what a restore sets, exactly.
@@ -104,9 +103,13 @@ impl CpuProfile {
     /// # Errors
     ///
     /// Everything that it would miss, then, for whoever looks for the cause, what else differs.
-    pub(crate) fn fits(&self, kvm: &Kvm, vcpu: Option<&Vcpu>) -> Result<(), HostError> {
-        let supported = kvm.capabilities().supported_cpuid.as_slice();
-        self.compare(&HostFacts::of(kvm, vcpu)?, supported).map_err(HostError::Unfit)
+    pub(crate) fn fits(
+        &self,
+        capabilities: &Capabilities,
+        vcpu: Option<&Vcpu>,
+    ) -> Result<(), HostError> {
+        let supported = capabilities.supported_cpuid.as_slice();
+        self.compare(&HostFacts::of(capabilities, vcpu)?, supported).map_err(HostError::Unfit)
     }
 
     fn compare(&self, here: &HostFacts, supported: &[kvm_cpuid_entry2]) -> Result<(), Differences> {

@@ -12,9 +12,9 @@ mod vm;
 mod vm_state;
 
 pub(crate) use self::clock::ClockPolicy;
-pub(crate) use self::cpu_profile::CpuProfile;
 #[cfg(feature = "image")]
 pub(crate) use self::cpu_profile::HostFacts;
+pub(crate) use self::cpu_profile::{CpuProfile, HostError};
 pub(crate) use self::kick::{KickTarget, block_signals};
 pub(crate) use self::vcpu::{Vcpu, VmExit};
 pub(crate) use self::vcpu_state::VcpuState;
@@ -154,6 +154,11 @@ const REQUIRED: &[(Cap, &str)] = &[
 pub(crate) struct Capabilities {
     pub(crate) supported_cpuid: CpuId,
     pub(crate) max_vcpus: usize,
+    /// Whether a guest may have a TSC of another frequency than the host's.
+    pub(crate) scales_tsc: bool,
+    /// The size of a vCPU's XSAVE area: that of its registers, and at least the page that it was
+    /// before Linux 5.17.
+    pub(crate) xsave_bytes: u32,
     /// Model-specific registers that KVM lists as state (api.rst §4.3).
     pub(crate) msrs: Vec<u32>,
 }
@@ -192,12 +197,6 @@ impl Kvm {
     /// Whether an optional capability is there, by its number.
     pub(crate) fn check_extension(&self, capability: Cap) -> bool {
         self.fd.check_extension(capability)
-    }
-
-    /// The size of a vCPU's XSAVE area: that of its registers, and at least the page that it was
-    /// before Linux 5.17.
-    fn xsave_bytes(&self) -> u32 {
-        u32::try_from(self.fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096)
     }
 
     pub(super) fn fd(&self) -> &kvm_ioctls::Kvm {
@@ -239,7 +238,13 @@ fn read_capabilities(fd: &kvm_ioctls::Kvm) -> Result<Capabilities, KvmError> {
         .map_err(KvmError::call("KVM_GET_MSR_INDEX_LIST"))?
         .as_slice()
         .to_vec();
-    Ok(Capabilities { supported_cpuid, max_vcpus: fd.get_max_vcpus(), msrs })
+    Ok(Capabilities {
+        supported_cpuid,
+        max_vcpus: fd.get_max_vcpus(),
+        scales_tsc: fd.check_extension(Cap::TscControl),
+        xsave_bytes: u32::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096),
+        msrs,
+    })
 }
 
 #[cfg(test)]

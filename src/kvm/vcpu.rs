@@ -1,8 +1,8 @@
 //! A virtual CPU: its registers before the start, and one entry into the guest at a time.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
     CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{KvmError, VcpuState, Vm, kick, msrs};
+use super::{KvmError, Vm, kick, msrs};
 use crate::arch::msr::Msr;
 use crate::arch::regs::Entry;
 use crate::bus::Bus;
@@ -27,9 +27,8 @@ pub(crate) struct Vcpu {
     pub(super) msr_indexes: OnceLock<Vec<u32>>,
     /// Once it was asked, for it is we who change it.
     tsc_khz: AtomicU32,
-    /// What it was before it ran, where somebody looked: a restore then sets what differs, for
-    /// each call costs some 10 µs.
-    pub(super) fresh: Mutex<Option<Box<VcpuState>>>,
+    /// Its guest will find the pause that it is in forgiven, or has no clock that could tell it.
+    pub(super) is_forgiven: AtomicBool,
     /// The guest asked a device, and has not taken the answer.
     unsettled: bool,
 }
@@ -53,7 +52,7 @@ impl Vcpu {
             vm,
             msr_indexes: OnceLock::new(),
             tsc_khz: AtomicU32::new(0),
-            fresh: Mutex::default(),
+            is_forgiven: AtomicBool::new(false),
             unsettled: false,
         }
     }
@@ -113,7 +112,9 @@ impl Vcpu {
     /// Tells a guest with a paravirtual clock that it was stopped, so that its watchdogs do not
     /// take the pause for a hang (api.rst §4.76). A guest without one is none the wiser.
     pub(crate) fn forgive_pause(&self) {
-        let _ = self.fd.kvmclock_ctrl();
+        if !self.is_forgiven.swap(false, Ordering::Relaxed) {
+            let _ = self.fd.kvmclock_ctrl();
+        }
     }
 
     /// Lets the guest take the answer of a device that it asked last, and brings it to the end of

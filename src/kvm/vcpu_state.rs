@@ -3,7 +3,7 @@
 //! Sources: api.rst, at each call; for the order, arch/x86/kvm/x86.c, whose calls have effects on
 //! one another.
 
-use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use kvm_bindings::{
     Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
@@ -68,18 +68,6 @@ impl Vcpu {
         })
     }
 
-    /// Looks at a vCPU that has its CPUID and has not run, ahead of a restore.
-    pub(crate) fn look_ahead(&self) -> Result<(), KvmError> {
-        let fresh = Box::new(self.state()?);
-        *self.fresh.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
-        Ok(())
-    }
-
-    /// What was seen of it then, for the one restore.
-    pub(super) fn take_fresh(&self) -> Option<Box<VcpuState>> {
-        self.fresh.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
     /// Takes a state over. The vCPU has its CPUID, and has not run; `fresh` is what it is now,
     /// where that is known.
     ///
@@ -114,7 +102,10 @@ impl Vcpu {
         if differs(|fresh, state| fresh.debug_regs == state.debug_regs) {
             fd.set_debug_regs(&state.debug_regs).map_err(KvmError::call("KVM_SET_DEBUGREGS"))?;
         }
-        fd.set_lapic(&state.lapic).map_err(KvmError::call("KVM_SET_LAPIC"))?;
+        let apic = |state: &VcpuState| (state.lapic, state.sregs.apic_base);
+        if fresh.is_none_or(|fresh| apic(fresh) != apic(state)) {
+            fd.set_lapic(&state.lapic).map_err(KvmError::call("KVM_SET_LAPIC"))?;
+        }
         match state.tsc(shift) {
             Tsc::Offset(offset) => clock::set_tsc_offset(fd, offset)?,
             Tsc::Value(value) => msrs::write(fd, &[Msr { index: msr::IA32_TSC, value }])?,
@@ -130,6 +121,11 @@ impl Vcpu {
         if differs(|fresh, state| fresh.events == state.events) {
             fd.set_vcpu_events(&state.events).map_err(KvmError::call("KVM_SET_VCPU_EVENTS"))?;
         }
+        // Now, while nobody waits for the guest to run.
+        if state.has_kvmclock() {
+            self.forgive_pause();
+        }
+        self.is_forgiven.store(true, Ordering::Relaxed);
 
         // A snapshot of this guest holds what this one held, also what this KVM does not list.
         let saved = state.msrs.iter().map(|msr| msr.index);
@@ -217,6 +213,12 @@ impl VcpuState {
                 Tsc::Value(saved.wrapping_add(shift.tsc_ticks))
             }
         }
+    }
+
+    /// Whether the guest has a clock of KVM's, which counts its pauses.
+    pub(super) fn has_kvmclock(&self) -> bool {
+        let is_on = |index: &u32| self.msr(*index).is_some_and(|value| value & 1 != 0);
+        msr::KVM_SYSTEM_TIME.iter().any(is_on)
     }
 
     /// A register's saved value.

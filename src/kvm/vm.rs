@@ -1,12 +1,12 @@
 //! A KVM virtual machine: memory slots first, then the interrupt controllers, then vCPUs.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::IoEventAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Capabilities, Kvm, KvmError, Vcpu};
+use super::{Capabilities, Kvm, KvmError, Vcpu, VmState};
 use crate::arch::layout;
 use crate::memory::GuestRam;
 
@@ -18,6 +18,9 @@ pub(crate) struct Vm {
     pub(super) fd: kvm_ioctls::VmFd,
     ram: Arc<GuestRam>,
     capabilities: &'static Capabilities,
+    /// What it was before it ran, where somebody looked: a restore then sets what differs, for
+    /// each call costs some 10 µs.
+    pub(super) fresh: Mutex<Option<Box<VmState>>>,
 }
 
 impl Vm {
@@ -43,7 +46,7 @@ impl Vm {
         }
         fd.set_tss_address(layout::KVM_TSS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(KvmError::call("KVM_CREATE_IRQCHIP"))?;
-        Ok(Self { fd, ram, capabilities: kvm.capabilities() })
+        Ok(Self { fd, ram, capabilities: kvm.capabilities(), fresh: Mutex::default() })
     }
 
     /// Creates vCPU `id` (api.rst §4.7).
@@ -71,7 +74,7 @@ impl Vm {
     }
 
     /// What the process's KVM can do.
-    pub(super) fn capabilities(&self) -> &'static Capabilities {
+    pub(crate) fn capabilities(&self) -> &'static Capabilities {
         self.capabilities
     }
 

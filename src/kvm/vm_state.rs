@@ -3,6 +3,7 @@
 //! Sources: api.rst §4.26, §4.27 (interrupt controllers), §4.29, §4.30 (clock). There is no PIT.
 
 use std::fmt;
+use std::sync::PoisonError;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
@@ -51,6 +52,13 @@ impl Vm {
         Ok(VmState { clock, irqchips, vcpus })
     }
 
+    /// Looks at a VM whose vCPUs have their CPUID and have not run, ahead of a restore.
+    pub(crate) fn look_ahead(&self, vcpus: &[Vcpu]) -> Result<(), KvmError> {
+        let fresh = Box::new(self.state(vcpus)?);
+        *self.fresh.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
+        Ok(())
+    }
+
     /// Takes a state over. The vCPUs have the CPUID of those that were saved, and have not run;
     /// devices come after, so that an interrupt that they raise is not overwritten.
     ///
@@ -68,23 +76,28 @@ impl Vm {
         if saved != vcpus.len() {
             return Err(KvmError::VcpuCount { saved, vcpus: vcpus.len() });
         }
-        let fresh: Vec<_> = vcpus.iter().map(Vcpu::take_fresh).collect();
+        let fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let fresh_vcpu = |id: usize| fresh.as_ref().and_then(|fresh| fresh.vcpus.get(id));
         // First, for the base of the TSCs depends on it.
         for vcpu in vcpus {
             state.clock.set_frequency(vcpu)?;
         }
-        let offset = fresh.first().and_then(Option::as_ref).map(|fresh| fresh.tsc_offset);
+        let offset = fresh_vcpu(0).map(|fresh| fresh.tsc_offset);
         let shift = state.clock.shift(&self.clock_from(vcpus, offset)?, policy);
-        for ((vcpu, state), fresh) in vcpus.iter().zip(&state.vcpus).zip(&fresh) {
-            vcpu.restore(state, fresh.as_deref(), &shift)?;
+        for (id, (vcpu, state)) in vcpus.iter().zip(&state.vcpus).enumerate() {
+            vcpu.restore(state, fresh_vcpu(id), &shift)?;
         }
         // After the TSCs: kvmclock follows them only where they agree. No flags: with them KVM
         // would add the time that has passed, which is the policy's to choose.
         let clock = kvm_clock_data { clock: shift.kvmclock_ns, ..Default::default() };
         self.fd.set_clock(&clock).map_err(KvmError::call("KVM_SET_CLOCK"))?;
-        for (chip, chip_id) in state.irqchips.iter().zip(CHIPS) {
+        for (index, (chip, chip_id)) in state.irqchips.iter().zip(CHIPS).enumerate() {
             let mut chip = *chip;
             chip.chip_id = chip_id;
+            let fresh = fresh.as_ref().and_then(|fresh| fresh.irqchips.get(index));
+            if fresh.is_some_and(|fresh| registers(fresh) == registers(&chip)) {
+                continue;
+            }
             self.fd.set_irqchip(&chip).map_err(KvmError::call("KVM_SET_IRQCHIP"))?;
         }
         Ok(())
@@ -114,6 +127,13 @@ impl Vm {
         let base = tsc.zip(offset).map(|(tsc, offset)| tsc.wrapping_sub(offset));
         Ok(ClockState::new(&data, base, vcpu.tsc_khz()?))
     }
+}
+
+/// The registers of an interrupt controller.
+fn registers(chip: &kvm_irqchip) -> &[i8; 512] {
+    // SAFETY: all members of the union are plain numbers, this one is as long as the union, and
+    // every byte of it was written: it began as zeros.
+    unsafe { &chip.chip.dummy }
 }
 
 impl fmt::Debug for VmState {

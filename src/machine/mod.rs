@@ -89,7 +89,7 @@ pub(crate) struct Machine {
     exit: Arc<ExitLatch>,
     console: Console,
     serial_input: SerialInput,
-    generation: VmGenId,
+    generation: Arc<VmGenId>,
     // In this order: doorbells are answered no more, and the threads are the last to hold the VM.
     virtio: Vec<VirtioSlot>,
     vsock: Option<Vsock>,
@@ -139,7 +139,9 @@ impl Machine {
         let Devices { bus, serial_input, generation, virtio, vsock, agent_calls, controls } =
             recorder.run(Phase::Devices, || Devices::new(config, &shell.vm, &exit, sink))?;
         let Shell { vcpus, cpuid, vm, threads } = shell;
-        let threads = threads.attach(bus, Arc::clone(&exit), Arc::clone(recorder.first_run()));
+        let generation = Arc::new(generation);
+        let first_run = Arc::clone(recorder.first_run());
+        let threads = threads.attach(bus, Arc::clone(&exit), first_run, Arc::clone(&generation));
         let config = config.clone();
         let machine = Self {
             exit,

@@ -14,7 +14,7 @@ use super::vcpu_threads::IdleThreads;
 use crate::arch::{cpuid, msr};
 use crate::config::{CpuTemplate, MachineConfig};
 use crate::error::Error;
-use crate::kvm::{Kvm, KvmError, Vcpu, Vm};
+use crate::kvm::{CpuProfile, HostError, Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::phase::Phase;
 use crate::seccomp::Confinement;
@@ -109,12 +109,12 @@ impl Shell {
 
     /// Makes a restore around it shorter, for its own time now.
     pub(crate) fn look_ahead(&self) -> Result<(), KvmError> {
-        self.vcpus.iter().try_for_each(Vcpu::look_ahead)
+        self.vm.look_ahead(&self.vcpus)
     }
 
-    /// The vCPU that boots.
-    pub(crate) fn first_vcpu(&self) -> Option<&Vcpu> {
-        self.vcpus.first()
+    /// Whether a guest with this profile can run in it.
+    pub(crate) fn fits(&self, profile: &CpuProfile) -> Result<(), HostError> {
+        profile.fits(self.vm.capabilities(), self.vcpus.first())
     }
 }
 

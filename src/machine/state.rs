@@ -6,7 +6,7 @@ use super::Machine;
 use super::device_state::DevicesState;
 use crate::config::MachineConfig;
 use crate::error::Error;
-use crate::kvm::{ClockPolicy, CpuProfile, Kvm, Vcpu, VmState};
+use crate::kvm::{ClockPolicy, CpuProfile, Vcpu, VmState};
 
 /// A stopped machine: what KVM knows of it, and its devices.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -48,8 +48,8 @@ impl Machine {
         if let Some(profile) = self.profile.get() {
             return Ok(profile.clone());
         }
-        let kvm = Kvm::open(&self.config.kvm_device)?;
-        let profile = CpuProfile::new(&kvm, self.cpuid.clone(), vcpus.first())?;
+        let capabilities = self.vm.capabilities();
+        let profile = CpuProfile::new(capabilities, self.cpuid.clone(), vcpus.first())?;
         Ok(self.profile.get_or_init(|| profile).clone())
     }
 

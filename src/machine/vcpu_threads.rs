@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use super::MachineError;
 use crate::bus::Bus;
+use crate::devices::VmGenId;
 use crate::exit::{ExitLatch, ExitStatus};
 use crate::kvm::{KickTarget, Vcpu, Vm, VmExit, block_signals};
 use crate::seccomp::{Confinement, SeccompError};
@@ -73,6 +74,8 @@ struct Attached {
     bus: Bus,
     exit: Arc<ExitLatch>,
     first_run: Arc<FirstRun>,
+    /// Here because of its interrupt, which takes the kernel a while to close.
+    _generation: Arc<VmGenId>,
 }
 
 #[derive(Default)]
@@ -117,9 +120,11 @@ impl IdleThreads {
         bus: Bus,
         exit: Arc<ExitLatch>,
         first_run: Arc<FirstRun>,
+        generation: Arc<VmGenId>,
     ) -> VcpuThreads {
         let Self { shared, inboxes } = self;
-        let machine = Attached { bus, exit, first_run: Arc::clone(&first_run) };
+        let machine =
+            Attached { bus, exit, first_run: Arc::clone(&first_run), _generation: generation };
         shared.machine.get_or_init(|| machine);
         VcpuThreads { shared, inboxes, first_run }
     }
@@ -228,7 +233,7 @@ impl Shared {
     }
 
     fn run(&self, machine: &Attached, vcpu: &mut Vcpu) {
-        let Attached { bus, exit, first_run } = machine;
+        let Attached { bus, exit, first_run, .. } = machine;
         if vcpu.id() == 0 && !self.stop.load(Ordering::SeqCst) && first_run.entered() {
             let exit = vcpu.run(bus);
             first_run.left();

@@ -29,9 +29,7 @@ impl Reservation {
     /// Takes addresses for `len` bytes, a multiple of pages. They read as zeros until something
     /// else is mapped: an access that comes too early is a mistake, but no signal.
     pub(super) fn new(len: usize) -> io::Result<Self> {
-        let reservation = Self { address: map(None, len, Content::Zeros)?, len };
-        reservation.keep_to_this_process();
-        Ok(reservation)
+        Ok(Self { address: map(None, len, Content::Zeros)?, len })
     }
 
     pub(super) fn address(&self) -> *mut u8 {

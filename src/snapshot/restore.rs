@@ -12,7 +12,7 @@ use crate::config::{Clock, MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
 use crate::disk::SavedDisk;
 use crate::error::Error;
-use crate::kvm::{ClockPolicy, Kvm, Vcpu};
+use crate::kvm::{ClockPolicy, Vcpu};
 use crate::machine::{Cpus, Machine, Shell, ShellConfig};
 use crate::memory::GuestRam;
 use crate::phase::Phase;
@@ -33,7 +33,7 @@ impl Snapshot {
         let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
         let cpus = Cpus::Exactly(host.cpuid()?);
         let shell = Shell::new(&ShellConfig { kvm_device, cpus, seccomp }, ram, recorder)?;
-        recorder.run(Phase::Kvm, || host.fits(&Kvm::open(kvm_device)?, shell.first_vcpu()))?;
+        recorder.run(Phase::Kvm, || shell.fits(host))?;
         Ok(shell)
     }
 

@@ -76,7 +76,7 @@ pub(super) fn of(config: &VmConfig, ready: &Ready) -> Result<Key, Error> {
     let ingredients = Ingredients {
         version: VERSION,
         dormouse: env!("CARGO_PKG_VERSION"),
-        host: HostFacts::of(&kvm, None)?,
+        host: HostFacts::of(kvm.capabilities(), None)?,
         features: features(&kvm),
         kernel: Content::of(kernel.origin())?,
         protocol: format!("{:?}", kernel.boot_protocol()),

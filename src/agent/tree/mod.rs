@@ -1,7 +1,8 @@
 //! Trees of files, into the guest and out of it: modes, links, holes.
 //!
 //! A tree is read and written by blocking calls, on a thread that tokio keeps for those. Dropping
-//! the future ends the connection, and with it the copy, after the file that it is at.
+//! the future ends the connection, and with it the copy, after the file that it is at. So does a guest
+//! that takes or says nothing for as long as an answer may take.
 
 mod read;
 mod write;
@@ -14,8 +15,9 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::connection::{Connection, lost};
+use super::connection::{Connection, PATIENCE, lost, silent};
 use super::files::{bytes, refused};
 use super::{Agent, AgentError};
 use crate::error::Error;
@@ -135,7 +137,7 @@ impl Agent {
             other => return Err(refused(other)),
         }
         let socket = connection.into_stream()?.into_std();
-        let socket = socket.and_then(|socket| socket.set_nonblocking(false).map(|()| socket));
+        let socket = socket.and_then(|socket| blocking(socket, PATIENCE));
         let socket = Arc::new(socket.map_err(AgentError::Socket)?);
         let guard = EndOnDrop(Arc::clone(&socket));
         let done = tokio::task::spawn_blocking(move || {
@@ -152,6 +154,7 @@ impl Agent {
         match copied {
             Ok(Ok(copied)) => Ok(copied),
             Ok(Err(TreeError::Wire)) => Err(lost(self.vsock())),
+            Ok(Err(TreeError::Silent)) => Err(silent()),
             Ok(Err(TreeError::Other(error))) => Err(error),
             Err(_) => Err(AgentError::Lost.into()),
         }
@@ -167,17 +170,34 @@ impl Drop for EndOnDrop {
     }
 }
 
+/// A socket of which reads and writes wait, for so long at most.
+fn blocking(socket: UnixStream, patience: Duration) -> io::Result<UnixStream> {
+    socket.set_nonblocking(false)?;
+    socket.set_read_timeout(Some(patience))?;
+    socket.set_write_timeout(Some(patience))?;
+    Ok(socket)
+}
+
 /// Why a copy ended.
 #[derive(Debug)]
 enum TreeError {
     /// The connection is over.
     Wire,
+    /// The guest neither takes nor says anything.
+    Silent,
     Other(Error),
 }
 
 impl<E: Into<Error>> From<E> for TreeError {
     fn from(error: E) -> Self {
         Self::Other(error.into())
+    }
+}
+
+fn on_wire(error: &io::Error) -> TreeError {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => TreeError::Silent,
+        _ => TreeError::Wire,
     }
 }
 
@@ -205,17 +225,17 @@ impl BlockingWire {
     }
 
     fn send_raw(&self, bytes: &[u8]) -> Result<(), TreeError> {
-        (&*self.socket).write_all(bytes).map_err(|_| TreeError::Wire)
+        (&*self.socket).write_all(bytes).map_err(|error| on_wire(&error))
     }
 
     fn next(&mut self) -> Result<Frame<'_>, TreeError> {
         let mut header = [0; HEADER_BYTES];
-        (&*self.socket).read_exact(&mut header).map_err(|_| TreeError::Wire)?;
+        (&*self.socket).read_exact(&mut header).map_err(|error| on_wire(&error))?;
         let (channel, length) = Frame::parse_header(header).map_err(AgentError::Malformed)?;
         self.body.clear();
         // As much memory as has come.
         let read = (&*self.socket).take(length as u64).read_to_end(&mut self.body);
-        match read.map_err(|_| TreeError::Wire)? {
+        match read.map_err(|error| on_wire(&error))? {
             read if read == length => Ok(Frame { channel, bytes: &self.body }),
             _ => Err(TreeError::Wire),
         }

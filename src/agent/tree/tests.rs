@@ -33,6 +33,7 @@ fn pair() -> (BlockingWire, BlockingWire) {
 fn receive(wire: &mut BlockingWire, path: &Path, limits: &CopyLimits) -> Result<Copied, String> {
     write::receive(wire, path, limits).map_err(|error| match error {
         TreeError::Wire => "the connection is over".to_owned(),
+        TreeError::Silent => "the guest is silent".to_owned(),
         TreeError::Other(error) => error.to_string(),
     })
 }
@@ -173,4 +174,26 @@ fn too_much_too_deep_and_nonsense_are_refused() {
     let deep: Vec<_> =
         std::iter::once(directory("")).chain((0..9).map(|_| directory("d"))).collect();
     refused(&frames(&deep), "the connection is over");
+}
+
+#[test]
+fn a_guest_that_goes_silent_ends_the_copy() {
+    let scratch = Scratch::new("silent");
+    let patience = Duration::from_millis(50);
+    let patient = |(ours, theirs): (UnixStream, UnixStream)| {
+        let socket = Arc::new(blocking(ours, patience).unwrap());
+        (BlockingWire { socket, body: Vec::new() }, theirs)
+    };
+    // Between two frames, and in the middle of one.
+    for said in [frames(&[directory("")]).concat(), Frame::header(Channel::Data, 100).to_vec()] {
+        let (mut host, mut guest) = patient(UnixStream::pair().unwrap());
+        guest.write_all(&said).unwrap();
+        let error = receive(&mut host, &scratch.0.join("to"), &CopyLimits::new()).unwrap_err();
+        assert_eq!(error, "the guest is silent");
+    }
+    // It takes nothing any more.
+    let path = scratch.0.join("large");
+    fs::write(&path, vec![7; 4 << 20]).unwrap();
+    let (mut host, _guest) = patient(UnixStream::pair().unwrap());
+    assert!(matches!(read::send(&mut host, &path), Err(TreeError::Silent)));
 }

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) const IA32_TSC: u32 = 0x10;
 pub(crate) const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Where the guest has its kvmclock, by the register's old number and by its new one; bit 0 is
+/// whether it has one.
+pub(crate) const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1;

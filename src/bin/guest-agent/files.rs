@@ -221,7 +221,10 @@ pub(crate) fn write(connection: &mut Connection, call: &Write) -> io::Result<()>
             result = target.file.write_all(frame.bytes);
             // The host need not send the rest; what comes of it is thrown away.
             if let Err(error) = &result {
-                connection.answer(Err(target.failure(error)))?;
+                let failure = target.failure(error);
+                // Gone when the host hears of it.
+                target.temporary = None;
+                connection.answer(Err(failure))?;
             }
         }
     }

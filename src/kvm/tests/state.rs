@@ -2,12 +2,15 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use kvm_bindings::kvm_irqchip__bindgen_ty_1;
 
 use super::super::clock::{self, ClockState};
 use super::super::{ClockPolicy, CpuProfile, Kvm, KvmError, VmExit, VmState, msrs};
 use super::Guest;
 use crate::arch::cpuid;
-use crate::arch::msr::{IA32_TSC, Msr};
+use crate::arch::msr::{IA32_TSC, KVM_SYSTEM_TIME, Msr};
 use crate::config::{CpuTemplate, CpuidRegister};
 
 /// `mov dx, 0x100; xor eax, eax; 1: out dx, al; inc eax; jmp 1b`
@@ -69,6 +72,12 @@ fn restoring_what_was_saved_changes_nothing_but_time() {
     msrs::write(fd, &[Msr { index: 0xc000_0082, value: 0xffff_8000_0000_1000 }]).unwrap();
     let (saved, mut guest) = next_generation(&mut guest, ClockPolicy::Freeze);
     let (again, _) = next_generation(&mut guest, ClockPolicy::Freeze);
+    assert_same_but_for_time(&saved, &again);
+    assert_eq!(saved.vcpus[0].debug_regs.db[0], 0x1234);
+    assert_eq!(saved.vcpus[0].msr(0xc000_0082), Some(0xffff_8000_0000_1000));
+}
+
+fn assert_same_but_for_time(saved: &VmState, again: &VmState) {
     for (saved, again) in saved.vcpus.iter().zip(&again.vcpus) {
         let mut timeless = again.clone();
         for (msr, saved) in timeless.msrs.iter_mut().zip(&saved.msrs) {
@@ -80,10 +89,64 @@ fn restoring_what_was_saved_changes_nothing_but_time() {
         timeless.tsc_offset = saved.tsc_offset;
         assert_eq!(timeless, *saved);
     }
-    assert_eq!(saved.vcpus[0].debug_regs.db[0], 0x1234);
-    assert_eq!(saved.vcpus[0].msr(0xc000_0082), Some(0xffff_8000_0000_1000));
     let bytes = |state: &VmState| serde_json::to_vec(&state.irqchips).unwrap();
-    assert_eq!(bytes(&saved), bytes(&again));
+    assert_eq!(bytes(saved), bytes(again));
+}
+
+/// What is as in a new VM is not written, and each thing that is not is.
+#[test]
+fn a_restore_that_looked_ahead_leaves_nothing_out() {
+    let Some(mut guest) = Guest::with_code(2, COUNTER) else { return };
+    guest.step();
+    let (plain, _) = next_generation(&mut guest, ClockPolicy::Freeze);
+    let with = |change: fn(&mut VmState)| {
+        let mut state = plain.clone();
+        change(&mut state);
+        state
+    };
+    // The spurious interrupt's vector, and an address that the IOAPIC's fifth line goes to.
+    let lapic = with(|state| state.vcpus[1].lapic.regs[0xf0] = 0x33);
+    let ioapic = with(|state| {
+        // SAFETY: every member of the union is plain numbers.
+        let mut ioapic = unsafe { state.irqchips[2].chip.ioapic };
+        ioapic.redirtbl[5].bits = 0x0100_0000_0001_0044;
+        state.irqchips[2].chip = kvm_irqchip__bindgen_ty_1 { ioapic };
+    });
+    let pic = with(|state| {
+        // SAFETY: as above.
+        let mut pic = unsafe { state.irqchips[0].chip.pic };
+        pic.imr = 0xfb;
+        state.irqchips[0].chip = kvm_irqchip__bindgen_ty_1 { pic };
+    });
+    let debug = with(|state| state.vcpus[0].debug_regs.db[0] = 0x1234);
+    for state in [plain, lapic, ioapic, pic, debug] {
+        let new = Guest::new(2, Arc::clone(guest.vm.ram())).expect("a KVM as before");
+        new.vm.look_ahead(&new.vcpus).unwrap();
+        new.vm.restore(&state, &new.vcpus, ClockPolicy::Freeze).unwrap();
+        assert_same_but_for_time(&state, &new.vm.state(&new.vcpus).unwrap());
+    }
+}
+
+#[test]
+fn a_restored_guest_is_told_of_its_pause_once_before_it_runs() {
+    let Some(mut guest) = Guest::with_code(1, COUNTER) else { return };
+    let is_told = |guest: &Guest| guest.vcpus[0].is_forgiven.load(Ordering::Relaxed);
+    assert!(!is_told(&guest), "it has not been stopped");
+    let (mut state, guest) = next_generation(&mut guest, ClockPolicy::Freeze);
+    assert!(is_told(&guest));
+    guest.vcpus[0].forgive_pause();
+    assert!(!is_told(&guest), "the next pause is another one");
+
+    let vcpu = &mut state.vcpus[0];
+    vcpu.msrs.retain(|msr| !KVM_SYSTEM_TIME.contains(&msr.index));
+    assert!(!vcpu.has_kvmclock());
+    for (index, value, is_on) in
+        [(0x12, 0x1000, false), (0x12, 0x1001, true), (0x4b56_4d01, 1, true)]
+    {
+        vcpu.msrs.push(Msr { index, value });
+        assert_eq!(vcpu.has_kvmclock(), is_on);
+        vcpu.msrs.pop();
+    }
 }
 
 #[test]
@@ -199,9 +262,9 @@ fn a_guest_fits_the_host_that_it_was_saved_on() {
     guest.vcpus[0].configure(&cpuid, &[]).unwrap();
     let profile = {
         let cpuid = guest.vcpus.iter().map(|vcpu| vcpu.cpuid().unwrap()).collect();
-        CpuProfile::new(&kvm, cpuid, guest.vcpus.first()).unwrap()
+        CpuProfile::new(kvm.capabilities(), cpuid, guest.vcpus.first()).unwrap()
     };
-    profile.fits(&kvm, None).unwrap();
-    profile.fits(&kvm, guest.vcpus.first()).unwrap();
+    profile.fits(kvm.capabilities(), None).unwrap();
+    profile.fits(kvm.capabilities(), guest.vcpus.first()).unwrap();
     assert_eq!(profile.cpuid().unwrap().len(), 2);
 }

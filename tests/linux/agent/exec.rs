@@ -81,6 +81,13 @@ fn time_that_is_over_kills_the_whole_group_and_the_background_holds_up_nobody() 
         assert_eq!(id, process.id().to_string());
         drop(process);
         guest.sh(&format!("while test -d /proc/{id}; do sleep 0.1; done")).await;
+        // Also where output waits that nobody has read, which resets the connection.
+        let script = "while true; do echo endless; done";
+        let process = guest.agent.command("sh").args(["-c", script]).spawn().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let id = process.id();
+        drop(process);
+        guest.sh(&format!("while test -d /proc/{id}; do sleep 0.1; done")).await;
     });
 }
 

@@ -2,7 +2,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use dormouse::{AgentConfig, BlockConfig, Cmdline, RootDisk, VmConfig};
+use dormouse::{AgentConfig, BlockConfig, Cmdline, MountConfig, RootDisk, VmConfig};
 
 use super::{Guest, block_on};
 use crate::{Release, guest_root, programs};
@@ -24,15 +24,31 @@ impl RootImage {
         for link in ["sh", "cat", "hostname", "ls", "mount", "ip", "df", "sleep"] {
             symlink("busybox", tree.join("bin").join(link)).unwrap();
         }
+        let image = Self::of(&tree, base);
+        fs::remove_dir_all(&tree).unwrap();
+        image
+    }
+
+    /// A disk with a file system that holds nothing.
+    fn empty(name: &str) -> Self {
+        let base =
+            std::env::temp_dir().join(format!("dormouse-disk-{name}-{}", std::process::id()));
+        let tree = base.with_extension("tree");
+        fs::create_dir_all(&tree).unwrap();
+        let image = Self::of(&tree, base);
+        fs::remove_dir_all(&tree).unwrap();
+        image
+    }
+
+    fn of(tree: &Path, base: PathBuf) -> Self {
         let image = base.with_extension("ext4");
         fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
         let made = programs::command("mke2fs")
             .args(["-q", "-t", "ext4", "-d"])
-            .arg(&tree)
+            .arg(tree)
             .arg(&image)
             .status();
         assert!(made.unwrap().success());
-        fs::remove_dir_all(&tree).unwrap();
         Self(image)
     }
 }
@@ -109,5 +125,35 @@ fn a_root_disk_that_is_written_keeps_what_was_written() {
         let guest = Guest::boot(config).await;
         assert_eq!(guest.agent.read("/etc/kept").await.unwrap(), b"kept");
         assert!(!guest.transcript.text().contains("recovery"), "it was unmounted");
+    });
+}
+
+#[test]
+fn an_overlay_and_a_mount_on_disks_of_their_own_keep_what_was_written_and_the_root_is_as_it_was() {
+    block_on(async {
+        let (root, upper, data) =
+            (RootImage::new("lower"), RootImage::empty("upper"), RootImage::empty("data"));
+        let before = fs::read(&root.0).unwrap();
+        let agent = AgentConfig::new()
+            .root(RootDisk::new(0).fs_type("ext4").overlay_disk(1))
+            .mount(MountConfig::new(2, "/data").fs_type("ext4"));
+        let config = config(Release::Linux6_12, agent, &root.0)
+            .block(BlockConfig::new(&upper.0))
+            .block(BlockConfig::new(&data.0));
+        let guest = Guest::boot(config.clone()).await;
+        guest.agent.write("/etc/kept", "over").await.unwrap();
+        guest.agent.write("/data/kept", "beside").await.unwrap();
+        guest.agent.remove("/bin/hostname").await.unwrap();
+        let mounts = guest.sh("cat /proc/mounts").await;
+        assert!(mounts.contains(" / overlay ") && mounts.contains(" /data ext4 "), "{mounts}");
+        let ended = guest.vm.shutdown(std::time::Duration::from_secs(10)).await;
+        assert!(ended.exit_status().is_clean(), "{}", guest.transcript.text());
+        drop((ended, guest.agent));
+        let guest = Guest::boot(config).await;
+        assert_eq!(guest.agent.read("/etc/kept").await.unwrap(), b"over");
+        assert_eq!(guest.agent.read("/data/kept").await.unwrap(), b"beside");
+        guest.agent.metadata("/bin/hostname").await.unwrap_err();
+        assert!(!guest.transcript.text().contains("recovery"), "they were unmounted");
+        assert!(fs::read(&root.0).unwrap() == before);
     });
 }
