@@ -1,6 +1,6 @@
 //! From an image that was found to a root file system in the cache.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
 
@@ -51,7 +51,7 @@ impl Work {
     }
 
     /// A directory of the host.
-    pub(super) fn directory(&self, path: &PathBuf) -> Result<Image, ImageError> {
+    pub(super) fn directory(&self, path: &Path) -> Result<Image, ImageError> {
         self.reporter.report(ImageStage::Find, 0, None)?;
         let directory = Directory::open(path, &self.limits)?;
         let root = self.root(&directory.key(), |build, reporter| {

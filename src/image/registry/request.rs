@@ -70,9 +70,9 @@ impl Client {
         credentials: Credentials,
     ) -> Result<Self, RegistryError> {
         let home = reference.authority().parse().ok();
-        let home = home.and_then(|authority: hyper::http::uri::Authority| {
+        let home = home.map(|authority: hyper::http::uri::Authority| {
             let is_tls = !is_loopback(authority.host());
-            Some(place(is_tls, authority.host(), authority.port_u16()))
+            place(is_tls, authority.host(), authority.port_u16())
         });
         let text = reference.to_string();
         let what = "the registry's host is none";

@@ -122,9 +122,8 @@ pub(super) fn read(blob: Blob, what: &str, digest: Option<Digest>) -> Result<Vec
     let mut bytes = Vec::new();
     let read = blob.take(MAX_JSON_BYTES).read_to_end(&mut bytes);
     read.map_err(|source| ImageError::Read { what: what.to_owned(), source })?;
-    match digest {
-        Some(expected) => check(&bytes, what, expected)?,
-        None => {}
+    if let Some(expected) = digest {
+        check(&bytes, what, expected)?;
     }
     Ok(bytes)
 }
