@@ -22,7 +22,7 @@ mod vsock;
 use std::env;
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -122,7 +122,11 @@ pub struct Scratch(pub PathBuf);
 
 impl Scratch {
     pub fn new(name: &str) -> Self {
-        let path = env::temp_dir().join(format!("dormouse-{name}-{}", std::process::id()));
+        Self::below(&env::temp_dir(), name)
+    }
+
+    pub fn below(parent: &Path, name: &str) -> Self {
+        let path = parent.join(format!("dormouse-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).unwrap();
         Self(path)
