@@ -116,7 +116,7 @@ impl<'a> Queues<'a> {
         let Some(queue) = self.get(index) else { return Ok(Served::All) };
         let mut requests = 0;
         let served = loop {
-            queue.queue.disable_notification(ram.inner())?;
+            queue.want_no_doorbell(ram)?;
             let taken = queue.answer_some(ram, MAX_REQUESTS - requests, &mut answer)?;
             requests += taken.count;
             if taken.put_back {
@@ -298,6 +298,12 @@ impl VirtQueue {
         let used_event = load(ring + RING_HEADER_BYTES + 2 * u64::from(self.queue.size()))?;
         let since = Wrapping(self.queue.next_used()) - Wrapping(used_event) - Wrapping(1);
         Ok(since.0 < added)
+    }
+
+    /// Tells the driver that the doorbell is not needed until [`wait_for_more`](Self::wait_for_more)
+    /// asks for it. With EVENT_IDX it is not needed anyway, once it rang.
+    pub(crate) fn want_no_doorbell(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification(ram.inner())?)
     }
 
     /// Asks for the doorbell at the driver's next request. True where one came meanwhile.

@@ -23,6 +23,9 @@ impl Net {
     pub(super) fn receive(&mut self, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let ram = queues.ram();
         let Some(queue) = queues.get(RECEIVE) else { return Ok(Served::All) };
+        // What a driver gives back is no news while there are others: `gather` asks for the
+        // doorbell where they lack.
+        queue.want_no_doorbell(ram)?;
         let mut buffers = Buffers::default();
         let served = self.fill(queue, ram, &mut buffers);
         // What is still empty stays where it was.

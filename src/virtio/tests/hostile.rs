@@ -84,6 +84,11 @@ impl RawDriver {
         ram().inner().read_obj(GuestAddress(USED + 2)).unwrap()
     }
 
+    /// Without EVENT_IDX, what the used ring's flags say.
+    pub(super) fn wants_doorbell(&self) -> bool {
+        ram().inner().read_obj::<u16>(GuestAddress(USED)).unwrap() == 0
+    }
+
     pub(super) fn needs_reset(&self) -> bool {
         self.transport.read(0x70) & NEEDS_RESET != 0
     }

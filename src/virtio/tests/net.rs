@@ -354,6 +354,24 @@ fn receive_buffers_without_room_are_not_written_past_their_ends() {
 }
 
 #[test]
+fn the_doorbell_of_receive_buffers_is_wanted_only_where_they_lack() {
+    let (net, mut peer) = cable(Some(MAC));
+    let mut driver = RawDriver::over(TestTransport::new(net), 0);
+    assert!(driver.wants_doorbell(), "there was no buffer yet");
+    for used in [1, 3, 5] {
+        driver.submit(&[Raw(BUFFERS, 112, WRITE, 0)]);
+        assert!(!driver.wants_doorbell(), "a buffer is there");
+        peer.send(&frame(0, 100));
+        until("a frame waits for a doorbell", || driver.used() == used);
+        // This one finds no buffer.
+        peer.send(&frame(1, 100));
+        until("no doorbell is wanted", || driver.wants_doorbell());
+        driver.submit(&[Raw(BUFFERS, 112, WRITE, 0)]);
+        until("a frame got no buffer", || driver.used() == used + 1);
+    }
+}
+
+#[test]
 fn a_storm_of_doorbells_does_nothing() {
     let (net, mut peer) = cable(Some(MAC));
     let mut driver = RawDriver::over(TestTransport::new(net), 1);
