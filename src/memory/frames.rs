@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use smallvec::SmallVec;
+
 use super::GuestBytes;
 use super::io::MAX_IOVECS;
 
@@ -20,9 +22,9 @@ impl<'ram> GuestBytes<'ram> {
     /// What readv says, but for a signal.
     pub(crate) fn read_frame(&self, from: BorrowedFd<'_>, spare: &mut [u8]) -> io::Result<usize> {
         let pieces = self.pieces.iter().take(MAX_IOVECS - 1);
-        let guards: Vec<_> = pieces.map(|piece| piece.ptr_guard_mut()).collect();
+        let guards: SmallVec<[_; 4]> = pieces.map(|piece| piece.ptr_guard_mut()).collect();
         let iovec = |base: *mut u8, len| libc::iovec { iov_base: base.cast(), iov_len: len };
-        let mut iovecs: Vec<_> =
+        let mut iovecs: SmallVec<[_; 4]> =
             guards.iter().map(|guard| iovec(guard.as_ptr(), guard.len())).collect();
         iovecs.push(iovec(spare.as_mut_ptr(), spare.len()));
         let count = iovecs.len() as libc::c_int;
@@ -70,12 +72,12 @@ impl<'ram> GuestBytes<'ram> {
         prefix: &[u8],
         call: impl FnOnce(&mut [libc::iovec]) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let guards: Vec<_> = self.pieces.iter().map(|piece| piece.ptr_guard()).collect();
+        let guards: SmallVec<[_; 4]> = self.pieces.iter().map(|piece| piece.ptr_guard()).collect();
         let iovec =
             |base: *const u8, len| libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len };
         let prefix = (!prefix.is_empty()).then(|| iovec(prefix.as_ptr(), prefix.len()));
         let pieces = guards.iter().map(|guard| iovec(guard.as_ptr(), guard.len()));
-        let mut iovecs: Vec<_> = prefix.into_iter().chain(pieces).collect();
+        let mut iovecs: SmallVec<[_; 4]> = prefix.into_iter().chain(pieces).collect();
         // A part of a frame is another frame.
         if iovecs.len() > MAX_IOVECS {
             return Err(io::ErrorKind::InvalidInput.into());

@@ -40,19 +40,33 @@ impl<'ram> GuestBytes<'ram> {
 
     /// The first `at` bytes, and the others. `None` where there are fewer.
     pub(crate) fn split_at(mut self, at: u64) -> Option<(Self, Self)> {
-        let mut left = Self::default();
+        let others = self.split_off(at)?;
+        Some((self, others))
+    }
+
+    /// Keeps the first `at` bytes, and returns the others. `None`, and no change, where there are
+    /// fewer. Costs next to nothing where a piece ends there, as where a request's header does.
+    pub(crate) fn split_off(&mut self, at: u64) -> Option<Self> {
         let mut missing = usize::try_from(at).ok()?;
-        let mut rest = self.pieces.drain(..);
-        let mut right = Self::default();
+        let mut whole = 0;
         while missing > 0 {
-            let piece = rest.next()?;
-            let (taken, kept) = piece.split_at(missing.min(piece.len())).ok()?;
-            missing -= taken.len();
-            left.push(taken);
-            right.push(kept);
+            let piece = self.pieces.get(whole)?;
+            if missing < piece.len() {
+                break;
+            }
+            missing -= piece.len();
+            whole += 1;
         }
-        right.pieces.extend(rest);
-        Some((left, right))
+        let mut others = Self { pieces: self.pieces.get(whole..)?.into() };
+        self.pieces.truncate(whole);
+        if missing > 0
+            && let Some(first) = others.pieces.first_mut()
+        {
+            let (kept, other) = first.split_at(missing).ok()?;
+            self.pieces.push(kept);
+            *first = other;
+        }
+        Some(others)
     }
 
     /// Copies the first bytes out; returns how many there were.
@@ -67,9 +81,19 @@ impl<'ram> GuestBytes<'ram> {
 
     /// Copies `source` in, as far as there is room; returns how far.
     pub(crate) fn copy_from(&self, source: &[u8]) -> usize {
+        self.copy_from_at(0, source)
+    }
+
+    /// Copies `source` in behind the first `at` bytes, as far as there is room; returns how far.
+    pub(crate) fn copy_from_at(&self, mut at: usize, source: &[u8]) -> usize {
         let mut rest = source;
         for piece in &self.pieces {
-            let Ok(copied) = piece.write(rest, 0) else { break };
+            if at >= piece.len() {
+                at -= piece.len();
+                continue;
+            }
+            let Ok(copied) = piece.write(rest, at) else { break };
+            at = 0;
             rest = &rest[copied..];
             if rest.is_empty() {
                 break;

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::{Clear, FileIo, GuestRam, IoQueue, Transfer};
+use super::{Clear, FileIo, GuestBytes, GuestRam, IoQueue, Transfer};
 use crate::error::{Error, ErrorKind};
 use crate::machine::disk_io;
 
@@ -152,6 +152,39 @@ fn many_threads_share_the_queue_and_each_gets_its_own_ends() {
             });
         }
     });
+}
+
+#[test]
+fn bytes_in_pieces_are_cut_and_filled_as_one_sequence() {
+    let ram = GuestRam::fresh(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let places = [(4096u64, 16usize), (0, 4096), (8192, 1)];
+    let mut bytes = GuestBytes::default();
+    for (at, len) in places {
+        bytes.push(ram.inner().get_slice(GuestAddress(at), len).unwrap());
+    }
+    let expected: Vec<u8> = (0..4113).map(|at| at as u8).collect();
+    let content = |bytes: &GuestBytes<'_>| {
+        let mut copy = vec![0; bytes.len() as usize];
+        assert_eq!(bytes.copy_to(&mut copy), copy.len());
+        copy
+    };
+    for at in [0, 1, 15, 16, 17, 4111, 4112, 4113] {
+        assert_eq!(bytes.copy_from(&[0xff; 4113]), 4113);
+        // In two steps, the second behind the first; what is too long is cut.
+        assert_eq!(bytes.copy_from_at(0, &expected[..at]), at);
+        assert_eq!(bytes.copy_from_at(at, &[&expected[at..], &[1; 5]].concat()), 4113 - at);
+        assert_eq!(content(&bytes), expected);
+        let mut first = bytes.clone();
+        let others = first.split_off(at as u64).unwrap();
+        assert_eq!((content(&first), content(&others)), split(&expected, at));
+    }
+    assert!(bytes.split_off(4114).is_none());
+    assert_eq!(content(&bytes), expected, "as it was");
+    assert_eq!(bytes.copy_from_at(4113, &[1]), 0);
+}
+
+fn split(bytes: &[u8], at: usize) -> (Vec<u8>, Vec<u8>) {
+    (bytes[..at].to_vec(), bytes[at..].to_vec())
 }
 
 #[test]

@@ -63,19 +63,20 @@ pub(super) struct Parsed<'ram> {
 impl<'ram> Parsed<'ram> {
     /// Parses a request for a disk of so many sectors.
     pub(super) fn new(chain: Chain<'ram>, sectors: u64, read_only: bool) -> Self {
-        let written = u32::try_from(chain.writable.len()).unwrap_or(u32::MAX);
-        let status_at = chain.writable.len().checked_sub(1);
-        let Some((to_driver, status)) = status_at.and_then(|at| chain.writable.split_at(at)) else {
+        let Chain { readable: mut header, writable: mut to_driver, .. } = chain;
+        let written = to_driver.len();
+        let status_at = written.checked_sub(1);
+        let Some(status) = status_at.and_then(|at| to_driver.split_off(at)) else {
             // There is nothing to say, and nobody to say it to.
             let status = GuestBytes::default();
             return Self { status, written: 0, request: Err(Fault::Io) };
         };
         let bounds = Bounds { sectors, read_only };
-        let request = match chain.readable.split_at(HEADER_BYTES as u64) {
-            Some((header, from_driver)) => bounds.parse(&header, from_driver, to_driver),
+        let request = match header.split_off(HEADER_BYTES as u64) {
+            Some(from_driver) => bounds.parse(&header, from_driver, to_driver),
             None => Err(Fault::Io),
         };
-        Self { status, written, request }
+        Self { status, written: u32::try_from(written).unwrap_or(u32::MAX), request }
     }
 }
 

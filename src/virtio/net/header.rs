@@ -29,7 +29,7 @@ pub(super) const OFFLOADS: u64 = F_CSUM
 /// The header's length, with num_buffers, which every driver of this century has.
 pub(super) const HEADER_BYTES: u64 = 12;
 /// Where num_buffers is.
-pub(super) const NUM_BUFFERS_AT: u64 = 10;
+pub(super) const NUM_BUFFERS_AT: usize = 10;
 /// An Ethernet header.
 pub(super) const MIN_FRAME_BYTES: u64 = 14;
 /// The largest frame that a driver must have room for (§5.1.6.3.1), and an Ethernet header with

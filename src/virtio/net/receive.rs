@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use smallvec::SmallVec;
+
 use super::backend::Moved;
 use super::header::{F_MRG_RXBUF, HEADER_BYTES, NUM_BUFFERS_AT};
 use super::{Net, RECEIVE};
@@ -126,8 +128,8 @@ impl<'ram> Buffers<'ram> {
 
     /// Takes out those that a frame of so many bytes has filled, with their shares, and writes
     /// how many they are into the frame's header.
-    fn take(&mut self, space: &GuestBytes<'ram>, bytes: u64) -> Vec<(u16, u32)> {
-        let mut used = Vec::new();
+    fn take(&mut self, space: &GuestBytes<'ram>, bytes: u64) -> SmallVec<[(u16, u32); 4]> {
+        let mut used = SmallVec::new();
         let mut rest = bytes;
         while rest > 0
             && let Some(chain) = self.chains.pop_front()
@@ -137,9 +139,7 @@ impl<'ram> Buffers<'ram> {
             used.push((chain.head, rest.min(len) as u32));
             rest = rest.saturating_sub(len);
         }
-        if let Some((_, field)) = space.clone().split_at(NUM_BUFFERS_AT) {
-            field.copy_from(&(used.len() as u16).to_le_bytes());
-        }
+        space.copy_from_at(NUM_BUFFERS_AT, &(used.len() as u16).to_le_bytes());
         used
     }
 }

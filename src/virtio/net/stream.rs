@@ -64,9 +64,8 @@ impl Stream {
         }
         // The frame is finished; num_buffers is up to whoever knows it.
         space.copy_from(&[0; HEADER_BYTES as usize]);
-        if let Some((_, rest)) = space.clone().split_at(HEADER_BYTES) {
-            rest.copy_from(self.received.get(at..at + len).unwrap_or_default());
-        }
+        let frame = self.received.get(at..at + len).unwrap_or_default();
+        space.copy_from_at(HEADER_BYTES as usize, frame);
         Moved::Frame(bytes)
     }
 
