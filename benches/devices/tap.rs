@@ -1,4 +1,5 @@
-//! Frames from a guest to a tap, beside the same frames written to a tap by one thread.
+//! Frames from a guest to a tap, beside the same frames written to a tap by one thread, from as
+//! many buffers.
 //!
 //! The taps are in a network of this process's own, up, and nobody takes the frames.
 
@@ -42,6 +43,7 @@ fn metric(name: &str, bytes: u32, batch: u64) -> io::Result<Metric> {
     let mut alone = File::from(alone);
     let mut frame = HEADER.to_vec();
     frame.resize(HEADER.len() + bytes as usize, 0);
+    let frames = vec![frame; usize::from(driver.depth)];
     let mib = (batch * u64::from(bytes)) as f64 / 1048576.0;
     Ok(rates(
         &name,
@@ -51,8 +53,8 @@ fn metric(name: &str, bytes: u32, batch: u64) -> io::Result<Metric> {
         || guest.batch(|| ()),
         || {
             let begin = Instant::now();
-            for _ in 0..batch {
-                assert_eq!(alone.write(&frame).expect("a frame"), frame.len());
+            for frame in frames.iter().cycle().take(batch as usize) {
+                assert_eq!(alone.write(frame).expect("a frame"), frame.len());
             }
             begin.elapsed()
         },
