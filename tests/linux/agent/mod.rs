@@ -17,10 +17,10 @@ use dormouse::{
 
 use crate::{PATIENCE, Release, Transcript, guest_root};
 
-/// Runs what a test awaits.
+/// Runs what a test awaits: a boot and many waits, each of which may take as long as one has patience for. Ends only what hangs.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(PATIENCE, future).await.unwrap() })
+    runtime.block_on(async { tokio::time::timeout(5 * PATIENCE, future).await.unwrap() })
 }
 
 /// Files for the guest: busybox, under the names of all that it does.
