@@ -129,6 +129,7 @@ impl Machine {
         console: Option<&Console>,
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
+        shell.threads.rouse();
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = match console {
