@@ -19,7 +19,7 @@ pub(crate) use self::kick::{KickTarget, block_signals};
 pub(crate) use self::vcpu::{Vcpu, VmExit};
 pub(crate) use self::vcpu_state::VcpuState;
 pub(crate) use self::vm::Vm;
-pub(crate) use self::vm_state::VmState;
+pub(crate) use self::vm_state::{FreshState, VmState};
 
 use std::ffi::CString;
 use std::io;

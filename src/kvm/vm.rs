@@ -6,7 +6,8 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::IoEventAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Capabilities, Kvm, KvmError, Vcpu, VmState};
+use super::vm_state::Fresh;
+use super::{Capabilities, Kvm, KvmError, Vcpu};
 use crate::arch::layout;
 use crate::memory::GuestRam;
 
@@ -20,7 +21,7 @@ pub(crate) struct Vm {
     capabilities: &'static Capabilities,
     /// What it was before it ran, where somebody looked: a restore then sets what differs, for
     /// each call costs some 10 µs.
-    pub(super) fresh: Mutex<Option<Box<VmState>>>,
+    pub(super) fresh: Mutex<Option<Fresh>>,
 }
 
 impl Vm {

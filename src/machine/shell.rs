@@ -14,7 +14,7 @@ use super::vcpu_threads::IdleThreads;
 use crate::arch::{cpuid, msr};
 use crate::config::{CpuTemplate, MachineConfig};
 use crate::error::Error;
-use crate::kvm::{CpuProfile, HostError, Kvm, KvmError, Vcpu, Vm};
+use crate::kvm::{CpuProfile, FreshState, HostError, Kvm, KvmError, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::phase::Phase;
 use crate::seccomp::Confinement;
@@ -66,13 +66,14 @@ impl Shell {
         ram: GuestRam,
         recorder: &mut Recorder,
     ) -> Result<Self, Error> {
+        let confinement = config.seccomp.then_some(Confinement::Vcpu);
         let (kvm, vm, count) = recorder.run(Phase::Kvm, || {
             let kvm = Kvm::open(config.kvm_device)?;
             let (count, max) = (config.cpus.count(), kvm.capabilities().max_vcpus);
             let fits = u8::try_from(count).ok().filter(|_| count <= max);
             let count = fits.ok_or(KvmError::TooManyVcpus { count, max: max.min(255) })?;
             let vm = Arc::new(Vm::new(&kvm, Arc::new(ram))?);
-            Ok::<_, KvmError>((kvm, vm, count))
+            Ok::<_, Error>((kvm, vm, count))
         })?;
         recorder.run(Phase::Vcpus, || {
             let supported = &kvm.capabilities().supported_cpuid;
@@ -87,9 +88,9 @@ impl Shell {
                 vcpu.configure(cpuid, &msr::at_boot())?;
                 Ok(vcpu)
             };
-            let vcpus = (0..).zip(&cpuid).map(create).collect::<Result<Vec<_>, KvmError>>()?;
-            let confinement = config.seccomp.then_some(Confinement::Vcpu);
+            // First, for they take about as long to confine themselves as their vCPUs to be made.
             let threads = IdleThreads::spawn(count, confinement, Arc::clone(&vm))?;
+            let vcpus = (0..).zip(&cpuid).map(create).collect::<Result<Vec<_>, KvmError>>()?;
             Ok::<_, Error>(Self { vcpus, cpuid, vm, threads })
         })
     }
@@ -107,9 +108,9 @@ impl Shell {
         self.cpuid == cpuid
     }
 
-    /// Makes a restore around it shorter, for its own time now.
-    pub(crate) fn look_ahead(&self) -> Result<(), KvmError> {
-        self.vm.look_ahead(&self.vcpus)
+    /// Makes a restore around it shorter; see [`Vm::look_ahead`].
+    pub(crate) fn look_ahead(&self, known: &FreshState) -> Result<(), KvmError> {
+        self.vm.look_ahead(&self.vcpus, known)
     }
 
     /// Whether a guest with this profile can run in it.

@@ -40,7 +40,6 @@ impl Snapshot {
     pub fn prepare(&self) -> Result<PreparedShell, Error> {
         let options = RestoreOptions::default();
         let shell = self.shell(&options, &mut Recorder::new())?;
-        shell.look_ahead()?;
         Ok(PreparedShell { shell })
     }
 

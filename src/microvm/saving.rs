@@ -6,6 +6,7 @@ use super::state::{Asleep, Stopped};
 use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, TransitionError};
 use crate::config::RestoreOptions;
 use crate::error::Error;
+use crate::kvm::FreshState;
 use crate::machine::{Cpus, Shell, ShellConfig};
 use crate::phase::Phase;
 use crate::snapshot::{Disks, Snapshot, SnapshotOptions};
@@ -147,7 +148,7 @@ impl MicroVm<Paused> {
             let ram = machine.ram().reserve_alike()?;
             let config = ShellConfig { kvm_device, cpus, seccomp };
             let shell = Shell::new(&config, ram, &mut Recorder::new())?;
-            shell.look_ahead()?;
+            shell.look_ahead(&FreshState::new())?;
             Ok(shell)
         });
         Ok(PreparedShell { shell: shell.map_err(|error| self.error(Phase::Kvm, error))? })

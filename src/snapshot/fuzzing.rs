@@ -38,7 +38,8 @@ pub fn snapshot_state(bytes: &[u8]) {
     temporary.create().expect("a directory");
     let Some(image) = image(&state, &temporary) else { return };
     let open = OpenDirectory::open(&temporary.0).expect("a directory");
-    let inner = Inner { place: Place::Directory(open), state, image, written: OnceLock::new() };
+    let (written, fresh) = (OnceLock::new(), OnceLock::new());
+    let inner = Inner { place: Place::Directory(open), state, image, written, fresh };
     let snapshot = Snapshot(Arc::new(inner));
     let facts = snapshot.facts();
     assert_eq!(usize::from(facts.vcpus), snapshot.0.state.host.cpuid().expect("tables").len());

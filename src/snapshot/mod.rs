@@ -32,7 +32,7 @@ use crate::config::MachineConfig;
 use crate::disk::SavedDisk;
 use crate::error::Error;
 use crate::input_file;
-use crate::kvm::CpuProfile;
+use crate::kvm::{CpuProfile, FreshState};
 use crate::machine::MachineState;
 use crate::memory::{MemoryImage, PageRun, SavedMemory};
 
@@ -65,6 +65,8 @@ struct Inner {
     image: MemoryImage,
     /// The pages that a restored guest wrote first.
     written: OnceLock<Vec<PageRun>>,
+    /// What the first VM that was restored from it was before.
+    fresh: FreshState,
 }
 
 /// Where the files of a snapshot are.
@@ -144,7 +146,7 @@ impl Snapshot {
                     let _ = written.set(runs);
                 }
                 let place = Place::Directory(open);
-                Ok(Self(Arc::new(Inner { place, state, image, written })))
+                Ok(Self(Arc::new(Inner { place, state, image, written, fresh: FreshState::new() })))
             }
             Err(error) => Err((open, error)),
         }

@@ -34,6 +34,7 @@ impl Snapshot {
         let cpus = Cpus::Exactly(host.cpuid()?);
         let shell = Shell::new(&ShellConfig { kvm_device, cpus, seccomp }, ram, recorder)?;
         recorder.run(Phase::Kvm, || shell.fits(host))?;
+        recorder.run(Phase::Vcpus, || shell.look_ahead(&self.0.fresh))?;
         Ok(shell)
     }
 

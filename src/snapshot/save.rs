@@ -16,7 +16,7 @@ use super::options::{SaveStage, SnapshotOptions};
 use super::{Inner, MAX_NOTED, Place, Snapshot, State, Temporary, format, random_bytes};
 use crate::disk::{self, DiskError};
 use crate::error::Error;
-use crate::kvm::Vcpu;
+use crate::kvm::{FreshState, Vcpu};
 use crate::machine::Machine;
 use crate::memory::{GuestRam, MAX_LAYERS, MemoryProgress, Save, SavedMemory};
 
@@ -70,7 +70,7 @@ impl Sleeper<'_> {
         let image = image.map_err(SnapshotError::Freeze)?;
         let place = Place::Memory(temporary);
         let written = OnceLock::new();
-        Ok(Snapshot(Arc::new(Inner { place, state, image, written })))
+        Ok(Snapshot(Arc::new(Inner { place, state, image, written, fresh: FreshState::new() })))
     }
 
     /// Everything but the memory; what disks there are to copy goes to `path`.

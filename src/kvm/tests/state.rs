@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::kvm_irqchip__bindgen_ty_1;
 
 use super::super::clock::{self, ClockState};
-use super::super::{ClockPolicy, CpuProfile, Kvm, KvmError, VmExit, VmState, msrs};
+use super::super::{ClockPolicy, CpuProfile, FreshState, Kvm, KvmError, VmExit, VmState, msrs};
 use super::Guest;
 use crate::arch::cpuid;
 use crate::arch::msr::{IA32_TSC, KVM_SYSTEM_TIME, Msr};
@@ -119,9 +119,13 @@ fn a_restore_that_looked_ahead_leaves_nothing_out() {
         state.irqchips[0].chip = kvm_irqchip__bindgen_ty_1 { pic };
     });
     let debug = with(|state| state.vcpus[0].debug_regs.db[0] = 0x1234);
+    // The first VM is looked at, the others are known by it.
+    let known = FreshState::new();
     for state in [plain, lapic, ioapic, pic, debug] {
         let new = Guest::new(2, Arc::clone(guest.vm.ram())).expect("a KVM as before");
-        new.vm.look_ahead(&new.vcpus).unwrap();
+        new.vm.look_ahead(&new.vcpus, &known).unwrap();
+        let offset = new.vm.fresh.lock().unwrap().as_ref().unwrap().tsc_offset;
+        assert_eq!(offset, clock::tsc_offset(&new.vcpus[0].fd).unwrap(), "its own");
         new.vm.restore(&state, &new.vcpus, ClockPolicy::Freeze).unwrap();
         assert_same_but_for_time(&state, &new.vm.state(&new.vcpus).unwrap());
     }
