@@ -28,8 +28,8 @@ const BUFFER_BYTES: usize = 1 << 20;
 pub(crate) type Progress<'a> = dyn FnMut(u64) -> ControlFlow<()> + 'a;
 
 impl Disk {
-    /// Leaves the disk where it is, for a guest that sleeps; what would be gone with the disk is
-    /// saved.
+    /// Leaves the disk where it is, for a guest that sleeps, and with `sync` on the host's disk; what
+    /// would be gone with the disk is saved.
     ///
     /// # Errors
     ///
@@ -37,6 +37,7 @@ impl Disk {
     pub(crate) fn leave(
         &mut self,
         to: &Path,
+        sync: bool,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
         let has_name = self.delta.as_ref().is_none_or(|delta| delta.has_name());
@@ -52,6 +53,10 @@ impl Disk {
             Some(delta) => Some(delta.settle().map_err(failed)?),
             None => None,
         };
+        if sync {
+            let written = self.delta.as_ref().map_or(&*self.file, |delta| delta.file());
+            written.sync_all().map_err(failed)?;
+        }
         Ok(SavedDisk::Left { base: Base { path, facts }, delta })
     }
 

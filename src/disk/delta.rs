@@ -186,6 +186,11 @@ impl Delta {
         Ok(())
     }
 
+    /// Where it is.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Writes what the file does not have yet, so that closing it changes nothing, and says what
     /// the file is then.
     pub(super) fn settle(&mut self) -> io::Result<FileFacts> {

@@ -266,6 +266,17 @@ fn verify_finds_any_bit_that_flipped_also_in_holes_and_at_the_ends() {
 }
 
 #[test]
+fn a_disk_that_is_left_where_it_is_is_synced_where_that_is_asked_for() {
+    // A file of the kernel's, which cannot be.
+    let mut disk = Disk::open(&BlockConfig::new("/proc/self/oom_score_adj")).unwrap();
+    let folder = Folder::new();
+    let path = folder.path("copy");
+    assert!(matches!(disk.leave(&path, false, &mut go_on), Ok(SavedDisk::Left { .. })));
+    let refused = disk.leave(&path, true, &mut go_on).unwrap_err();
+    assert!(matches!(refused, DiskError::Save { .. }), "{refused}");
+}
+
+#[test]
 fn a_save_that_is_broken_off_or_fails_leaves_nothing() {
     let folder = Folder::new();
     let (base, _) = folder.base();

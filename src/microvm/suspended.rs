@@ -1,7 +1,6 @@
 //! A suspended VM: waking it, making others of it, ending it.
 
 use super::{MicroVm, Running, Suspended, Terminated, TransitionError};
-use crate::error::Error;
 use crate::exit::ExitStatus;
 use crate::phase::Phase;
 use crate::snapshot::Snapshot;
@@ -48,9 +47,13 @@ impl MicroVm<Suspended> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where the files are gone or damaged.
-    pub fn into_snapshot(self) -> Result<Snapshot, Error> {
-        self.state.asleep.snapshot()
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where the files are gone or damaged, with
+    /// the VM as it was.
+    pub fn into_snapshot(self) -> Result<Snapshot, TransitionError<Suspended>> {
+        self.state.asleep.snapshot().map_err(|error| {
+            let error = self.error(Phase::Save, error);
+            TransitionError { vm: self, error }
+        })
     }
 
     /// Ends the guest, and removes the files of its sleep; its disks stay.

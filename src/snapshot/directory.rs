@@ -5,13 +5,17 @@
 //! place removes it.
 
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{self, Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags, openat, renameat_with};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, RenameFlags, openat, renameat, renameat_with, unlinkat,
+};
 use thiserror::Error as ThisError;
+
+use super::random_bytes;
 
 /// The file that makes a directory a snapshot.
 pub(crate) const STATE: &str = "state";
@@ -70,6 +74,20 @@ impl OpenDirectory {
             true => Ok(file),
             false => Err(no_file("not a regular file")),
         }
+    }
+
+    /// Puts a file into it whole, or not at all, whatever has its path by now.
+    pub(super) fn replace_file(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let part = format!("{name}.{:032x}", u128::from_ne_bytes(random_bytes()?));
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = openat(&self.directory, &part, flags, Mode::RUSR | Mode::WUSR)?;
+        let renamed = File::from(file)
+            .write_all(bytes)
+            .and_then(|()| Ok(renameat(&self.directory, &part, &self.directory, name)?));
+        if renamed.is_err() {
+            let _ = unlinkat(&self.directory, &part, AtFlags::empty());
+        }
+        renamed
     }
 
     /// Whether the path still leads here. As it is open, no other directory looks the same.

@@ -91,7 +91,7 @@ impl Sleeper<'_> {
             };
             let disk = match disks {
                 Disks::Copy => disk.save(&path(index), &mut report),
-                Disks::InPlace => disk.leave(&path(index), &mut report),
+                Disks::InPlace => disk.leave(&path(index), options.sync, &mut report),
             };
             saved.push(disk.map_err(|error| match error {
                 DiskError::Interrupted => SnapshotError::Interrupted,
@@ -187,17 +187,8 @@ impl Snapshot {
             return;
         }
         if let Ok(bytes) = format::encode(&runs) {
-            replace_file(&directory.path.join(WRITTEN), &bytes);
+            let _ = directory.replace_file(WRITTEN, &bytes);
         }
-    }
-}
-
-/// Puts a file into its place whole, or not at all.
-fn replace_file(path: &Path, bytes: &[u8]) {
-    let Ok(random) = random_bytes() else { return };
-    let part = path.with_extension(format!("{:032x}", u128::from_ne_bytes(random)));
-    if fs::write(&part, bytes).and_then(|()| fs::rename(&part, path)).is_err() {
-        let _ = fs::remove_file(&part);
     }
 }
 

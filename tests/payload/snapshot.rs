@@ -192,6 +192,18 @@ fn a_suspended_vm_is_files_only_and_wakes_as_it_was() {
 }
 
 #[test]
+fn a_suspended_vm_whose_files_are_away_becomes_a_snapshot_when_they_are_back() {
+    let scratch = Scratch::new();
+    let (place, away) = (scratch.join("asleep"), scratch.join("away"));
+    let suspended = Guest::boot().vm.suspend(&place).unwrap();
+    fs::rename(&place, &away).unwrap();
+    let failed = suspended.into_snapshot().unwrap_err();
+    assert_eq!(failed.error.kind(), &ErrorKind::Snapshot);
+    fs::rename(&away, &place).unwrap();
+    failed.vm.into_snapshot().unwrap().verify().unwrap();
+}
+
+#[test]
 fn a_suspended_vm_that_is_terminated_leaves_no_files() {
     let scratch = Scratch::new();
     let suspended = Guest::boot().vm.suspend(scratch.join("asleep")).unwrap();

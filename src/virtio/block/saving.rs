@@ -43,9 +43,10 @@ impl DeviceHandle<Block> {
     pub(crate) fn leave(
         &self,
         to: &Path,
+        sync: bool,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
-        self.lend().disk.as_mut().ok_or(DiskError::Over)?.leave(to, progress)
+        self.lend().disk.as_mut().ok_or(DiskError::Over)?.leave(to, sync, progress)
     }
 
     fn lend(&self) -> Lent<'_> {
