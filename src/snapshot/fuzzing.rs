@@ -1,13 +1,16 @@
-//! The way in for the fuzz target `snapshot_state`: all of a restore that needs no KVM.
+//! The ways in for the fuzz targets `snapshot_state`, all of a restore that needs no KVM, and
+//! `snapshot_archive`.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "what a fuzz target finds is a panic")]
 
 use std::fs::{self, File};
+use std::ops::ControlFlow;
 use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::directory::{OpenDirectory, disk_name, memory_name};
+use super::directory::{OpenDirectory, STATE, WRITTEN, disk_name, memory_name};
+use super::options::SnapshotOptions;
 use super::restore::lies_in;
 use super::{Disks, Inner, Place, Snapshot, State, Temporary, format};
 use crate::arch::layout;
@@ -17,6 +20,9 @@ use crate::devices::Serial;
 use crate::machine::MachineState;
 use crate::memory::{GuestRam, MemoryImage};
 use crate::virtio::fuzzing::saved_state;
+
+/// The state of a snapshot, but for its header and checksum.
+const GOLDEN: &[u8] = include_bytes!("../../fuzz/corpus/snapshot_state/golden_map");
 
 /// Guest RAM is mapped up to this size: more takes longer, and does nothing else.
 const MAX_MAPPED_BYTES: u64 = 64 << 20;
@@ -53,6 +59,58 @@ pub fn snapshot_state(bytes: &[u8]) {
     for disks in [Disks::Copy, Disks::InPlace] {
         let _ = snapshot.config(&trusting, disks);
     }
+}
+
+/// An archive whose `state` is good. What follows is made of the bytes: entries of some names,
+/// kinds and lengths, with what is left of the bytes behind them as it is.
+pub fn snapshot_archive(bytes: &[u8]) {
+    let outside = Temporary::new().expect("a directory");
+    outside.create().expect("a directory");
+    let (file, target) = (outside.0.join(WRITTEN), outside.0.join("target"));
+    let mut tar = tar::Builder::new(Vec::new());
+    let state = format::framed(GOLDEN.to_vec());
+    append(&mut tar, STATE, b'0', state.len() as u64, &state);
+    let mut bytes = bytes;
+    while let [name, kind, size, rest @ ..] = bytes
+        && *name < 0xc0
+    {
+        let names = [
+            "memory-0", "memory-1", "disk-0", "disk-1", "disk-2", WRITTEN, STATE, "../out",
+            "/tmp/out", "a/b",
+        ];
+        let name = names[usize::from(*name) % names.len()];
+        let kind = *b"01235SgxLK".get(usize::from(*kind) % 10).expect("ten");
+        let content = &rest[..rest.len().min(usize::from(*size))];
+        bytes = &rest[content.len()..];
+        let sizes = [content.len() as u64, 1 << 12, 32 << 20, u64::MAX >> 8];
+        append(&mut tar, name, kind, sizes[usize::from(*size) % 4], content);
+    }
+    let mut archive = tar.into_inner().expect("memory");
+    archive.extend_from_slice(bytes);
+    fs::write(&file, zstd::encode_all(&archive[..], 1).expect("memory")).expect("a file");
+    let options =
+        SnapshotOptions::new().progress(|progress| match progress.bytes > MAX_MAPPED_BYTES {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        });
+    if let Ok(snapshot) = Snapshot::unpack_with(&file, &target, &options) {
+        let _ = snapshot.verify();
+    } else {
+        assert!(!target.exists(), "something is left");
+    }
+    super::directory::remove_snapshot(&target);
+    let left: Vec<_> = fs::read_dir(&outside.0).expect("a directory").flatten().collect();
+    assert_eq!(left.len(), 1, "beside the archive there is {left:?}");
+}
+
+/// One entry, whose header may lie.
+fn append(tar: &mut tar::Builder<Vec<u8>>, name: &str, kind: u8, size: u64, content: &[u8]) {
+    let mut header = tar::Header::new_gnu();
+    header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+    header.set_entry_type(tar::EntryType::new(kind));
+    header.set_size(size);
+    header.set_cksum();
+    tar.append(&header, content).expect("memory");
 }
 
 /// A configuration has nothing of the host but what is in the snapshot's directory.
