@@ -169,12 +169,12 @@ impl Transcript {
         }
     }
 
-    fn length(&self) -> usize {
+    pub fn length(&self) -> usize {
         self.0.lock().unwrap().len()
     }
 
     /// Panics where the guest has been silent for too long. `heard` is what it had written, and when.
-    fn listen(&self, heard: &mut (usize, Instant), missing: &str) {
+    pub fn listen(&self, heard: &mut (usize, Instant), missing: &str) {
         if heard.0 < self.length() {
             *heard = (self.length(), Instant::now());
         }
