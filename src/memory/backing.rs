@@ -88,7 +88,7 @@ impl GuestRam {
     }
 
     /// As [`freeze`](Self::freeze), of RAM that nobody uses any more: nothing of fresh RAM is even
-    /// mapped anew, so it takes some 10 µs at any size.
+    /// mapped anew, so it takes less than a millisecond at any size.
     ///
     /// # Errors
     ///
@@ -96,14 +96,17 @@ impl GuestRam {
     pub(crate) fn freeze_for_good(&self) -> Result<MemoryImage, MemoryError> {
         let backing = self.backing().clone();
         let Backing::Fresh(file) = &backing else { return self.freeze() };
-        let image = self.image_of(file, &backing)?;
+        let image = self.image_of(file)?;
         memory_file::seal(file).map_err(MemoryError::file("seal the memory"))?;
         Ok(image)
     }
 
-    /// Fresh RAM as the image that it becomes.
-    fn image_of(&self, file: &Arc<File>, backing: &Backing) -> Result<MemoryImage, MemoryError> {
-        let runs = self.written(backing)?.joined(BOTTOM_GAPS).into();
+    /// Fresh RAM as the image that it becomes. Of the gaps in it only large ones are of use.
+    fn image_of(&self, file: &Arc<File>) -> Result<MemoryImage, MemoryError> {
+        let mut pages = PageSet::new(self.page_count());
+        memory_file::add_chunks(file, self.page_count(), &mut pages)
+            .map_err(MemoryError::file("look for the memory's holes"))?;
+        let runs = pages.joined(BOTTOM_GAPS).into();
         let layer = Layer { file: Arc::clone(file), runs, checksums: None };
         Ok(MemoryImage::new(Arc::clone(&self.ranges), vec![layer]))
     }
@@ -123,7 +126,7 @@ impl GuestRam {
         match backing.clone() {
             Backing::Nothing => Err(MemoryError::NotMapped),
             Backing::Fresh(file) => {
-                let image = self.image_of(&file, &backing)?;
+                let image = self.image_of(&file)?;
                 let mapped = self.map_zeros().and_then(|()| self.map_layers(&image, 0));
                 let frozen = mapped.and_then(|()| {
                     memory_file::seal(&file).map_err(MemoryError::file("seal the memory"))

@@ -10,6 +10,9 @@ use super::pages::{PAGE_BYTES, PageRun, PageSet};
 /// Not executable, and sealed against becoming so (Linux 6.3; some systems insist on it).
 const MFD_NOEXEC_SEAL: libc::c_uint = 8;
 
+/// The smallest unit in which the data of a large file is looked for.
+const MIN_CHUNK_PAGES: u64 = 512;
+
 /// A file of `pages` pages without a name, in the host's memory; all holes.
 pub(super) fn in_memory(pages: u64) -> io::Result<File> {
     const NAME: &CStr = c"dormouse-memory";
@@ -71,6 +74,21 @@ pub(super) fn add_data(file: &File, within: PageRun, pages: &mut PageSet) -> io:
     Ok(())
 }
 
+/// Adds the chunks in which the file has data, of 2 MiB or, of more than 2 GiB, a thousandth part. At
+/// most 1,024 calls of some 0.5 µs: the end of data is not looked for, which the kernel does page by
+/// page, some 30 µs a MiB.
+pub(super) fn add_chunks(file: &File, page_count: u64, pages: &mut PageSet) -> io::Result<()> {
+    let chunk = page_count.div_ceil(1024).max(MIN_CHUNK_PAGES);
+    let mut page = 0;
+    while page < page_count {
+        let Some(begin) = seek(file, page * PAGE_BYTES as u64, libc::SEEK_DATA)? else { break };
+        let first = begin / PAGE_BYTES as u64 / chunk * chunk;
+        page = (first + chunk).min(page_count);
+        pages.insert(PageRun::between(first, page));
+    }
+    Ok(())
+}
+
 /// lseek, which says `None` behind the last data. The file's position is nobody's: all else that
 /// is done with it names its place.
 fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
@@ -128,5 +146,26 @@ mod tests {
         assert_eq!(data(51, 10), []);
         assert_eq!(data(99, 1), [(99, 1)]);
         assert_eq!(data(0, 0), []);
+    }
+
+    #[test]
+    fn chunks_with_data_are_found_in_few_steps() {
+        let chunks = |pages: u64, data: &[u64]| {
+            let file = in_memory(pages).unwrap();
+            for page in data {
+                file.write_all_at(&[1], page * PAGE_BYTES as u64).unwrap();
+            }
+            let mut found = PageSet::new(pages);
+            add_chunks(&file, pages, &mut found).unwrap();
+            found.runs().map(|run| (run.first, run.end())).collect::<Vec<_>>()
+        };
+        assert_eq!(chunks(3000, &[]), []);
+        assert_eq!(chunks(3000, &[511, 1024, 1025, 2999]), [(0, 512), (1024, 1536), (2560, 3000)]);
+        assert_eq!(chunks(100, &[99]), [(0, 100)]);
+        // Of 8 GiB, chunks of 8 MiB.
+        assert_eq!(
+            chunks(2 << 20, &[2047, (2 << 20) - 1]),
+            [(0, 2048), ((2 << 20) - 2048, 2 << 20)]
+        );
     }
 }
