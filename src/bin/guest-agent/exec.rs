@@ -214,7 +214,7 @@ impl Session {
                 self.stream.as_ref().map(AsFd::as_fd),
                 if self.sent < self.out.len() { POLLIN | POLLOUT } else { POLLIN },
             ),
-            PollFd::new(self.status.is_none().then(|| self.child.exit.as_fd()), POLLIN),
+            PollFd::new(self.status.is_none().then(|| self.child.end()), POLLIN),
             PollFd::new(self.input.to_write().map(AsFd::as_fd), POLLOUT),
         ];
         let outputs = self.outputs.0.iter();
@@ -228,7 +228,7 @@ impl Session {
         }
         // The end first: what is in the pipes then is all that the program has written.
         if fds[1].is_ready() {
-            self.status = Some(self.child.status()?);
+            self.status = Some(self.child.wait()?);
             self.outputs.end_with(now);
         }
         for (output, fd) in self.outputs.0.iter_mut().zip(&fds[3..]) {
