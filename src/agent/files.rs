@@ -7,11 +7,13 @@ use std::mem;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use super::calls::Calls;
 use super::connection::{Connection, Patience, lost};
 use super::{Agent, AgentError};
 use crate::error::Error;
@@ -19,7 +21,6 @@ use crate::protocol::{
     Bytes, Call, Channel, FileKind, Frame, MAX_DATA_BYTES, MakeDirectory, Read, Remove, Reply,
     Stat, Wire, Write,
 };
-use crate::vsock::Vsock;
 
 /// As much of a directory as [`Agent::read_dir`] takes.
 const LIST_LIMIT: usize = 64 << 20;
@@ -55,16 +56,15 @@ impl Agent {
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn open(&self, path: impl AsRef<Path>) -> Result<FileReader, Error> {
         let read = Read { path: bytes(path.as_ref()), offset: 0, length: None };
-        let mut connection = Connection::call(self.vsock(), &Call::Read(read)).await?;
-        let metadata = match connection.reply(self.vsock()).await? {
+        let mut connection = Connection::call(self.calls(), &Call::Read(read)).await?;
+        let metadata = match connection.reply(self.calls()).await? {
             Reply::Stat(stat) => Metadata(stat),
             other => return Err(refused(other)),
         };
-        let vsock = self.vsock().clone();
-        let state = Reading::Open;
+        let (connection, calls) = (Some(connection), Arc::clone(self.calls()));
         let (piece, at) = (Vec::new(), 0);
         let patience = Patience::default();
-        Ok(FileReader { connection, vsock, metadata, piece, at, state, patience })
+        Ok(FileReader { connection, calls, metadata, piece, at, patience })
     }
 
     /// Puts a file into the place of what is there, in one step: whoever opens it sees the old or
@@ -122,13 +122,13 @@ impl Agent {
     ) -> Result<FileWriter, Error> {
         let WriteOptions { mode, owner, sync } = *options;
         let write = Write { path: bytes(path.as_ref()), mode, owner, sync };
-        let mut connection = Connection::call(self.vsock(), &Call::Write(write)).await?;
-        match connection.reply(self.vsock()).await? {
+        let mut connection = Connection::call(self.calls(), &Call::Write(write)).await?;
+        match connection.reply(self.calls()).await? {
             Reply::Done => {}
             other => return Err(refused(other)),
         }
-        let (vsock, patience) = (self.vsock().clone(), Patience::default());
-        Ok(FileWriter { connection, vsock, pending: Vec::new(), at: 0, patience })
+        let (calls, patience) = (Arc::clone(self.calls()), Patience::default());
+        Ok(FileWriter { connection, calls, pending: Vec::new(), at: 0, patience })
     }
 
     /// What a file is. Links are not followed.
@@ -151,10 +151,10 @@ impl Agent {
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn read_dir(&self, path: impl AsRef<Path>) -> Result<Vec<DirEntry>, Error> {
         let call = Call::List(bytes(path.as_ref()));
-        let mut connection = Connection::call(self.vsock(), &call).await?;
+        let mut connection = Connection::call(self.calls(), &call).await?;
         let (mut entries, mut bytes) = (Vec::new(), 0);
         loop {
-            match connection.reply(self.vsock()).await? {
+            match connection.reply(self.calls()).await? {
                 Reply::Entry(entry) => {
                     // With what is kept beside it: a guest can send many names, and long ones.
                     bytes += entry.name.0.len() + size_of::<DirEntry>();
@@ -164,7 +164,10 @@ impl Agent {
                     let name = OsString::from_vec(entry.name.0);
                     entries.push(DirEntry { name, metadata: Metadata(entry.stat) });
                 }
-                Reply::Done => return Ok(entries),
+                Reply::Done => {
+                    self.calls().keep(connection);
+                    return Ok(entries);
+                }
                 other => return Err(refused(other)),
             }
         }
@@ -337,19 +340,13 @@ impl DirEntry {
 /// A file of the guest that is read, for tokio's `AsyncReadExt`. Nothing of it is held but the
 /// piece that came last, of 64 KiB at most.
 pub struct FileReader {
-    connection: Connection,
-    vsock: Vsock,
+    /// None when all has come.
+    connection: Option<Connection>,
+    calls: Arc<Calls>,
     metadata: Metadata,
     piece: Vec<u8>,
     at: usize,
-    state: Reading,
     patience: Patience,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reading {
-    Open,
-    Ended,
 }
 
 impl FileReader {
@@ -361,18 +358,21 @@ impl FileReader {
     fn explain(&self, error: io::Error) -> Error {
         match error.downcast::<Error>() {
             Ok(error) => error,
-            Err(_) => lost(&self.vsock),
+            Err(_) => lost(self.calls.vsock()),
         }
     }
 
     fn fill(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let frame = self.connection.reader.poll_next(context);
+        let Some(connection) = &mut self.connection else { return Poll::Ready(Ok(())) };
+        let frame = connection.reader.poll_next(context);
         let frame = ready!(self.patience.poll(context, frame))?;
-        let frame = frame.map_err(|error| error.explain(&self.vsock))?;
+        let frame = frame.map_err(|error| error.explain(self.calls.vsock()))?;
         Poll::Ready(match frame {
             Some((Channel::Data, piece)) => {
-                if piece.is_empty() {
-                    self.state = Reading::Ended;
+                if piece.is_empty()
+                    && let Some(connection) = self.connection.take()
+                {
+                    self.calls.keep(connection);
                 }
                 (self.piece, self.at) = (piece, 0);
                 Ok(())
@@ -380,7 +380,7 @@ impl FileReader {
             Some((Channel::Message, message)) => Err(Reply::from_bytes(&message)
                 .map_or_else(|e| AgentError::Malformed(e).into(), refused)),
             Some(_) => Err(AgentError::Unexpected.into()),
-            None => Err(lost(&self.vsock)),
+            None => Err(lost(self.calls.vsock())),
         })
     }
 }
@@ -391,7 +391,7 @@ impl AsyncRead for FileReader {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        while self.at == self.piece.len() && self.state == Reading::Open {
+        while self.at == self.piece.len() && self.connection.is_some() {
             ready!(self.fill(context)).map_err(io::Error::other)?;
         }
         let rest = self.piece.get(self.at..).unwrap_or_default();
@@ -413,7 +413,7 @@ impl fmt::Debug for FileReader {
 #[must_use = "the file appears at `finish`"]
 pub struct FileWriter {
     connection: Connection,
-    vsock: Vsock,
+    calls: Arc<Calls>,
     /// A frame, and how much of it was written.
     pending: Vec<u8>,
     at: usize,
@@ -437,9 +437,12 @@ impl FileWriter {
             }
             Err(error) => Err(error),
         };
-        let answer = self.connection.reply(&self.vsock).await;
+        let answer = self.connection.reply(&self.calls).await;
         match (answer, ended) {
-            (Ok(Reply::Done), Ok(())) => Ok(()),
+            (Ok(Reply::Done), Ok(())) => {
+                self.calls.keep(self.connection);
+                Ok(())
+            }
             (Ok(other), _) => Err(refused(other)),
             (Err(error), _) => Err(error),
         }

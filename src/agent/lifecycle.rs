@@ -29,7 +29,10 @@ impl Agent {
 
     /// As [`freeze`](Self::freeze), without the hook.
     pub(crate) async fn stop_processes(&self) -> Result<(), Error> {
-        self.done(&Call::Freeze).await
+        // Connections that wait for calls are not for the VMs that come of this one.
+        self.calls().forget();
+        let mut connection = Connection::call(self.calls(), &Call::Freeze).await?;
+        Self::check_done(connection.reply(self.calls()).await?)
     }
 
     /// Lets the processes go on, after a [`freeze`](Self::freeze) of which nothing came, or in the
@@ -47,7 +50,7 @@ impl Agent {
     async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         // Held until the end: nothing is answered.
-        let _asked = Connection::call(self.vsock(), &Call::Shutdown(grace_ms)).await?;
+        let _asked = Connection::call(self.calls(), &Call::Shutdown(grace_ms)).await?;
         self.link.over().await;
         Ok(())
     }

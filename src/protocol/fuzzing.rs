@@ -13,7 +13,9 @@ pub fn agent_frame(bytes: &[u8]) {
         decoder.feed(piece);
         loop {
             match decoder.next() {
-                Ok(Some(frame)) if frame.channel == Channel::Message => messages(frame.bytes),
+                Ok(Some(frame)) if matches!(frame.channel, Channel::Message | Channel::Call) => {
+                    messages(frame.bytes);
+                }
                 Ok(Some(frame)) => assert!(frame.bytes.len() <= MAX_DATA_BYTES),
                 Ok(None) => break,
                 Err(_) => return,

@@ -44,7 +44,7 @@ fn take(connection: &mut Connection, ran: &mut Ran, gives_credit: bool) {
             Reply::Credit(credit) => ran.credit += credit.bytes as usize,
             other => panic!("{other:?}"),
         },
-        Channel::Data => panic!("input from the agent"),
+        Channel::Data | Channel::Call => panic!("the host's words from the agent"),
     }
     if channel == Channel::Message {
         return;
@@ -429,4 +429,68 @@ fn what_is_no_message_ends_the_call_and_the_program() {
         stream.write_all(&Frame::header(Channel::Data, 0)).unwrap();
         stream.write_all(&Frame::header(Channel::Data, 0)).unwrap();
     });
+}
+
+#[test]
+fn calls_follow_each_other_on_a_connection_and_take_nothing_of_the_one_before() {
+    let mut cat = exec(&["cat"]);
+    cat.stdin = true;
+    let (mut connection, _) = begin(sh("echo first"));
+    for round in 0..20 {
+        let ran = finish(&mut connection);
+        assert_eq!(code(&ran), 0, "{round}");
+        assert_eq!(ran.stdout, if round % 2 == 0 { &b"first\n"[..] } else { b"typed" });
+        // What a host may say that has not yet heard of the end: in pieces, some with the call.
+        crate::host::data(&mut connection, b"late");
+        connection.queue(&Control::Signal(9)).unwrap();
+        connection.queue(&Control::Credit(Credit { channel: 1, bytes: 7 })).unwrap();
+        connection.queue_end().unwrap();
+        connection.flush().unwrap();
+        let next = if round % 2 == 0 { cat.clone() } else { sh("echo first") };
+        let mut stream = connection.into_stream();
+        stream.write_all(&Frame::call(&Call::Exec(next))).unwrap();
+        connection = Connection::new(stream);
+        assert!(matches!(connection.receive_message().unwrap(), Reply::Started(_)));
+        if round % 2 == 0 {
+            crate::host::data(&mut connection, b"typed");
+            connection.queue_end().unwrap();
+            connection.flush().unwrap();
+        }
+    }
+    // One that cannot be run, and others, leave the connection as it was.
+    finish(&mut connection);
+    let mut stream = connection.into_stream();
+    for call in [Call::Exec(exec(&["/no/such/program"])), Call::Stat(Bytes::from("/")), Call::Thaw]
+    {
+        stream.write_all(&Frame::call(&call)).unwrap();
+    }
+    let mut connection = Connection::new(stream);
+    assert!(matches!(connection.receive_message().unwrap(), Reply::Failed(_)));
+    assert!(matches!(connection.receive_message().unwrap(), Reply::Stat(_)));
+    assert_eq!(connection.receive_message::<Reply>().unwrap(), Reply::Done);
+}
+
+#[test]
+fn a_stream_ends_also_where_its_program_goes_on() {
+    let (mut connection, pid) = begin(sh("exec >&- 2>&-; exec sleep 1000"));
+    let mut ran = Ran::default();
+    while ran.ends < 2 {
+        take(&mut connection, &mut ran, false);
+    }
+    assert!(is_alive(&pid.to_string()));
+    connection.send(&Control::Signal(9)).unwrap();
+    let ran = finish(&mut connection);
+    assert_eq!(ran.exit, Some(Exit { status: ExitCode::Signal(9), timed_out: false }));
+}
+
+#[test]
+fn much_output_comes_in_large_pieces() {
+    let (mut connection, _) = begin(sh("dd if=/dev/zero bs=65536 count=60 2>/dev/null"));
+    let (mut ran, mut pieces) = (Ran::default(), 0);
+    while ran.exit.is_none() {
+        take(&mut connection, &mut ran, true);
+        pieces += 1;
+    }
+    assert_eq!(ran.stdout.len(), 60 * 65536);
+    assert!(pieces < 700, "{pieces}");
 }
