@@ -25,7 +25,7 @@ pub(crate) struct WeakDeviceHandle<D>(Weak<Shared<D>>);
 
 impl<D> WeakDeviceHandle<D> {
     /// A device that is gone.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "agent"))]
     pub(crate) fn gone() -> Self {
         Self(Weak::new())
     }
