@@ -1,12 +1,14 @@
-//! The calls to an agent: connections that are over with one and wait for the next.
+//! The calls to an agent: connections that are over with one and wait for the next, and whether the
+//! agent is alive while programs run.
 
 use std::fmt;
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::net::{RecvFlags, recv};
 
 use super::connection::Connection;
+use super::pulse::Pulse;
 use crate::vsock::Vsock;
 
 /// Connections that wait for a call, at most. Each is a thread in the guest, of some 12 KiB.
@@ -15,17 +17,22 @@ const MAX_KEPT: usize = 8;
 /// What all calls to an agent share.
 pub(super) struct Calls {
     vsock: Vsock,
+    pulse: Arc<Pulse>,
     /// The last one is the first to be taken. They belong to no runtime, which may end before them.
     kept: Mutex<Vec<UnixStream>>,
 }
 
 impl Calls {
     pub(super) fn new(vsock: Vsock) -> Self {
-        Self { vsock, kept: Mutex::default() }
+        Self { vsock, pulse: Arc::default(), kept: Mutex::default() }
     }
 
     pub(super) fn vsock(&self) -> &Vsock {
         &self.vsock
+    }
+
+    pub(super) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
     }
 
     /// Keeps a connection for the next call. The one before has been answered, and nothing was begun to be

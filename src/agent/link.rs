@@ -22,6 +22,7 @@ use tokio::time::timeout;
 use super::AgentError;
 use super::calls::Calls;
 use super::connection::{Connection, lost, to_async};
+use super::pulse::Rhythm;
 use crate::config::{AgentConfig, HostService, InterfaceConfig};
 use crate::error::Error;
 use crate::microvm::{CloneIdentity, MicroVm, Running};
@@ -254,8 +255,9 @@ impl Host {
                 identity.set_told();
             }
             let calls = &self.calls;
-            // Nothing is said any more; an error is an end too.
-            let _ = connection.reader.next().await;
+            let is_paused = || calls.vsock().is_paused();
+            calls.pulse().hold(&mut connection, Rhythm::USUAL, is_paused).await;
+            // Of a VM that has ended, or of an agent that does not answer.
             calls.forget();
             self.report.send_replace(Knowledge::Nothing);
         }

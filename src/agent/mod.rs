@@ -15,6 +15,7 @@ mod lifecycle;
 mod link;
 mod ports;
 mod process;
+mod pulse;
 mod streams;
 mod tree;
 

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use super::AgentError;
 use super::calls::Calls;
 use super::connection::{Connection, FrameWriter, lost};
+use super::pulse::Beat;
 use super::streams::{Outgoing, Pipe, ProcessInput, ProcessOutput, Window};
 use crate::error::Error;
 use crate::exit::ProcessStatus;
@@ -82,6 +83,7 @@ impl Process {
             stdout: Arc::clone(&stdout),
             stderr: Arc::clone(&stderr),
             window: Arc::clone(&window),
+            beat: calls.pulse().begin(),
             calls: Arc::clone(calls),
         };
         let tasks = vec![AbortOnDrop(tokio::spawn(session.run(connection, frames, at_end)))];
@@ -127,7 +129,8 @@ impl Process {
     ///
     /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded) and
     /// [`ErrorKind::Agent`](crate::ErrorKind::Agent), where the guest or the connection ended before
-    /// the program.
+    /// the program; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) where the agent does not answer any more,
+    /// which is found within 75 s. A VM that is paused may be so for as long as it likes.
     pub async fn wait(&mut self) -> Result<ProcessStatus, Error> {
         if let Some(status) = self.ended {
             return Ok(status);
@@ -225,6 +228,7 @@ struct Session {
     stdout: Arc<Pipe>,
     stderr: Arc<Pipe>,
     window: Arc<Window>,
+    beat: Beat,
     calls: Arc<Calls>,
 }
 
@@ -265,6 +269,9 @@ impl Session {
             let frame = tokio::select! {
                 biased;
                 frame = connection.reader.next() => frame,
+                silent = self.beat.stops() => {
+                    return Err(AgentError::Hangs { silent }.into());
+                }
                 () = outbox.write(&mut connection.writer) => continue,
             };
             let vsock = self.calls.vsock();

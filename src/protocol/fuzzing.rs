@@ -28,6 +28,7 @@ pub fn agent_frame(bytes: &[u8]) {
 fn messages(bytes: &[u8]) {
     same::<Opening>(bytes);
     same::<Call>(bytes);
+    same::<Line>(bytes);
     same::<Control>(bytes);
     same::<Reply>(bytes);
     same::<Node>(bytes);

@@ -91,6 +91,12 @@ wire! {
         interfaces: Vec<Interface>,
     }
 
+    /// What the host says on the connection that the agent keeps to it.
+    enum Line {
+        /// Is the agent alive? Answered by [`Reply::Done`].
+        0 => Ping,
+    }
+
     /// What the host asks for: the first frame of a connection to the agent, on
     /// [`Channel::Call`](super::Channel::Call), and the next one when a call is over.
     enum Call {

@@ -7,7 +7,8 @@
 //! - The agent connects to the host's port [`HOST_PORT`] when it is up, and again whenever that
 //!   connection ends, as it does in a VM that was restored. It says [`Hello`]; the host answers
 //!   [`Welcome`], with who this VM is now; the agent makes it so, and says [`Reply::Done`]. The
-//!   connection stays open as long as both live. Nothing more is said on it.
+//!   connection stays open as long as both live. On it the host may ask whether the agent is alive
+//!   ([`Line`]); nothing else is said.
 //! - The host connects to the guest's port [`AGENT_PORT`] and says a [`Call`], in a frame of a channel of its
 //!   own. What comes then, and in which direction, is written at each call. Either side ends a call by
 //!   closing. Where a call has come to its end, the host may say the next one on the same connection, which spares

@@ -172,6 +172,12 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         self.drained();
     }
 
+    /// Whether the host wants no request served.
+    #[cfg(feature = "agent")]
+    pub(crate) fn is_paused(&self) -> bool {
+        self.lock().paused
+    }
+
     fn drained(&self) {
         let (lock, drained) = &self.0.drained;
         let _lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
