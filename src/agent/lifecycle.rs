@@ -1,6 +1,10 @@
 //! What the agent does when its VM is suspended, and when it ends.
 
+use std::future::pending;
+use std::panic::resume_unwind;
 use std::time::Duration;
+
+use tokio::task::JoinError;
 
 use super::Agent;
 use super::connection::Connection;
@@ -60,7 +64,8 @@ impl MicroVm<Running> {
     /// Ends the guest as `poweroff` would: runs the hook `terminate`, then SIGTERM to all its
     /// processes, SIGKILL to those that are left after `grace`, file systems unmounted, power off. A guest
     /// whose agent does not answer, or that is not off 30 s after the grace, is
-    /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was.
+    /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was. No thread of the
+    /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
         let all = grace.saturating_add(SWITCH_OFF);
         let asked = async {
@@ -70,9 +75,21 @@ impl MicroVm<Running> {
             agent.shut_down(grace).await
         };
         let _ = tokio::time::timeout(all, asked).await;
-        if self.exit_status().is_some() {
-            return self.wait();
-        }
-        self.terminate()
+        end(self).await
+    }
+}
+
+/// Ends a VM, or takes the end that it has come to. Both wait for its threads and give its memory back, which
+/// would hold up a thread of the runtime.
+async fn end(vm: MicroVm<Running>) -> MicroVm<Terminated> {
+    let ended = tokio::task::spawn_blocking(|| match vm.exit_status() {
+        Some(_) => vm.wait(),
+        None => vm.terminate(),
+    });
+    match ended.await.map_err(JoinError::try_into_panic) {
+        Ok(vm) => vm,
+        Err(Ok(panic)) => resume_unwind(panic),
+        // The runtime ends, and this with it: the VM is over by being dropped.
+        Err(Err(_)) => pending().await,
     }
 }
