@@ -13,6 +13,7 @@ mod files;
 mod hooks;
 mod lifecycle;
 mod link;
+mod open_files;
 mod ports;
 mod process;
 mod pulse;
@@ -24,7 +25,8 @@ mod tests;
 
 pub use self::command::{Command, Output};
 pub(crate) use self::error::AgentError;
-pub use self::files::{DirEntry, FileReader, FileType, FileWriter, Metadata, WriteOptions};
+pub use self::files::{DirEntry, FileType, Metadata, WriteOptions};
+pub use self::open_files::{FileReader, FileWriter};
 pub use self::ports::GuestStream;
 pub use self::process::Process;
 pub use self::streams::{ProcessInput, ProcessOutput};
