@@ -123,7 +123,7 @@ impl Process {
     /// left behind in the background may go on running.
     ///
     /// A program that writes more than 256 KiB waits for a reader: read, or drop, `stdout` and
-    /// `stderr` meanwhile.
+    /// `stderr` meanwhile. One that is killed while it waits has its end nevertheless.
     ///
     /// # Errors
     ///

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::AgentError;
 use crate::error::Error;
-use crate::protocol::{Channel, Control, Credit, Frame, MAX_DATA_BYTES, WINDOW_BYTES};
+use crate::protocol::{Channel, Control, Credit, Frame, LAST_BYTES, MAX_DATA_BYTES, WINDOW_BYTES};
 
 /// The agent is told of room again when this much was read: a message for a quarter of a window.
 const CREDIT_BYTES: usize = WINDOW_BYTES / 4;
@@ -24,7 +24,7 @@ const JOINED_BYTES: usize = 4 << 10;
 /// Frames on their way to the agent.
 pub(super) type Outgoing = mpsc::UnboundedSender<Vec<u8>>;
 
-/// Output that came and was not read: at most a window of it.
+/// Output that came and was not read: at most a window of it, and the last of its program's.
 pub(super) struct Pipe {
     channel: Channel,
     outgoing: Outgoing,
@@ -67,7 +67,7 @@ impl Pipe {
         let mut state = self.lock();
         let bytes = piece.len();
         state.charged += bytes;
-        if state.charged > WINDOW_BYTES {
+        if state.charged > WINDOW_BYTES + LAST_BYTES {
             return Err(AgentError::Window.into());
         }
         if bytes == 0 {
@@ -302,7 +302,7 @@ mod tests {
     fn many_tiny_pieces_take_little_more_than_their_bytes_and_come_in_order() {
         let (outgoing, _frames) = mpsc::unbounded_channel();
         let pipe = Pipe::new(Channel::Stdout, outgoing);
-        let bytes: Vec<u8> = (0..WINDOW_BYTES).map(|at| (at % 251) as u8).collect();
+        let bytes: Vec<u8> = (0..WINDOW_BYTES + LAST_BYTES).map(|at| (at % 251) as u8).collect();
         let mut read = Vec::new();
         let context = Context::from_waker(Waker::noop());
         for (at, piece) in bytes.chunks(3).enumerate() {
@@ -322,7 +322,7 @@ mod tests {
             .iter()
             .map(|piece| size_of_val(piece) + piece.capacity())
             .sum::<usize>();
-        assert!(kept < 3 * WINDOW_BYTES, "{kept}");
+        assert!(kept < 3 * bytes.len(), "{kept}");
         pipe.end();
         loop {
             let mut buffer = [0; 1000];

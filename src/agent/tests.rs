@@ -14,7 +14,7 @@ use crate::console::Console;
 use crate::error::ErrorKind;
 use crate::exit::{ExitLatch, ProcessStatus};
 use crate::protocol::{
-    Call, Channel, Control, Exit, ExitCode, Frame, HEADER_BYTES, MAX_DATA_BYTES, Reply,
+    Call, Channel, Control, Exit, ExitCode, Frame, HEADER_BYTES, LAST_BYTES, MAX_DATA_BYTES, Reply,
     WINDOW_BYTES, Wire,
 };
 use crate::virtio::WeakDeviceHandle;
@@ -142,7 +142,7 @@ async fn output_that_came_before_the_end_is_read_after_it() {
 async fn a_guest_that_sends_more_than_the_window_or_nonsense_is_cut_off() {
     let (mut flooded, mut agent) = process();
     let flood = piece(Channel::Stdout, &vec![0; MAX_DATA_BYTES]);
-    for _ in 0..=WINDOW_BYTES / MAX_DATA_BYTES {
+    for _ in 0..=(WINDOW_BYTES + LAST_BYTES) / MAX_DATA_BYTES {
         // It may have been cut off.
         let _ = agent.write_all(&flood);
     }
@@ -158,6 +158,21 @@ async fn a_guest_that_sends_more_than_the_window_or_nonsense_is_cut_off() {
         agent.write_all(&nonsense).unwrap();
         assert_eq!(process.wait().await.unwrap_err().kind(), &ErrorKind::Agent);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_whose_output_nobody_reads_has_an_end() {
+    let (mut process, mut agent) = process();
+    let all = WINDOW_BYTES + LAST_BYTES;
+    for _ in 0..all / MAX_DATA_BYTES {
+        agent.write_all(&piece(Channel::Stdout, &vec![7; MAX_DATA_BYTES])).unwrap();
+    }
+    agent.write_all(&piece(Channel::Stdout, &[])).unwrap();
+    agent.write_all(&exited(3)).unwrap();
+    assert_eq!(process.wait().await.unwrap(), ProcessStatus::Code(3));
+    let mut output = Vec::new();
+    process.stdout.take().unwrap().read_to_end(&mut output).await.unwrap();
+    assert!(output == vec![7; all]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

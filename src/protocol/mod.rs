@@ -61,3 +61,7 @@ pub(crate) const MODULES_PATH: &str = "/dormouse/modules";
 /// How much of a stream may be under way, unless its reader says that it has taken some
 /// ([`Control::Credit`]).
 pub(crate) const WINDOW_BYTES: usize = 256 << 10;
+
+/// How much more of a program's output comes when the program has ended, whether its reader takes any or not:
+/// what a pipe holds. So a program that is killed while it waits for its reader has an end.
+pub(crate) const LAST_BYTES: usize = 64 << 10;

@@ -425,4 +425,4 @@ impl Input {
 
 #[cfg(test)]
 #[path = "tests/exec.rs"]
-mod tests;
+pub(crate) mod tests;

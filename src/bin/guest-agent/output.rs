@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crate::drain::drain;
-use crate::protocol::{Channel, Frame, MAX_DATA_BYTES, WINDOW_BYTES};
+use crate::protocol::{Channel, Frame, LAST_BYTES, MAX_DATA_BYTES, WINDOW_BYTES};
 use crate::sys;
 
 /// What a terminal shows after its program's end comes within this time, or never.
@@ -44,6 +44,7 @@ impl Outputs {
                 false => sys::bytes_to_read(file).unwrap_or(0),
             });
             output.quiet_at = output.is_terminal.then(|| now + TERMINAL_PATIENCE);
+            output.credit = output.credit.saturating_add(LAST_BYTES);
         }
     }
 

@@ -10,21 +10,21 @@ use std::time::Duration;
 use crate::connection::Connection;
 use crate::host::{call, dial_with, exec, failure};
 use crate::protocol::{
-    Bytes, Call, Channel, Control, Credit, Exec, Exit, ExitCode, FailureKind, Frame,
+    Bytes, Call, Channel, Control, Credit, Exec, Exit, ExitCode, FailureKind, Frame, LAST_BYTES,
     MAX_DATA_BYTES, Reply, WINDOW_BYTES, WindowSize,
 };
 use crate::scratch::Scratch;
 
 #[derive(Debug, Default)]
-struct Ran {
-    stdout: Vec<u8>,
+pub(crate) struct Ran {
+    pub(crate) stdout: Vec<u8>,
     stderr: Vec<u8>,
     credit: usize,
     ends: usize,
     exit: Option<Exit>,
 }
 
-fn begin(exec: Exec) -> (Connection, u32) {
+pub(crate) fn begin(exec: Exec) -> (Connection, u32) {
     let mut connection = call(&Call::Exec(exec));
     match connection.receive_message().unwrap() {
         Reply::Started(pid) => (connection, pid),
@@ -57,7 +57,7 @@ fn take(connection: &mut Connection, ran: &mut Ran, gives_credit: bool) {
     }
 }
 
-fn finish(connection: &mut Connection) -> Ran {
+pub(crate) fn finish(connection: &mut Connection) -> Ran {
     let mut ran = Ran::default();
     while ran.exit.is_none() {
         take(connection, &mut ran, true);
@@ -69,7 +69,7 @@ fn run(exec: Exec) -> Ran {
     finish(&mut begin(exec).0)
 }
 
-fn sh(script: &str) -> Exec {
+pub(crate) fn sh(script: &str) -> Exec {
     exec(&["sh", "-c", script])
 }
 
@@ -78,7 +78,7 @@ fn refused(exec: Exec) -> FailureKind {
     failure(connection.receive_message().unwrap()).kind
 }
 
-fn code(ran: &Ran) -> i32 {
+pub(crate) fn code(ran: &Ran) -> i32 {
     match ran.exit {
         Some(Exit { status: ExitCode::Code(code), timed_out: false }) => code,
         _ => panic!("{ran:?}"),
@@ -235,21 +235,34 @@ fn no_more_comes_than_there_is_credit_for_and_nothing_is_lost() {
 }
 
 #[test]
-fn what_a_program_wrote_before_its_end_comes_whole_also_if_it_waits_for_credit() {
+fn what_a_program_wrote_before_its_end_comes_whole_also_without_credit() {
     // It ends at once, with the pipe full behind it.
     let (mut connection, _) = begin(sh("head -c 320000 /dev/zero"));
     let mut ran = Ran::default();
-    while ran.stdout.len() < WINDOW_BYTES {
-        take(&mut connection, &mut ran, false);
-    }
-    thread::sleep(Duration::from_millis(100));
-    assert_eq!(ran.exit, None);
-    let rest = Credit { channel: Channel::Stdout as u8, bytes: 1 << 20 };
-    connection.send(&Control::Credit(rest)).unwrap();
     while ran.exit.is_none() {
         take(&mut connection, &mut ran, false);
     }
-    assert_eq!(ran.stdout.len(), 320_000);
+    assert_eq!((ran.stdout.len(), code(&ran)), (320_000, 0));
+}
+
+#[test]
+fn a_program_that_waits_for_its_reader_can_be_killed() {
+    let (mut connection, _) = begin(sh("cat /dev/zero & exec cat /dev/zero >&2"));
+    let mut ran = Ran::default();
+    while ran.stdout.len() < WINDOW_BYTES || ran.stderr.len() < WINDOW_BYTES {
+        take(&mut connection, &mut ran, false);
+    }
+    // Time to fill the pipes.
+    thread::sleep(Duration::from_millis(100));
+    connection.send(&Control::Signal(9)).unwrap();
+    while ran.exit.is_none() {
+        take(&mut connection, &mut ran, false);
+    }
+    assert_eq!(ran.exit, Some(Exit { status: ExitCode::Signal(9), timed_out: false }));
+    for output in [&ran.stdout, &ran.stderr] {
+        assert!(output.len() <= WINDOW_BYTES + LAST_BYTES, "{}", output.len());
+    }
+    assert_eq!(ran.ends, 2);
 }
 
 #[test]
@@ -429,45 +442,6 @@ fn what_is_no_message_ends_the_call_and_the_program() {
         stream.write_all(&Frame::header(Channel::Data, 0)).unwrap();
         stream.write_all(&Frame::header(Channel::Data, 0)).unwrap();
     });
-}
-
-#[test]
-fn calls_follow_each_other_on_a_connection_and_take_nothing_of_the_one_before() {
-    let mut cat = exec(&["cat"]);
-    cat.stdin = true;
-    let (mut connection, _) = begin(sh("echo first"));
-    for round in 0..20 {
-        let ran = finish(&mut connection);
-        assert_eq!(code(&ran), 0, "{round}");
-        assert_eq!(ran.stdout, if round % 2 == 0 { &b"first\n"[..] } else { b"typed" });
-        // What a host may say that has not yet heard of the end: in pieces, some with the call.
-        crate::host::data(&mut connection, b"late");
-        connection.queue(&Control::Signal(9)).unwrap();
-        connection.queue(&Control::Credit(Credit { channel: 1, bytes: 7 })).unwrap();
-        connection.queue_end().unwrap();
-        connection.flush().unwrap();
-        let next = if round % 2 == 0 { cat.clone() } else { sh("echo first") };
-        let mut stream = connection.into_stream();
-        stream.write_all(&Frame::call(&Call::Exec(next))).unwrap();
-        connection = Connection::new(stream);
-        assert!(matches!(connection.receive_message().unwrap(), Reply::Started(_)));
-        if round % 2 == 0 {
-            crate::host::data(&mut connection, b"typed");
-            connection.queue_end().unwrap();
-            connection.flush().unwrap();
-        }
-    }
-    // One that cannot be run, and others, leave the connection as it was.
-    finish(&mut connection);
-    let mut stream = connection.into_stream();
-    for call in [Call::Exec(exec(&["/no/such/program"])), Call::Stat(Bytes::from("/")), Call::Thaw]
-    {
-        stream.write_all(&Frame::call(&call)).unwrap();
-    }
-    let mut connection = Connection::new(stream);
-    assert!(matches!(connection.receive_message().unwrap(), Reply::Failed(_)));
-    assert!(matches!(connection.receive_message().unwrap(), Reply::Stat(_)));
-    assert_eq!(connection.receive_message::<Reply>().unwrap(), Reply::Done);
 }
 
 #[test]
