@@ -146,7 +146,7 @@ impl Command {
     /// [`ErrorKind::ExecFailed`] where it cannot be run; [`ErrorKind::GuestEnded`] where the VM
     /// is over; [`ErrorKind::Agent`].
     pub async fn spawn(self) -> Result<Process, Error> {
-        let mut process = Process::start(self.agent.vsock(), self.exec).await?;
+        let mut process = Process::start(self.agent.calls(), self.exec).await?;
         if let Some(input) = self.input
             && let Some(stdin) = process.stdin.take()
         {

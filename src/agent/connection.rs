@@ -13,6 +13,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Sleep, sleep, timeout};
 
 use super::AgentError;
+use super::calls::Calls;
 use crate::error::Error;
 use crate::protocol::{
     AGENT_PORT, Call, Channel, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES, Malformed,
@@ -37,48 +38,67 @@ impl Connection {
         Self { reader: FrameReader::new(reader), writer: FrameWriter(writer) }
     }
 
-    /// Calls the agent, and returns when it has taken the connection. Nothing has been answered
-    /// then.
-    pub(super) async fn call(vsock: &Vsock, call: &Call) -> Result<Self, Error> {
-        let (mut socket, message) = begin(vsock, call)?;
+    /// Calls the agent, on a connection that waits for that, or on a new one. Nothing has been answered when
+    /// it returns.
+    pub(super) async fn call(calls: &Calls, call: &Call) -> Result<Self, Error> {
+        let message = Frame::call(call);
+        if message.len() - HEADER_BYTES > MAX_MESSAGE_BYTES {
+            return Err(AgentError::TooLong { bytes: message.len() }.into());
+        }
+        let called = async {
+            match Self::call_again(calls, &message).await? {
+                Some(connection) => Ok(connection),
+                None => Self::call_anew(calls.vsock(), &message).await,
+            }
+        };
+        timeout(PATIENCE, called).await.unwrap_or_else(|_| Err(silent()))
+    }
+
+    /// On a connection that was kept. None where there is none, and where the agent cannot have heard
+    /// anything of the call. Where it may have, it is not asked twice.
+    async fn call_again(calls: &Calls, message: &[u8]) -> Result<Option<Self>, Error> {
+        while let Some(socket) = calls.take() {
+            let mut socket = to_async(socket)?;
+            if let Ok(written) = socket.write(message).await {
+                let rest = socket.write_all(&message[written..]).await;
+                return rest.map(|()| Some(Self::new(socket))).map_err(|_| lost(calls.vsock()));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn call_anew(vsock: &Vsock, message: &[u8]) -> Result<Self, Error> {
+        let mut socket = to_async(vsock.begin_connect(AGENT_PORT)?.into_socket())?;
         // Written before the guest has accepted, which spares a round trip.
         let opened = async {
-            socket.write_all(&message).await?;
+            socket.write_all(message).await?;
             socket.read_u8().await
         };
-        match timeout(PATIENCE, opened).await {
-            Ok(Ok(answer)) if Connecting::accepted(answer) => Ok(Self::new(socket)),
-            Ok(Ok(_)) => Err(AgentError::NotThere.into()),
-            Ok(Err(_)) => Err(lost(vsock)),
-            Err(_) => Err(silent()),
+        match opened.await {
+            Ok(answer) if Connecting::accepted(answer) => Ok(Self::new(socket)),
+            Ok(_) => Err(AgentError::NotThere.into()),
+            Err(_) => Err(lost(vsock)),
         }
     }
 
     /// The next answer of the agent, within [`PATIENCE`].
-    pub(super) async fn reply(&mut self, vsock: &Vsock) -> Result<Reply, Error> {
+    pub(super) async fn reply(&mut self, calls: &Calls) -> Result<Reply, Error> {
         match timeout(PATIENCE, self.reader.message()).await {
             Ok(Ok(Some(reply))) => Ok(reply),
-            Ok(Ok(None)) => Err(lost(vsock)),
-            Ok(Err(error)) => Err(error.explain(vsock)),
+            Ok(Ok(None)) => Err(lost(calls.vsock())),
+            Ok(Err(error)) => Err(error.explain(calls.vsock())),
             Err(_) => Err(silent()),
         }
     }
 
-    /// The bytes alone, behind the frames that were read.
+    /// The bytes alone, behind the frames that were read; none where half a frame was.
     pub(super) fn into_stream(self) -> Result<UnixStream, Error> {
+        if self.reader.header_bytes > 0 {
+            return Err(AgentError::Unexpected.into());
+        }
         let joined = self.reader.stream.reunite(self.writer.0);
         joined.map_err(|_| AgentError::NotThere.into())
     }
-}
-
-/// Asks for a connection, and has the call ready to be written.
-fn begin(vsock: &Vsock, call: &Call) -> Result<(UnixStream, Vec<u8>), Error> {
-    let message = Frame::message(call);
-    if message.len() - HEADER_BYTES > MAX_MESSAGE_BYTES {
-        return Err(AgentError::TooLong { bytes: message.len() }.into());
-    }
-    let socket = vsock.begin_connect(AGENT_PORT)?.into_socket();
-    Ok((to_async(socket)?, message))
 }
 
 /// A socket of this process's, for tokio.

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use thiserror::Error as ThisError;
 
@@ -37,6 +38,11 @@ pub(crate) enum AgentError {
     Lost,
     #[error("the agent has not answered for {seconds} s: it hangs, or the VM is paused")]
     Silent { seconds: u64 },
+    #[error(
+        "the agent has not answered for {} s while the program runs: it hangs, and the guest is alive",
+        .silent.as_secs()
+    )]
+    Hangs { silent: Duration },
     #[error("the agent says what is no message: {0}")]
     Malformed(Malformed),
     #[error("the agent's answer belongs to another question")]
@@ -84,7 +90,7 @@ impl From<AgentError> for Error {
         use AgentError as E;
         let kind = match &error {
             E::NotConfigured | E::NoRuntime => ErrorKind::Config,
-            E::NotReady { .. } | E::Silent { .. } => ErrorKind::Timeout,
+            E::NotReady { .. } | E::Silent { .. } | E::Hangs { .. } => ErrorKind::Timeout,
             E::Guest(failure) => file_kind(failure),
             E::Exec { failure, .. } => ErrorKind::ExecFailed(exec_failure(failure)),
             E::Process { status, .. } => ErrorKind::ProcessFailed(*status),
@@ -105,6 +111,7 @@ impl From<AgentError> for Error {
             }
             E::Output { .. } => "read the streams of `spawn`, or raise `Command::output_limit`",
             E::FileSize { .. } => "read it in pieces, by `Agent::open`",
+            E::Hangs { .. } => "look at the guest's console; what is left to do is to end the VM",
             E::Lost => "get the agent again from the VM, and look what of the call was done",
             E::NoRuntime => "call it in `#[tokio::main]`, or in a task of a runtime",
             E::Socket(_) => "raise the limit of open files (ulimit -n), and call within tokio",

@@ -1,25 +1,17 @@
 //! Files of the guest: one at a time, in streams of any length.
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
-use std::io;
-use std::mem;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 
-use super::connection::{Connection, Patience, lost};
+use super::connection::Connection;
+use super::open_files::{FileReader, FileWriter};
 use super::{Agent, AgentError};
 use crate::error::Error;
-use crate::protocol::{
-    Bytes, Call, Channel, FileKind, Frame, MAX_DATA_BYTES, MakeDirectory, Read, Remove, Reply,
-    Stat, Wire, Write,
-};
-use crate::vsock::Vsock;
+use crate::protocol::{Bytes, Call, FileKind, MAX_DATA_BYTES, MakeDirectory, Remove, Reply, Stat};
 
 /// As much of a directory as [`Agent::read_dir`] takes.
 const LIST_LIMIT: usize = 64 << 20;
@@ -54,17 +46,7 @@ impl Agent {
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn open(&self, path: impl AsRef<Path>) -> Result<FileReader, Error> {
-        let read = Read { path: bytes(path.as_ref()), offset: 0, length: None };
-        let mut connection = Connection::call(self.vsock(), &Call::Read(read)).await?;
-        let metadata = match connection.reply(self.vsock()).await? {
-            Reply::Stat(stat) => Metadata(stat),
-            other => return Err(refused(other)),
-        };
-        let vsock = self.vsock().clone();
-        let state = Reading::Open;
-        let (piece, at) = (Vec::new(), 0);
-        let patience = Patience::default();
-        Ok(FileReader { connection, vsock, metadata, piece, at, state, patience })
+        FileReader::begin(self.calls(), path.as_ref()).await
     }
 
     /// Puts a file into the place of what is there, in one step: whoever opens it sees the old or
@@ -120,15 +102,7 @@ impl Agent {
         path: impl AsRef<Path>,
         options: &WriteOptions,
     ) -> Result<FileWriter, Error> {
-        let WriteOptions { mode, owner, sync } = *options;
-        let write = Write { path: bytes(path.as_ref()), mode, owner, sync };
-        let mut connection = Connection::call(self.vsock(), &Call::Write(write)).await?;
-        match connection.reply(self.vsock()).await? {
-            Reply::Done => {}
-            other => return Err(refused(other)),
-        }
-        let (vsock, patience) = (self.vsock().clone(), Patience::default());
-        Ok(FileWriter { connection, vsock, pending: Vec::new(), at: 0, patience })
+        FileWriter::begin(self.calls(), path.as_ref(), options).await
     }
 
     /// What a file is. Links are not followed.
@@ -151,10 +125,10 @@ impl Agent {
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn read_dir(&self, path: impl AsRef<Path>) -> Result<Vec<DirEntry>, Error> {
         let call = Call::List(bytes(path.as_ref()));
-        let mut connection = Connection::call(self.vsock(), &call).await?;
+        let mut connection = Connection::call(self.calls(), &call).await?;
         let (mut entries, mut bytes) = (Vec::new(), 0);
         loop {
-            match connection.reply(self.vsock()).await? {
+            match connection.reply(self.calls()).await? {
                 Reply::Entry(entry) => {
                     // With what is kept beside it: a guest can send many names, and long ones.
                     bytes += entry.name.0.len() + size_of::<DirEntry>();
@@ -164,7 +138,10 @@ impl Agent {
                     let name = OsString::from_vec(entry.name.0);
                     entries.push(DirEntry { name, metadata: Metadata(entry.stat) });
                 }
-                Reply::Done => return Ok(entries),
+                Reply::Done => {
+                    self.calls().keep(connection);
+                    return Ok(entries);
+                }
                 other => return Err(refused(other)),
             }
         }
@@ -213,9 +190,9 @@ pub(super) fn refused(reply: Reply) -> Error {
 /// How a file is written.
 #[derive(Clone, Debug, Default)]
 pub struct WriteOptions {
-    mode: Option<u32>,
-    owner: Option<(u32, u32)>,
-    sync: bool,
+    pub(super) mode: Option<u32>,
+    pub(super) owner: Option<(u32, u32)>,
+    pub(super) sync: bool,
 }
 
 impl WriteOptions {
@@ -248,7 +225,7 @@ impl WriteOptions {
 
 /// What a file of the guest is, in the guest's words.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Metadata(Stat);
+pub struct Metadata(pub(super) Stat);
 
 /// The kind of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -331,164 +308,5 @@ impl DirEntry {
     /// What it is. Links are not followed.
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
-    }
-}
-
-/// A file of the guest that is read, for tokio's `AsyncReadExt`. Nothing of it is held but the
-/// piece that came last, of 64 KiB at most.
-pub struct FileReader {
-    connection: Connection,
-    vsock: Vsock,
-    metadata: Metadata,
-    piece: Vec<u8>,
-    at: usize,
-    state: Reading,
-    patience: Patience,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reading {
-    Open,
-    Ended,
-}
-
-impl FileReader {
-    /// What the file is.
-    pub fn metadata(&self) -> &Metadata {
-        &self.metadata
-    }
-
-    fn explain(&self, error: io::Error) -> Error {
-        match error.downcast::<Error>() {
-            Ok(error) => error,
-            Err(_) => lost(&self.vsock),
-        }
-    }
-
-    fn fill(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let frame = self.connection.reader.poll_next(context);
-        let frame = ready!(self.patience.poll(context, frame))?;
-        let frame = frame.map_err(|error| error.explain(&self.vsock))?;
-        Poll::Ready(match frame {
-            Some((Channel::Data, piece)) => {
-                if piece.is_empty() {
-                    self.state = Reading::Ended;
-                }
-                (self.piece, self.at) = (piece, 0);
-                Ok(())
-            }
-            Some((Channel::Message, message)) => Err(Reply::from_bytes(&message)
-                .map_or_else(|e| AgentError::Malformed(e).into(), refused)),
-            Some(_) => Err(AgentError::Unexpected.into()),
-            None => Err(lost(&self.vsock)),
-        })
-    }
-}
-
-impl AsyncRead for FileReader {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        while self.at == self.piece.len() && self.state == Reading::Open {
-            ready!(self.fill(context)).map_err(io::Error::other)?;
-        }
-        let rest = self.piece.get(self.at..).unwrap_or_default();
-        let now = rest.len().min(buffer.remaining());
-        buffer.put_slice(&rest[..now]);
-        self.at += now;
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl fmt::Debug for FileReader {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FileReader").field("metadata", &self.metadata).finish_non_exhaustive()
-    }
-}
-
-/// A file of the guest that is written, for tokio's `AsyncWriteExt`. It is not there before
-/// [`finish`](Self::finish).
-#[must_use = "the file appears at `finish`"]
-pub struct FileWriter {
-    connection: Connection,
-    vsock: Vsock,
-    /// A frame, and how much of it was written.
-    pending: Vec<u8>,
-    at: usize,
-    patience: Patience,
-}
-
-impl FileWriter {
-    /// Puts the file into its place.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason for this or any write
-    /// before it; what was there is there. Else as every call.
-    pub async fn finish(mut self) -> Result<(), Error> {
-        // An error of a write shows in the answer, unless there is none.
-        let written = self.flush().await;
-        let ended = match written {
-            Ok(()) => {
-                (self.pending, self.at) = (Frame::header(Channel::Data, 0).to_vec(), 0);
-                self.flush().await
-            }
-            Err(error) => Err(error),
-        };
-        let answer = self.connection.reply(&self.vsock).await;
-        match (answer, ended) {
-            (Ok(Reply::Done), Ok(())) => Ok(()),
-            (Ok(other), _) => Err(refused(other)),
-            (Err(error), _) => Err(error),
-        }
-    }
-
-    fn write_pending(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.at < self.pending.len() {
-            let rest = &self.pending[self.at..];
-            let wrote = self.connection.writer.poll_raw(context, rest);
-            self.at += ready!(self.patience.poll(context, wrote)).map_err(io::Error::other)??;
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for FileWriter {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        ready!(self.write_pending(context))?;
-        let now = bytes.len().min(MAX_DATA_BYTES);
-        let mut frame = mem::take(&mut self.pending);
-        frame.clear();
-        // An empty frame would be the end.
-        if now > 0 {
-            frame.extend(Frame::header(Channel::Data, now));
-            frame.extend_from_slice(&bytes[..now]);
-        }
-        (self.pending, self.at) = (frame, 0);
-        // It is ours now; the next call waits for the rest.
-        match self.write_pending(context) {
-            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            _ => Poll::Ready(Ok(now)),
-        }
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.write_pending(context)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_flush(context)
-    }
-}
-
-impl fmt::Debug for FileWriter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("FileWriter")
     }
 }

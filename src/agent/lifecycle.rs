@@ -1,6 +1,10 @@
 //! What the agent does when its VM is suspended, and when it ends.
 
+use std::future::pending;
+use std::panic::resume_unwind;
 use std::time::Duration;
+
+use tokio::task::JoinError;
 
 use super::Agent;
 use super::connection::Connection;
@@ -29,7 +33,10 @@ impl Agent {
 
     /// As [`freeze`](Self::freeze), without the hook.
     pub(crate) async fn stop_processes(&self) -> Result<(), Error> {
-        self.done(&Call::Freeze).await
+        // Connections that wait for calls are not for the VMs that come of this one.
+        self.calls().forget();
+        let mut connection = Connection::call(self.calls(), &Call::Freeze).await?;
+        Self::check_done(connection.reply(self.calls()).await?)
     }
 
     /// Lets the processes go on, after a [`freeze`](Self::freeze) of which nothing came, or in the
@@ -47,7 +54,7 @@ impl Agent {
     async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         // Held until the end: nothing is answered.
-        let _asked = Connection::call(self.vsock(), &Call::Shutdown(grace_ms)).await?;
+        let _asked = Connection::call(self.calls(), &Call::Shutdown(grace_ms)).await?;
         self.link.over().await;
         Ok(())
     }
@@ -57,7 +64,8 @@ impl MicroVm<Running> {
     /// Ends the guest as `poweroff` would: runs the hook `terminate`, then SIGTERM to all its
     /// processes, SIGKILL to those that are left after `grace`, file systems unmounted, power off. A guest
     /// whose agent does not answer, or that is not off 30 s after the grace, is
-    /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was.
+    /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was. No thread of the
+    /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
         let all = grace.saturating_add(SWITCH_OFF);
         let asked = async {
@@ -67,9 +75,21 @@ impl MicroVm<Running> {
             agent.shut_down(grace).await
         };
         let _ = tokio::time::timeout(all, asked).await;
-        if self.exit_status().is_some() {
-            return self.wait();
-        }
-        self.terminate()
+        end(self).await
+    }
+}
+
+/// Ends a VM, or takes the end that it has come to. Both wait for its threads and give its memory back, which
+/// would hold up a thread of the runtime.
+async fn end(vm: MicroVm<Running>) -> MicroVm<Terminated> {
+    let ended = tokio::task::spawn_blocking(|| match vm.exit_status() {
+        Some(_) => vm.wait(),
+        None => vm.terminate(),
+    });
+    match ended.await.map_err(JoinError::try_into_panic) {
+        Ok(vm) => vm,
+        Err(Ok(panic)) => resume_unwind(panic),
+        // The runtime ends, and this with it: the VM is over by being dropped.
+        Err(Err(_)) => pending().await,
     }
 }

@@ -20,14 +20,16 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::AgentError;
+use super::calls::Calls;
 use super::connection::{Connection, lost, to_async};
+use super::pulse::Rhythm;
 use crate::config::{AgentConfig, HostService, InterfaceConfig};
 use crate::error::Error;
 use crate::microvm::{CloneIdentity, MicroVm, Running};
 use crate::protocol::{
     Failure, FailureKind, Hello, Identity, Opening, Renewal, Reply, VERSION, Welcome,
 };
-use crate::vsock::{Vsock, VsockListener, VsockStream};
+use crate::vsock::{VsockListener, VsockStream};
 
 /// How long whoever connects may take to say what for.
 const OPENING: Duration = Duration::from_secs(10);
@@ -50,7 +52,7 @@ enum Knowledge {
 /// The link to a VM's agent.
 #[derive(Debug)]
 pub(super) struct Link {
-    vsock: Vsock,
+    calls: Arc<Calls>,
     config: AgentConfig,
     /// What makes a clone another VM; the same however often its agent calls.
     renewal: Option<Renewal>,
@@ -91,9 +93,10 @@ impl Link {
             reason = "what replaces it is unsafe; this descriptor is owned, and stays the same"
         )]
         let listener = AsyncFd::new(listener).map_err(AgentError::Socket)?;
-        let vsock = vm.vsock()?;
+        let calls = Arc::new(Calls::new(vm.vsock()?));
         let (report, knowledge) = watch::channel(Knowledge::Nothing);
         let host = Arc::new(Host {
+            calls: Arc::clone(&calls),
             config: config.clone(),
             renewal: renewal.clone(),
             identity: vm.clone_identity().cloned(),
@@ -102,7 +105,7 @@ impl Link {
         });
         let keeper = tokio::spawn(keep(listener, host));
         Ok(Self {
-            vsock,
+            calls,
             config: config.clone(),
             renewal,
             knowledge,
@@ -111,8 +114,8 @@ impl Link {
         })
     }
 
-    pub(super) fn vsock(&self) -> &Vsock {
-        &self.vsock
+    pub(super) fn calls(&self) -> &Arc<Calls> {
+        &self.calls
     }
 
     pub(super) fn config(&self) -> &AgentConfig {
@@ -144,7 +147,7 @@ impl Link {
             Ok(Knowledge::Ready) => Ok(()),
             Ok(Knowledge::Fault(failure)) => Err(AgentError::Setup(failure.clone()).into()),
             Ok(Knowledge::Version(theirs)) => Err(AgentError::Version { theirs: *theirs }.into()),
-            Ok(Knowledge::Nothing) | Err(_) => Err(lost(&self.vsock)),
+            Ok(Knowledge::Nothing) | Err(_) => Err(lost(self.calls.vsock())),
         }
     }
 }
@@ -214,6 +217,7 @@ impl Duplex for UnixStream {}
 
 /// The host, for what the guest opens.
 struct Host {
+    calls: Arc<Calls>,
     config: AgentConfig,
     renewal: Option<Renewal>,
     /// Who wants to know that the clone has been told.
@@ -250,8 +254,11 @@ impl Host {
             if let Some(identity) = &self.identity {
                 identity.set_told();
             }
-            // Nothing is said any more; an error is an end too.
-            let _ = connection.reader.next().await;
+            let calls = &self.calls;
+            let is_paused = || calls.vsock().is_paused();
+            calls.pulse().hold(&mut connection, Rhythm::USUAL, is_paused).await;
+            // Of a VM that has ended, or of an agent that does not answer.
+            calls.forget();
             self.report.send_replace(Knowledge::Nothing);
         }
         self.greeted.store(false, Ordering::Release);

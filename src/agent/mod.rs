@@ -1,9 +1,11 @@
 //! The agent in the guest: running commands, moving files, reaching ports, from async code.
 //!
 //! The agent is the guest's PID 1, part of this crate, and talks over vsock as `protocol` says.
-//! Every call is a connection of its own, so a slow one holds up no other, and what a guest can
-//! make the host keep is bounded by the windows of the streams that are open.
+//! Every call has a connection to itself, so a slow one holds up no other, and what a guest can
+//! make the host keep is bounded by the windows of the streams that are open. The next call takes the
+//! connection of one that is over.
 
+mod calls;
 mod command;
 mod connection;
 mod error;
@@ -11,8 +13,10 @@ mod files;
 mod hooks;
 mod lifecycle;
 mod link;
+mod open_files;
 mod ports;
 mod process;
+mod pulse;
 mod streams;
 mod tree;
 
@@ -21,7 +25,8 @@ mod tests;
 
 pub use self::command::{Command, Output};
 pub(crate) use self::error::AgentError;
-pub use self::files::{DirEntry, FileReader, FileType, FileWriter, Metadata, WriteOptions};
+pub use self::files::{DirEntry, FileType, Metadata, WriteOptions};
+pub use self::open_files::{FileReader, FileWriter};
 pub use self::ports::GuestStream;
 pub use self::process::Process;
 pub use self::streams::{ProcessInput, ProcessOutput};
@@ -31,6 +36,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::calls::Calls;
 use self::connection::Connection;
 use self::link::Link;
 use crate::config::HookName;
@@ -38,7 +44,6 @@ use crate::error::Error;
 use crate::microvm::{MicroVm, Running};
 use crate::phase::Phase;
 use crate::protocol::{Call, Reply};
-use crate::vsock::Vsock;
 
 /// The agent in a guest: a handle that clones and crosses threads. Calls on it run side by side.
 ///
@@ -97,19 +102,28 @@ impl Agent {
         }
     }
 
-    fn vsock(&self) -> &Vsock {
-        self.link.vsock()
+    fn calls(&self) -> &Arc<Calls> {
+        self.link.calls()
     }
 
     /// The one answer to a call.
     async fn ask(&self, call: &Call) -> Result<Reply, Error> {
-        let mut connection = Connection::call(self.vsock(), call).await?;
-        connection.reply(self.vsock()).await
+        let mut connection = Connection::call(self.calls(), call).await?;
+        let reply = connection.reply(self.calls()).await?;
+        // An agent that has too many calls says so, and closes.
+        if !matches!(reply, Reply::Failed(_)) {
+            self.calls().keep(connection);
+        }
+        Ok(reply)
     }
 
     /// A call that is answered by `Done`.
     async fn done(&self, call: &Call) -> Result<(), Error> {
-        match self.ask(call).await? {
+        Self::check_done(self.ask(call).await?)
+    }
+
+    fn check_done(reply: Reply) -> Result<(), Error> {
+        match reply {
             Reply::Done => Ok(()),
             Reply::Failed(failure) => Err(AgentError::Guest(failure).into()),
             _ => Err(AgentError::Unexpected.into()),

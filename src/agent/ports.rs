@@ -22,8 +22,8 @@ impl Agent {
     ///
     /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) where nobody listens; else as every call.
     pub async fn connect_tcp(&self, port: u16) -> Result<GuestStream, Error> {
-        let mut connection = Connection::call(self.vsock(), &Call::Connect(port)).await?;
-        match connection.reply(self.vsock()).await? {
+        let mut connection = Connection::call(self.calls(), &Call::Connect(port)).await?;
+        match connection.reply(self.calls()).await? {
             Reply::Done => Ok(GuestStream(connection.into_stream()?)),
             other => Err(files::refused(other)),
         }

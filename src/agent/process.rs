@@ -1,9 +1,10 @@
 //! A program that runs in the guest: its streams, signals, its end.
 //!
-//! Two tasks serve it: one reads frames and hands pieces to the streams, one writes. What a stream
-//! holds is bounded by the window that its reader has opened, and an agent that sends more breaks
+//! A task serves it: it reads frames and hands pieces to the streams, and writes what they say. What a
+//! stream holds is bounded by the window that its reader has opened, and an agent that sends more breaks
 //! the protocol.
 
+use std::future::{pending, poll_fn};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -11,14 +12,15 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::AgentError;
-use super::connection::{Connection, FrameReader, FrameWriter, lost};
+use super::calls::Calls;
+use super::connection::{Connection, FrameWriter, lost};
+use super::pulse::Beat;
 use super::streams::{Outgoing, Pipe, ProcessInput, ProcessOutput, Window};
 use crate::error::Error;
 use crate::exit::ProcessStatus;
 use crate::protocol::{
     Call, Channel, Control, Exec, Exit, ExitCode, Frame, Reply, WindowSize, Wire,
 };
-use crate::vsock::Vsock;
 
 /// A program that runs in the guest.
 ///
@@ -54,36 +56,37 @@ impl Drop for AbortOnDrop {
 }
 
 impl Process {
-    pub(super) async fn start(vsock: &Vsock, exec: Exec) -> Result<Self, Error> {
+    pub(super) async fn start(calls: &Arc<Calls>, exec: Exec) -> Result<Self, Error> {
         let has_input = exec.stdin || exec.terminal.is_some();
         let program = exec.program.argv.first().map(|name| name.0.clone()).unwrap_or_default();
-        let mut connection = Connection::call(vsock, &Call::Exec(exec)).await?;
-        let id = match connection.reply(vsock).await? {
-            Reply::Started(id) => id,
-            Reply::Failed(failure) => return Err(AgentError::exec(&program, failure)),
-            _ => return Err(AgentError::Unexpected.into()),
-        };
-        Ok(Self::serve(connection, vsock, id, has_input))
+        let mut connection = Connection::call(calls, &Call::Exec(exec)).await?;
+        match connection.reply(calls).await? {
+            Reply::Started(id) => Ok(Self::serve(connection, calls, id, has_input)),
+            Reply::Failed(failure) => Err(AgentError::exec(&program, failure)),
+            _ => Err(AgentError::Unexpected.into()),
+        }
     }
 
     /// A program that has been started.
-    pub(super) fn serve(connection: Connection, vsock: &Vsock, id: u32, has_input: bool) -> Self {
+    pub(super) fn serve(
+        connection: Connection,
+        calls: &Arc<Calls>,
+        id: u32,
+        has_input: bool,
+    ) -> Self {
         let (outgoing, frames) = mpsc::unbounded_channel();
         let (at_end, end) = oneshot::channel();
         let pipe = |channel| Arc::new(Pipe::new(channel, outgoing.clone()));
         let (stdout, stderr) = (pipe(Channel::Stdout), pipe(Channel::Stderr));
         let window = Arc::new(Window::default());
-        let incoming = Incoming {
-            reader: connection.reader,
+        let session = Session {
             stdout: Arc::clone(&stdout),
             stderr: Arc::clone(&stderr),
             window: Arc::clone(&window),
-            vsock: vsock.clone(),
+            beat: calls.pulse().begin(),
+            calls: Arc::clone(calls),
         };
-        let tasks = vec![
-            AbortOnDrop(tokio::spawn(incoming.run(at_end))),
-            AbortOnDrop(tokio::spawn(write(connection.writer, frames))),
-        ];
+        let tasks = vec![AbortOnDrop(tokio::spawn(session.run(connection, frames, at_end)))];
         Self {
             stdin: has_input.then(|| ProcessInput::new(window, outgoing.clone())),
             stdout: Some(ProcessOutput::new(stdout)),
@@ -120,13 +123,14 @@ impl Process {
     /// left behind in the background may go on running.
     ///
     /// A program that writes more than 256 KiB waits for a reader: read, or drop, `stdout` and
-    /// `stderr` meanwhile.
+    /// `stderr` meanwhile. One that is killed while it waits has its end nevertheless.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded) and
     /// [`ErrorKind::Agent`](crate::ErrorKind::Agent), where the guest or the connection ended before
-    /// the program.
+    /// the program; [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) where the agent does not answer any more,
+    /// which is found within 75 s. A VM that is paused may be so for as long as it likes.
     pub async fn wait(&mut self) -> Result<ProcessStatus, Error> {
         if let Some(status) = self.ended {
             return Ok(status);
@@ -186,44 +190,98 @@ async fn collect(stream: Option<ProcessOutput>, left: &Mutex<usize>) -> Result<V
     }
 }
 
-/// Writes frames as they come.
-async fn write(mut writer: FrameWriter, mut frames: mpsc::UnboundedReceiver<Vec<u8>>) {
-    while let Some(frame) = frames.recv().await {
-        if writer.raw(&frame).await.is_err() {
-            return;
-        }
-    }
-    // Held until the process is dropped: the end of the connection kills the program.
-    std::future::pending::<()>().await;
+/// Frames on their way to the agent, one after the other.
+struct Outbox {
+    frames: mpsc::UnboundedReceiver<Vec<u8>>,
+    /// The frame that is written, and how much of it was.
+    frame: Vec<u8>,
+    written: usize,
 }
 
-/// What comes from the agent.
-struct Incoming {
-    reader: FrameReader,
+impl Outbox {
+    /// Writes frames as they come, while the connection takes them. Whoever stops waiting for it goes on by
+    /// the next call.
+    async fn write(&mut self, writer: &mut FrameWriter) {
+        loop {
+            while let Some(rest @ [_, ..]) = self.frame.get(self.written..) {
+                match poll_fn(|context| writer.poll_raw(context, rest)).await {
+                    Ok(count) => self.written += count,
+                    // What is read says why.
+                    Err(_) => pending().await,
+                }
+            }
+            match self.frames.recv().await {
+                Some(frame) => (self.frame, self.written) = (frame, 0),
+                None => pending().await,
+            }
+        }
+    }
+
+    /// Whether the connection is between two frames.
+    fn is_between(&self) -> bool {
+        self.written == 0 || self.written == self.frame.len()
+    }
+}
+
+/// The host's side of a program that runs.
+struct Session {
     stdout: Arc<Pipe>,
     stderr: Arc<Pipe>,
     window: Arc<Window>,
-    vsock: Vsock,
+    beat: Beat,
+    calls: Arc<Calls>,
 }
 
-impl Incoming {
-    async fn run(mut self, at_end: oneshot::Sender<Result<ProcessStatus, Error>>) {
-        let end = self.read().await;
+impl Session {
+    async fn run(
+        mut self,
+        mut connection: Connection,
+        frames: mpsc::UnboundedReceiver<Vec<u8>>,
+        at_end: oneshot::Sender<Result<ProcessStatus, Error>>,
+    ) {
+        let mut outbox = Outbox { frames, frame: Vec::new(), written: 0 };
+        let end = self.serve(&mut connection, &mut outbox).await;
         self.stdout.end();
         self.stderr.end();
         self.window.close();
+        let kept = match end {
+            Ok(_) if outbox.is_between() => {
+                self.calls.keep(connection);
+                None
+            }
+            Ok(_) => None,
+            Err(_) => Some(connection),
+        };
         // Whoever started it may be gone.
         let _ = at_end.send(end);
+        if kept.is_some() {
+            // Until the process is dropped: the end of the connection kills the program.
+            pending().await
+        }
     }
 
-    async fn read(&mut self) -> Result<ProcessStatus, Error> {
+    async fn serve(
+        &mut self,
+        connection: &mut Connection,
+        outbox: &mut Outbox,
+    ) -> Result<ProcessStatus, Error> {
         loop {
-            let frame = self.reader.next().await.map_err(|error| error.explain(&self.vsock))?;
-            let Some((channel, bytes)) = frame else { return Err(lost(&self.vsock)) };
+            let frame = tokio::select! {
+                biased;
+                frame = connection.reader.next() => frame,
+                silent = self.beat.stops() => {
+                    return Err(AgentError::Hangs { silent }.into());
+                }
+                () = outbox.write(&mut connection.writer) => continue,
+            };
+            let vsock = self.calls.vsock();
+            let Some((channel, bytes)) = frame.map_err(|error| error.explain(vsock))? else {
+                return Err(lost(vsock));
+            };
             match channel {
                 Channel::Stdout => self.stdout.push(bytes)?,
                 Channel::Stderr => self.stderr.push(bytes)?,
-                Channel::Data => return Err(AgentError::Unexpected.into()),
+                Channel::Data | Channel::Call => return Err(AgentError::Unexpected.into()),
                 Channel::Message => {
                     if let Some(status) = self.message(&bytes)? {
                         return Ok(status);

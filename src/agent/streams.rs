@@ -13,15 +13,18 @@ use tokio::sync::mpsc;
 
 use super::AgentError;
 use crate::error::Error;
-use crate::protocol::{Channel, Control, Credit, Frame, MAX_DATA_BYTES, WINDOW_BYTES};
+use crate::protocol::{Channel, Control, Credit, Frame, LAST_BYTES, MAX_DATA_BYTES, WINDOW_BYTES};
 
 /// The agent is told of room again when this much was read: a message for a quarter of a window.
 const CREDIT_BYTES: usize = WINDOW_BYTES / 4;
 
+/// Small pieces are kept as one up to this.
+const JOINED_BYTES: usize = 4 << 10;
+
 /// Frames on their way to the agent.
 pub(super) type Outgoing = mpsc::UnboundedSender<Vec<u8>>;
 
-/// Output that came and was not read: at most a window of it.
+/// Output that came and was not read: at most a window of it, and the last of its program's.
 pub(super) struct Pipe {
     channel: Channel,
     outgoing: Outgoing,
@@ -43,6 +46,17 @@ struct PipeState {
     waker: Option<Waker>,
 }
 
+impl PipeState {
+    /// Behind the last piece, where both are small: what a piece takes beside its bytes is more than those, and
+    /// a guest can send many.
+    fn keep(&mut self, piece: Vec<u8>) {
+        match self.pieces.back_mut() {
+            Some(last) if last.len() + piece.len() <= JOINED_BYTES => last.extend(piece),
+            _ => self.pieces.push_back(piece),
+        }
+    }
+}
+
 impl Pipe {
     pub(super) fn new(channel: Channel, outgoing: Outgoing) -> Self {
         Self { channel, outgoing, state: Mutex::default() }
@@ -53,7 +67,7 @@ impl Pipe {
         let mut state = self.lock();
         let bytes = piece.len();
         state.charged += bytes;
-        if state.charged > WINDOW_BYTES {
+        if state.charged > WINDOW_BYTES + LAST_BYTES {
             return Err(AgentError::Window.into());
         }
         if bytes == 0 {
@@ -61,7 +75,7 @@ impl Pipe {
         } else if state.abandoned {
             self.was_read(&mut state, bytes);
         } else {
-            state.pieces.push_back(piece);
+            state.keep(piece);
         }
         wake(&mut state.waker);
         Ok(())
@@ -277,5 +291,48 @@ impl Drop for ProcessInput {
 impl fmt::Debug for ProcessInput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ProcessInput")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_tiny_pieces_take_little_more_than_their_bytes_and_come_in_order() {
+        let (outgoing, _frames) = mpsc::unbounded_channel();
+        let pipe = Pipe::new(Channel::Stdout, outgoing);
+        let bytes: Vec<u8> = (0..WINDOW_BYTES + LAST_BYTES).map(|at| (at % 251) as u8).collect();
+        let mut read = Vec::new();
+        let context = Context::from_waker(Waker::noop());
+        for (at, piece) in bytes.chunks(3).enumerate() {
+            pipe.push(piece.to_vec()).unwrap();
+            // In the middle of a piece that still grows.
+            if at % 1000 == 0 {
+                let mut buffer = [0; 2];
+                let mut buffer = ReadBuf::new(&mut buffer);
+                assert!(pipe.read(&context, &mut buffer).is_ready());
+                read.extend_from_slice(buffer.filled());
+            }
+        }
+        pipe.push(vec![0; MAX_DATA_BYTES]).unwrap_err();
+        let kept = pipe
+            .lock()
+            .pieces
+            .iter()
+            .map(|piece| size_of_val(piece) + piece.capacity())
+            .sum::<usize>();
+        assert!(kept < 3 * bytes.len(), "{kept}");
+        pipe.end();
+        loop {
+            let mut buffer = [0; 1000];
+            let mut buffer = ReadBuf::new(&mut buffer);
+            assert!(pipe.read(&context, &mut buffer).is_ready());
+            if buffer.filled().is_empty() {
+                break;
+            }
+            read.extend_from_slice(buffer.filled());
+        }
+        assert!(read == bytes);
     }
 }

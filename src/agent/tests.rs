@@ -7,19 +7,20 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
+use super::calls::Calls;
 use super::connection::{Connection, Patience, ReadError};
 use super::process::Process;
 use crate::console::Console;
 use crate::error::ErrorKind;
 use crate::exit::{ExitLatch, ProcessStatus};
 use crate::protocol::{
-    Call, Channel, Control, Exit, ExitCode, Frame, HEADER_BYTES, MAX_DATA_BYTES, Reply,
+    Call, Channel, Control, Exit, ExitCode, Frame, HEADER_BYTES, LAST_BYTES, MAX_DATA_BYTES, Reply,
     WINDOW_BYTES, Wire,
 };
 use crate::virtio::WeakDeviceHandle;
 use crate::vsock::Vsock;
 
-fn pair() -> (Connection, StdStream) {
+pub(super) fn pair() -> (Connection, StdStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let theirs = theirs.into_std().unwrap();
     theirs.set_nonblocking(false).unwrap();
@@ -85,12 +86,21 @@ async fn what_follows_the_frames_is_left_for_whoever_wants_bytes() {
     assert_eq!(&five, b"bytes");
 }
 
-/// A program that runs, and the agent's side of it.
-fn process() -> (Process, StdStream) {
-    let (connection, agent) = pair();
+/// The calls of a VM that is gone: there are no connections but those that are kept.
+pub(super) fn calls() -> Arc<Calls> {
     let device = WeakDeviceHandle::gone();
     let vsock = Vsock::new(device, Arc::new(ExitLatch::default()), Console::new(0));
-    (Process::serve(connection, &vsock, 7, true), agent)
+    Arc::new(Calls::new(vsock))
+}
+
+/// A program that runs, and the agent's side of it.
+fn process() -> (Process, StdStream) {
+    process_of(&calls())
+}
+
+pub(super) fn process_of(calls: &Arc<Calls>) -> (Process, StdStream) {
+    let (connection, agent) = pair();
+    (Process::serve(connection, calls, 7, true), agent)
 }
 
 fn piece(channel: Channel, bytes: &[u8]) -> Vec<u8> {
@@ -103,7 +113,7 @@ fn exited(code: i32) -> Vec<u8> {
 }
 
 /// What the host says next.
-fn heard(agent: &mut StdStream) -> (u8, Vec<u8>) {
+pub(super) fn heard(agent: &mut StdStream) -> (u8, Vec<u8>) {
     let mut header = [0; HEADER_BYTES];
     agent.read_exact(&mut header).unwrap();
     let (channel, length) = Frame::parse_header(header).unwrap();
@@ -132,7 +142,7 @@ async fn output_that_came_before_the_end_is_read_after_it() {
 async fn a_guest_that_sends_more_than_the_window_or_nonsense_is_cut_off() {
     let (mut flooded, mut agent) = process();
     let flood = piece(Channel::Stdout, &vec![0; MAX_DATA_BYTES]);
-    for _ in 0..=WINDOW_BYTES / MAX_DATA_BYTES {
+    for _ in 0..=(WINDOW_BYTES + LAST_BYTES) / MAX_DATA_BYTES {
         // It may have been cut off.
         let _ = agent.write_all(&flood);
     }
@@ -148,6 +158,21 @@ async fn a_guest_that_sends_more_than_the_window_or_nonsense_is_cut_off() {
         agent.write_all(&nonsense).unwrap();
         assert_eq!(process.wait().await.unwrap_err().kind(), &ErrorKind::Agent);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_whose_output_nobody_reads_has_an_end() {
+    let (mut process, mut agent) = process();
+    let all = WINDOW_BYTES + LAST_BYTES;
+    for _ in 0..all / MAX_DATA_BYTES {
+        agent.write_all(&piece(Channel::Stdout, &vec![7; MAX_DATA_BYTES])).unwrap();
+    }
+    agent.write_all(&piece(Channel::Stdout, &[])).unwrap();
+    agent.write_all(&exited(3)).unwrap();
+    assert_eq!(process.wait().await.unwrap(), ProcessStatus::Code(3));
+    let mut output = Vec::new();
+    process.stdout.take().unwrap().read_to_end(&mut output).await.unwrap();
+    assert!(output == vec![7; all]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -202,6 +227,52 @@ async fn what_is_read_is_given_back_and_input_waits_for_room() {
         input += body.len();
     }
     assert_eq!(input, WINDOW_BYTES + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_connection_of_a_program_that_has_ended_is_for_the_next_call() {
+    let calls = calls();
+    let (mut process, mut agent) = process_of(&calls);
+    let mut stdin = process.stdin.take().unwrap();
+    stdin.write_all(b"input").await.unwrap();
+    process.signal(15);
+    assert_eq!(heard(&mut agent), (Channel::Data as u8, b"input".to_vec()));
+    let signal = (Channel::Message as u8, Control::Signal(15).to_bytes());
+    assert_eq!(heard(&mut agent), signal);
+    agent.write_all(&exited(0)).unwrap();
+    process.wait().await.unwrap();
+    // What is said to a program that is no more is not said at all.
+    process.signal(9);
+    drop((stdin, process));
+    let call = async |answer: &Reply, agent: &mut StdStream| {
+        let mut connection = Connection::call(&calls, &Call::Thaw).await.unwrap();
+        assert_eq!(heard(agent), (Channel::Call as u8, Call::Thaw.to_bytes()));
+        agent.write_all(&Frame::message(answer)).unwrap();
+        assert_eq!(connection.reply(&calls).await.unwrap(), *answer);
+        calls.keep(connection);
+    };
+    call(&Reply::Done, &mut agent).await;
+    call(&Reply::Done, &mut agent).await;
+    // What an agent has heard is not asked again, on whatever connection.
+    let mut connection = Connection::call(&calls, &Call::Freeze).await.unwrap();
+    assert_eq!(heard(&mut agent), (Channel::Call as u8, Call::Freeze.to_bytes()));
+    drop(agent);
+    connection.reply(&calls).await.unwrap_err();
+    assert!(calls.take().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_is_dropped_or_cut_off_leaves_no_connection() {
+    let calls = calls();
+    let (process, mut agent) = process_of(&calls);
+    drop(process);
+    // It is closed, which kills the program.
+    assert_eq!(agent.read(&mut [0; 100]).unwrap(), 0);
+    let (mut process, mut agent) = process_of(&calls);
+    agent.write_all(&Frame::message(&Reply::Done)).unwrap();
+    process.wait().await.unwrap_err();
+    drop(process);
+    assert!(calls.take().is_none());
 }
 
 #[tokio::test]

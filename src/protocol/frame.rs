@@ -1,6 +1,7 @@
 //! Frames: a length, a channel, and as many bytes. The header is five bytes: `u32` little-endian, how
 //! many bytes follow it, and the channel.
 
+use super::messages::Call;
 use super::wire::{Malformed, Wire};
 
 /// The largest message: arguments and environment of a program are the largest that there are.
@@ -23,6 +24,9 @@ pub(crate) enum Channel {
     Stdout = 2,
     /// A program's standard error.
     Stderr = 3,
+    /// A [`Call`](super::Call). On a connection that had one before, what comes ahead of it on the other
+    /// channels is of that one.
+    Call = 4,
 }
 
 impl Channel {
@@ -32,12 +36,16 @@ impl Channel {
             1 => Some(Self::Data),
             2 => Some(Self::Stdout),
             3 => Some(Self::Stderr),
+            4 => Some(Self::Call),
             _ => None,
         }
     }
 
     fn max_bytes(self) -> usize {
-        if self == Self::Message { MAX_MESSAGE_BYTES } else { MAX_DATA_BYTES }
+        match self {
+            Self::Message | Self::Call => MAX_MESSAGE_BYTES,
+            Self::Data | Self::Stdout | Self::Stderr => MAX_DATA_BYTES,
+        }
     }
 }
 
@@ -69,9 +77,18 @@ impl Frame<'_> {
 
     /// A message in its frame.
     pub(crate) fn message(message: &impl Wire) -> Vec<u8> {
+        Self::of(Channel::Message, message)
+    }
+
+    /// A call in its frame.
+    pub(crate) fn call(call: &Call) -> Vec<u8> {
+        Self::of(Channel::Call, call)
+    }
+
+    fn of(channel: Channel, message: &impl Wire) -> Vec<u8> {
         let mut out = vec![0; HEADER_BYTES];
         message.encode(&mut out);
-        let header = Self::header(Channel::Message, out.len() - HEADER_BYTES);
+        let header = Self::header(channel, out.len() - HEADER_BYTES);
         out[..HEADER_BYTES].copy_from_slice(&header);
         out
     }
@@ -81,6 +98,14 @@ impl Frame<'_> {
         match self.channel {
             Channel::Message => T::from_bytes(self.bytes),
             _ => Err(Malformed { what: "a message", at: 0 }),
+        }
+    }
+
+    /// The call that it is.
+    pub(crate) fn parse_call(&self) -> Result<Call, Malformed> {
+        match self.channel {
+            Channel::Call => Call::from_bytes(self.bytes),
+            _ => Err(Malformed { what: "a call", at: 0 }),
         }
     }
 }

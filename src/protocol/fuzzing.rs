@@ -13,7 +13,9 @@ pub fn agent_frame(bytes: &[u8]) {
         decoder.feed(piece);
         loop {
             match decoder.next() {
-                Ok(Some(frame)) if frame.channel == Channel::Message => messages(frame.bytes),
+                Ok(Some(frame)) if matches!(frame.channel, Channel::Message | Channel::Call) => {
+                    messages(frame.bytes);
+                }
                 Ok(Some(frame)) => assert!(frame.bytes.len() <= MAX_DATA_BYTES),
                 Ok(None) => break,
                 Err(_) => return,
@@ -26,6 +28,7 @@ pub fn agent_frame(bytes: &[u8]) {
 fn messages(bytes: &[u8]) {
     same::<Opening>(bytes);
     same::<Call>(bytes);
+    same::<Line>(bytes);
     same::<Control>(bytes);
     same::<Reply>(bytes);
     same::<Node>(bytes);

@@ -91,7 +91,14 @@ wire! {
         interfaces: Vec<Interface>,
     }
 
-    /// What the host asks for: the first message of a connection to the agent.
+    /// What the host says on the connection that the agent keeps to it.
+    enum Line {
+        /// Is the agent alive? Answered by [`Reply::Done`].
+        0 => Ping,
+    }
+
+    /// What the host asks for: the first frame of a connection to the agent, on
+    /// [`Channel::Call`](super::Channel::Call), and the next one when a call is over.
     enum Call {
         /// Runs a program. [`Reply::Started`] or [`Reply::Failed`]; then the program's input as
         /// [`Channel::Data`](super::Channel::Data) and [`Control`] one way, its output as `Stdout` and `Stderr`, and

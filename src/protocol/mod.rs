@@ -1,15 +1,19 @@
 //! What the host and the agent in its guest say to each other: the one description, compiled into
 //! both. It imports nothing but the standard library, since the agent is built without any other.
 //!
-//! The transport is vsock, and every call is a connection of its own, which vsock multiplexes, and
+//! The transport is vsock, and every call has a connection to itself, which vsock multiplexes, and
 //! to which it gives its own flow control:
 //!
 //! - The agent connects to the host's port [`HOST_PORT`] when it is up, and again whenever that
 //!   connection ends, as it does in a VM that was restored. It says [`Hello`]; the host answers
 //!   [`Welcome`], with who this VM is now; the agent makes it so, and says [`Reply::Done`]. The
-//!   connection stays open as long as both live; nothing more is said on it.
-//! - The host connects to the guest's port [`AGENT_PORT`] and says a [`Call`]. What comes then, and
-//!   in which direction, is written at each call. Either side ends a call by closing.
+//!   connection stays open as long as both live. On it the host may ask whether the agent is alive
+//!   ([`Line`]); nothing else is said.
+//! - The host connects to the guest's port [`AGENT_PORT`] and says a [`Call`], in a frame of a channel of its
+//!   own. What comes then, and in which direction, is written at each call. Either side ends a call by
+//!   closing. Where a call has come to its end, the host may say the next one on the same connection, which spares
+//!   both a new one. The agent does not close one that waits for that; what the host said before it knew of
+//!   the end, such as input of a program that is no more, the agent reads up to the call, and throws away.
 //! - A program of the guest that connects to a port of its loopback which stands for a service of
 //!   the host is passed on by the agent, on a connection to [`HOST_PORT`] that begins with
 //!   [`Opening::Service`]. After the answer it carries the bytes of both.
@@ -39,7 +43,7 @@ pub(crate) use self::messages::*;
 pub(crate) use self::wire::{Bytes, Malformed, Wire};
 
 /// The version of everything here.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// The port of the host at which agents call. Below 1,024, as the agent's own, so that nobody but
 /// the guest's root can take it.
@@ -57,3 +61,7 @@ pub(crate) const MODULES_PATH: &str = "/dormouse/modules";
 /// How much of a stream may be under way, unless its reader says that it has taken some
 /// ([`Control::Credit`]).
 pub(crate) const WINDOW_BYTES: usize = 256 << 10;
+
+/// How much more of a program's output comes when the program has ended, whether its reader takes any or not:
+/// what a pipe holds. So a program that is killed while it waits for its reader has an end.
+pub(crate) const LAST_BYTES: usize = 64 << 10;

@@ -99,7 +99,7 @@ fn frames_are_found_in_whatever_pieces_they_come() {
 
 #[test]
 fn a_frame_that_is_too_long_or_of_no_channel_is_refused_at_its_header() {
-    for header in [[1, 0, 1, 0, 1], [1, 0, 16, 0, 0], [0, 0, 0, 0, 4]] {
+    for header in [[1, 0, 1, 0, 1], [1, 0, 16, 0, 0], [0, 0, 0, 0, 5], [1, 0, 16, 0, 4]] {
         let mut decoder = Decoder::default();
         decoder.feed(&header);
         decoder.next().unwrap_err();

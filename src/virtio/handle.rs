@@ -25,7 +25,7 @@ pub(crate) struct WeakDeviceHandle<D>(Weak<Shared<D>>);
 
 impl<D> WeakDeviceHandle<D> {
     /// A device that is gone.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "agent"))]
     pub(crate) fn gone() -> Self {
         Self(Weak::new())
     }
@@ -170,6 +170,12 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         core.device.close();
         // A vCPU's thread may be waiting in a reset, and nothing will come any more.
         self.drained();
+    }
+
+    /// Whether the host wants no request served.
+    #[cfg(feature = "agent")]
+    pub(crate) fn is_paused(&self) -> bool {
+        self.lock().paused
     }
 
     fn drained(&self) {

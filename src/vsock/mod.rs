@@ -210,6 +210,12 @@ impl Vsock {
         self.ended().or_else(|| gone.then(|| self.over())).map(Error::from)
     }
 
+    /// Whether nothing moves because the VM is paused.
+    #[cfg(feature = "agent")]
+    pub(crate) fn is_paused(&self) -> bool {
+        self.device.upgrade().is_some_and(|device| device.is_paused())
+    }
+
     /// How the guest ended, where it has.
     fn ended(&self) -> Option<VsockError> {
         self.exit.get().map(|_| self.over())

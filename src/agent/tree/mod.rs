@@ -131,8 +131,8 @@ impl Agent {
         call: &Call,
         work: impl FnOnce(&mut BlockingWire) -> Result<Copied, TreeError> + Send + 'static,
     ) -> Result<Copied, Error> {
-        let mut connection = Connection::call(self.vsock(), call).await?;
-        match connection.reply(self.vsock()).await? {
+        let mut connection = Connection::call(self.calls(), call).await?;
+        match connection.reply(self.calls()).await? {
             Reply::Done => {}
             other => return Err(refused(other)),
         }
@@ -153,7 +153,7 @@ impl Agent {
         drop(guard);
         match copied {
             Ok(Ok(copied)) => Ok(copied),
-            Ok(Err(TreeError::Wire)) => Err(lost(self.vsock())),
+            Ok(Err(TreeError::Wire)) => Err(lost(self.calls().vsock())),
             Ok(Err(TreeError::Silent)) => Err(silent()),
             Ok(Err(TreeError::Other(error))) => Err(error),
             Err(_) => Err(AgentError::Lost.into()),

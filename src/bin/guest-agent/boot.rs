@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -121,14 +122,25 @@ fn start_entrypoint(entrypoint: &Program, end_with_it: bool) -> Result<(), Failu
     })();
     let streams = opened.map_err(|e: io::Error| Failure::of("open the console", &e))?;
     let account = program::account(entrypoint)?;
-    let child = program::start(entrypoint, account, streams, false)?;
+    let (entrypoint, (report, started)) = (entrypoint.clone(), mpsc::channel());
     let waiter = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
-    let waiting = waiter.spawn(move || wait_for_entrypoint(child, end_with_it));
-    waiting.map(|_| ()).map_err(|error| Failure::of("wait for the entrypoint", &error))
+    // Who starts a child waits for it.
+    let waiting =
+        waiter.spawn(move || match program::start(&entrypoint, account, streams, false) {
+            Ok(child) => {
+                let _ = report.send(Ok(()));
+                wait_for_entrypoint(child, end_with_it);
+            }
+            Err(failure) => {
+                let _ = report.send(Err(failure));
+            }
+        });
+    waiting.map_err(|error| Failure::of("wait for the entrypoint", &error))?;
+    started.recv().unwrap_or(Ok(()))
 }
 
 fn wait_for_entrypoint(mut child: Child, end_with_it: bool) {
-    match child.status() {
+    match child.wait() {
         Ok(WaitStatus(0)) | Err(_) => {}
         Ok(status) => match status.signal() {
             Some(signal) => say(&format!("the entrypoint was ended by signal {signal}")),

@@ -1,4 +1,4 @@
-//! The host's calls: each a connection, and a thread while it lasts.
+//! The host's calls: each has a connection and a thread, which wait for the next one when it is over.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,8 @@ use crate::protocol::{Call, Failure, FailureKind, Reply, Usage};
 use crate::sys::{CID_HOST, VsockListener};
 use crate::{THREAD_STACK_BYTES, cgroup, exec, files, ports, shutdown, tree};
 
-/// How many calls there may be at a time.
+/// How many calls there may be at a time, with connections that wait for one: the host keeps few of
+/// those.
 pub(crate) const MAX_CALLS: usize = 1024;
 
 /// How many there are.
@@ -65,16 +66,34 @@ pub(crate) fn spawn_bounded(work: impl FnOnce() + Send + 'static) -> io::Result<
     Ok(())
 }
 
-/// Serves one call.
+/// Serves one call after the other, until the host closes the connection.
 pub(crate) fn serve(mut connection: Connection) -> io::Result<()> {
-    let result = match connection.receive_message()? {
-        Call::Exec(exec) => return exec::serve(connection, &exec),
-        Call::Connect(port) => return ports::connect(connection, port),
-        Call::Read(call) => return files::read(&mut connection, &call),
-        Call::Write(call) => return files::write(&mut connection, &call),
-        Call::CopyIn(path) => return tree::copy_in(&mut connection, &path),
-        Call::CopyOut(path) => return tree::copy_out(&mut connection, &path),
-        Call::List(path) => return files::list(&mut connection, &path),
+    let mut call = connection.receive_call()?;
+    loop {
+        connection = match call {
+            Call::Connect(port) => return ports::connect(connection, port),
+            Call::Exec(exec) => match exec::serve(connection, &exec)? {
+                Some(connection) => connection,
+                None => return Ok(()),
+            },
+            call => {
+                answer(&mut connection, call)?;
+                connection
+            }
+        };
+        call = connection.receive_next_call()?;
+    }
+}
+
+/// Serves a call that leaves the connection as it is.
+fn answer(connection: &mut Connection, call: Call) -> io::Result<()> {
+    let result = match call {
+        Call::Exec(_) | Call::Connect(_) => return Err(io::ErrorKind::InvalidInput.into()),
+        Call::Read(call) => return files::read(connection, &call),
+        Call::Write(call) => return files::write(connection, &call),
+        Call::CopyIn(path) => return tree::copy_in(connection, &path),
+        Call::CopyOut(path) => return tree::copy_out(connection, &path),
+        Call::List(path) => return files::list(connection, &path),
         Call::Stat(path) => files::stat(&path).map(Reply::Stat),
         Call::Remove(call) => files::remove(&call).map(|()| Reply::Done),
         Call::MakeDirectory(call) => files::make_directory(&call).map(|()| Reply::Done),

@@ -1,79 +1,67 @@
-//! The processes that the agent starts, and those that become its children when their parents end:
-//! one thread waits for all of them.
+//! The processes that the agent starts, and those that become its children when their parents end.
+//!
+//! Who starts one waits for it, on the same thread, so that none is waited for twice and no process ID
+//! is used after it was given up. The others are children of the main thread: the kernel gives orphans
+//! to that one.
 
-use std::collections::BTreeMap;
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cgroup;
 use crate::sys::{self, LaunchFault, Program, WaitStatus};
 
-static CHILDREN: Children = Children {
-    table: Mutex::new(Table { exits: BTreeMap::new(), forks: 0, is_empty: true }),
-    changed: Condvar::new(),
-};
-static REAPER: Once = Once::new();
+const SIGKILL: i32 = 9;
 
-struct Children {
-    table: Mutex<Table>,
-    changed: Condvar,
-}
+/// How often it is looked whether all are gone.
+const LOOK: Duration = Duration::from_millis(5);
 
-/// Forks and reaping hold its lock: no child ends before it is in here, and no process ID is used
-/// for a signal after it was given up.
-struct Table {
-    /// Where the status of each child goes that somebody waits for.
-    exits: BTreeMap<i32, PipeWriter>,
-    forks: u64,
-    /// Whether there are no children at all, also none that were left by their parents.
-    is_empty: bool,
-}
-
-/// A process that the agent has started, the leader of a session and of a process group.
+/// A process that the agent has started, the leader of a session and of a process group. It is killed
+/// where nobody waits for it.
 pub(crate) struct Child {
     pub(crate) pid: i32,
-    /// Can be read when the process has ended.
-    pub(crate) exit: PipeReader,
+    end: OwnedFd,
+    status: Option<WaitStatus>,
 }
 
 impl Child {
-    /// Starts a program, in the guest's cgroup. Waits until it is executed.
+    /// Starts a program, in the guest's cgroup. Waits until it is executed. The thread has to be there for as
+    /// long as the child.
     pub(crate) fn start(program: Program) -> Result<Self, LaunchFault> {
-        REAPER.call_once(|| {
-            let reaper = thread::Builder::new().stack_size(64 << 10);
-            // It fails where memory is out before anything runs.
-            let _ = reaper.spawn(|| CHILDREN.reap_forever());
-        });
-        let (exit, status) = io::pipe()?;
-        let launched = {
-            let mut table = CHILDREN.table();
-            let launched = sys::launch(&program, cgroup::descriptors())?;
-            table.exits.insert(launched.pid, status);
-            table.forks += 1;
-            table.is_empty = false;
-            CHILDREN.changed.notify_all();
-            launched
-        };
-        // The child has its own copies of the streams, and whoever reads them waits for all to close.
-        drop(program);
-        Ok(Self { pid: launched.wait()?, exit })
+        let launched = sys::launch(&program, cgroup::descriptors())?;
+        Ok(Self { pid: launched.pid, end: launched.end, status: None })
+    }
+
+    /// Can be read when it has ended.
+    pub(crate) fn end(&self) -> BorrowedFd<'_> {
+        self.end.as_fd()
     }
 
     /// How it ended: waits for that.
-    pub(crate) fn status(&mut self) -> io::Result<WaitStatus> {
-        let mut status = [0; 4];
-        self.exit.read_exact(&mut status)?;
-        Ok(WaitStatus(i32::from_le_bytes(status)))
+    pub(crate) fn wait(&mut self) -> io::Result<WaitStatus> {
+        if let Some(status) = self.status {
+            return Ok(status);
+        }
+        let status = sys::wait(self.pid)?;
+        self.status = Some(status);
+        Ok(status)
     }
 
     /// Sends a signal to its process group, unless it has ended.
     pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
-        let table = CHILDREN.table();
-        match table.exits.contains_key(&self.pid) {
-            true => sys::kill(self.pid, signal),
-            false => Ok(()),
+        match self.status {
+            None => sys::kill(self.pid, signal),
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            let _ = self.signal(SIGKILL);
+            let _ = self.wait();
         }
     }
 }
@@ -82,53 +70,20 @@ impl Child {
 /// is none.
 pub(crate) fn wait_for_all(patience: Duration) -> bool {
     let deadline = Instant::now() + patience;
-    let mut table = CHILDREN.table();
-    while !table.is_empty {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
+    while sys::has_children() {
+        if Instant::now() >= deadline {
+            return false;
         }
-        let waited = CHILDREN.changed.wait_timeout(table, left);
-        table = waited.unwrap_or_else(PoisonError::into_inner).0;
+        thread::sleep(LOOK);
     }
-    table.is_empty
+    true
 }
 
-impl Children {
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn reap_forever(&self) -> ! {
-        loop {
-            let forks = self.table().forks;
-            match sys::exited_child() {
-                Ok(pid) => self.reap(pid),
-                Err(error) if error.raw_os_error() == Some(sys::ECHILD) => {
-                    self.wait_for_fork(forks)
-                }
-                // Interrupted.
-                Err(_) => {}
-            }
-        }
-    }
-
-    fn reap(&self, pid: i32) {
-        let mut table = self.table();
-        let Some(status) = sys::reap(pid) else { return };
-        if let Some(mut exit) = table.exits.remove(&pid) {
-            // An error is that nobody wants to know.
-            let _ = exit.write_all(&status.0.to_le_bytes());
-        }
-    }
-
-    /// Without children, there are none until the agent forks again.
-    fn wait_for_fork(&self, forks: u64) {
-        let mut table = self.table();
-        while table.forks == forks {
-            table.is_empty = true;
-            self.changed.notify_all();
-            table = self.changed.wait(table).unwrap_or_else(PoisonError::into_inner);
-        }
+/// Waits for orphans for ever: what the main thread does. Every thread has to hold back SIGCHLD
+/// ([`sys::hold_child_signals`]), which comes for each process that ends or becomes an orphan ended.
+pub(crate) fn reap_orphans() -> ! {
+    loop {
+        while sys::reap_orphan() {}
+        sys::wait_for_child_signal();
     }
 }

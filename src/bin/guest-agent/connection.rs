@@ -4,21 +4,31 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 
 use crate::protocol::{
-    Channel, Failure, Frame, HEADER_BYTES, MAX_DATA_BYTES, Malformed, Reply, Wire,
+    Call, Channel, Failure, Frame, HEADER_BYTES, MAX_DATA_BYTES, Malformed, Reply, Wire,
 };
 
 /// How much is written at once.
 const OUTGOING_BYTES: usize = HEADER_BYTES + MAX_DATA_BYTES;
 
+/// Buffers of this size are kept while nothing is to be done.
+const SMALL_BYTES: usize = 4 << 10;
+
 pub(crate) struct Connection {
     stream: UnixStream,
+    /// What was read of it already.
+    unread: Vec<u8>,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
 }
 
 impl Connection {
     pub(crate) fn new(stream: UnixStream) -> Self {
-        Self { stream, incoming: Vec::new(), outgoing: Vec::new() }
+        Self::with_unread(stream, Vec::new())
+    }
+
+    /// A stream of which this was read, and not looked at.
+    pub(crate) fn with_unread(stream: UnixStream, unread: Vec<u8>) -> Self {
+        Self { stream, unread, incoming: Vec::new(), outgoing: Vec::new() }
     }
 
     /// The stream. Nothing was read of it beyond the last frame.
@@ -29,16 +39,36 @@ impl Connection {
     /// The next frame.
     pub(crate) fn receive(&mut self) -> io::Result<Frame<'_>> {
         let mut header = [0; HEADER_BYTES];
-        self.stream.read_exact(&mut header)?;
+        fill(&mut header, &mut self.unread, &mut self.stream)?;
         let (channel, length) = Frame::parse_header(header).map_err(invalid)?;
         self.incoming.resize(length, 0);
-        self.stream.read_exact(&mut self.incoming)?;
+        fill(&mut self.incoming, &mut self.unread, &mut self.stream)?;
         Ok(Frame { channel, bytes: &self.incoming })
     }
 
     /// The next frame, which has to be a message.
     pub(crate) fn receive_message<T: Wire>(&mut self) -> io::Result<T> {
         self.receive()?.parse().map_err(invalid)
+    }
+
+    /// What the connection is for.
+    pub(crate) fn receive_call(&mut self) -> io::Result<Call> {
+        self.receive()?.parse_call().map_err(invalid)
+    }
+
+    /// The next call, when one is over, whenever that comes.
+    pub(crate) fn receive_next_call(&mut self) -> io::Result<Call> {
+        for buffer in [&mut self.incoming, &mut self.outgoing] {
+            buffer.clear();
+            buffer.shrink_to(SMALL_BYTES);
+        }
+        loop {
+            let frame = self.receive()?;
+            // The rest is of the call before, from a host that did not know yet of its end.
+            if frame.channel == Channel::Call {
+                return frame.parse_call().map_err(invalid);
+            }
+        }
     }
 
     /// Takes a message to write, with others or by [`flush`](Self::flush).
@@ -107,6 +137,15 @@ impl Connection {
     }
 }
 
+/// Reads so many bytes, first of what was read already.
+fn fill(bytes: &mut [u8], unread: &mut Vec<u8>, stream: &mut UnixStream) -> io::Result<()> {
+    let count = unread.len().min(bytes.len());
+    let (first, rest) = bytes.split_at_mut(count);
+    first.copy_from_slice(&unread[..count]);
+    unread.drain(..count);
+    stream.read_exact(rest)
+}
+
 pub(crate) fn invalid(malformed: Malformed) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, malformed)
 }
@@ -142,6 +181,27 @@ mod tests {
         assert!(matches!(b.receive_message::<Reply>().unwrap(), Reply::Failed(_)));
         writer.join().unwrap();
         b.receive().unwrap_err();
+    }
+
+    #[test]
+    fn what_was_read_already_comes_first_and_what_is_left_of_a_call_is_not_the_next() {
+        let (mut a, b) = UnixStream::pair().unwrap();
+        let late = [
+            &Frame::header(Channel::Data, 3)[..],
+            b"abc",
+            &Frame::message(&Call::Shutdown(0)),
+            &Frame::header(Channel::Data, 0),
+            &Frame::call(&Call::Thaw),
+            &Frame::call(&Call::Freeze),
+        ]
+        .concat();
+        for at in 0..late.len() {
+            let stream = b.try_clone().unwrap();
+            let mut connection = Connection::with_unread(stream, late[..at].to_vec());
+            a.write_all(&late[at..]).unwrap();
+            assert_eq!(connection.receive_next_call().unwrap(), Call::Thaw);
+            assert_eq!(connection.receive_call().unwrap(), Call::Freeze);
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::console::{describe, say};
-use crate::protocol::{Failure, HOST_PORT, Hello, Interface, Opening, VERSION, Welcome};
+use crate::protocol::{Failure, HOST_PORT, Hello, Interface, Line, Opening, VERSION, Welcome};
 use crate::sys::{self, CID_HOST};
 use crate::{cgroup, identity};
 
@@ -76,8 +76,12 @@ impl Control {
             Err(error) if error.kind() == io::ErrorKind::InvalidData => return End::Misunderstood,
             Err(_) => return End::Unheard,
         }
-        // Nothing more is said: this is its end, or what a host of ours does not say.
-        let _ = connection.receive();
+        // Its end, or what a host of ours does not say.
+        while let Ok(Line::Ping) = connection.receive_message() {
+            if connection.answer(Ok(())).is_err() {
+                break;
+            }
+        }
         End::Left
     }
 

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::os::unix::net::UnixStream;
@@ -15,8 +14,8 @@ use crate::connection::{Connection, invalid};
 use crate::output::{Output, Outputs};
 use crate::program;
 use crate::protocol::{
-    Channel, Control, Credit, Decoder, Exec, Exit, ExitCode, Failure, Frame, Reply, WINDOW_BYTES,
-    WindowSize,
+    Channel, Control, Credit, Decoder, Exec, Exit, ExitCode, Failure, Frame, HEADER_BYTES, Reply,
+    WINDOW_BYTES, WindowSize,
 };
 use crate::sys::{self, POLLIN, POLLOUT, PollFd, WaitStatus};
 
@@ -26,17 +25,21 @@ const O_NOCTTY: i32 = 0o400;
 /// Input that is taken is made known when it is so much.
 const CREDIT_BYTES: usize = WINDOW_BYTES / 4;
 
-/// How long a host may be silent that neither goes on nor closes after a program's end.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// How long the end of a stream waits for that of the program, to go to the host with it. The kernel
+/// closes what a program has open just before it is ended.
+const HOLD: Duration = Duration::from_millis(5);
 
 /// What a program that ends its input with a terminal reads: Ctrl-D.
 const END_OF_TRANSMISSION: u8 = 4;
 
-/// Runs a program until its end.
-pub(crate) fn serve(mut connection: Connection, exec: &Exec) -> io::Result<()> {
+/// Runs a program until its end. The connection comes back where the host still has it.
+pub(crate) fn serve(mut connection: Connection, exec: &Exec) -> io::Result<Option<Connection>> {
     let started = Instant::now();
     match start(exec) {
-        Err(failure) => connection.answer(Err(failure)),
+        Err(failure) => {
+            connection.answer(Err(failure))?;
+            Ok(Some(connection))
+        }
         Ok((child, streams)) => {
             connection.send(&Reply::Started(child.pid as u32))?;
             let stream = connection.into_stream();
@@ -46,16 +49,6 @@ pub(crate) fn serve(mut connection: Connection, exec: &Exec) -> io::Result<()> {
             Session::new(stream, child, streams, deadline).run()
         }
     }
-}
-
-/// Reads what the host said before it knew of the end, until it closes: a connection that is closed
-/// with something unread is reset, and the end might be lost with it.
-fn linger(stream: &mut UnixStream, mut buffer: Vec<u8>) -> io::Result<()> {
-    stream.shutdown(Shutdown::Write)?;
-    stream.set_read_timeout(Some(FAREWELL))?;
-    buffer.resize(4096, 0);
-    while stream.read(&mut buffer)? > 0 {}
-    Ok(())
 }
 
 /// Whether a stream that takes nothing any more was reset, not closed: what is read of it says so.
@@ -134,6 +127,9 @@ struct Session {
     /// Frames that are to be written, the first of them from `sent` on.
     out: Vec<u8>,
     sent: usize,
+    /// Until when ends of streams, where they are all that is to be written, wait for the program's. It
+    /// stays when that is over, so that none waits twice.
+    held: Option<Instant>,
     input: Input,
     outputs: Outputs,
     child: Child,
@@ -169,6 +165,7 @@ impl Session {
             decoder: Decoder::default(),
             out: Vec::new(),
             sent: 0,
+            held: None,
             input,
             outputs: streams.outputs,
             child,
@@ -178,7 +175,7 @@ impl Session {
         }
     }
 
-    fn run(mut self) -> io::Result<()> {
+    fn run(mut self) -> io::Result<Option<Connection>> {
         let mut buffer = Vec::new();
         while !self.is_over() {
             self.step(&mut buffer)?;
@@ -193,12 +190,10 @@ impl Session {
             self.out.extend(Frame::message(&Reply::Exited(exit)));
         }
         // Nothing is left to do beside this: it may wait.
-        if let Some(mut stream) = self.stream {
-            stream.set_nonblocking(false)?;
-            stream.write_all(self.out.get(self.sent..).unwrap_or_default())?;
-            linger(&mut stream, buffer)?;
-        }
-        Ok(())
+        let Some(mut stream) = self.stream else { return Ok(None) };
+        stream.set_nonblocking(false)?;
+        stream.write_all(self.out.get(self.sent..).unwrap_or_default())?;
+        Ok(Some(Connection::with_unread(stream, self.decoder.into_rest())))
     }
 
     /// Whether it has ended, and all that it wrote before was taken.
@@ -208,18 +203,19 @@ impl Session {
 
     /// Waits for something to do, and does it.
     fn step(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
-        let is_full = self.is_full();
+        let now = Instant::now();
+        let is_full = self.is_full(now);
         let mut fds = vec![
             PollFd::new(
                 self.stream.as_ref().map(AsFd::as_fd),
-                if self.sent < self.out.len() { POLLIN | POLLOUT } else { POLLIN },
+                if is_full { POLLIN | POLLOUT } else { POLLIN },
             ),
-            PollFd::new(self.status.is_none().then(|| self.child.exit.as_fd()), POLLIN),
+            PollFd::new(self.status.is_none().then(|| self.child.end()), POLLIN),
             PollFd::new(self.input.to_write().map(AsFd::as_fd), POLLOUT),
         ];
         let outputs = self.outputs.0.iter();
         fds.extend(outputs.map(|output| PollFd::new(output.to_read(is_full), POLLIN)));
-        sys::poll(&mut fds, self.timeout())?;
+        sys::poll(&mut fds, self.timeout(now))?;
         let now = Instant::now();
         if self.deadline.is_some_and(|deadline| now >= deadline) && self.status.is_none() {
             self.deadline = None;
@@ -228,7 +224,7 @@ impl Session {
         }
         // The end first: what is in the pipes then is all that the program has written.
         if fds[1].is_ready() {
-            self.status = Some(self.child.status()?);
+            self.status = Some(self.child.wait()?);
             self.outputs.end_with(now);
         }
         for (output, fd) in self.outputs.0.iter_mut().zip(&fds[3..]) {
@@ -242,20 +238,25 @@ impl Session {
         if fds[0].is(POLLIN) {
             self.receive(buffer);
         }
-        self.send();
+        self.send(now);
         Ok(())
     }
 
     /// Whether so much waits to be written that no more output is read.
-    fn is_full(&self) -> bool {
-        self.stream.is_some() && self.sent < self.out.len()
+    fn is_full(&self, now: Instant) -> bool {
+        self.stream.is_some() && self.sent < self.out.len() && self.until(now).is_none()
     }
 
-    fn timeout(&self) -> Option<Duration> {
+    /// How long nothing is written, to go to the host with what comes next.
+    fn until(&self, now: Instant) -> Option<Instant> {
+        self.held.filter(|until| now < *until)
+    }
+
+    fn timeout(&self, now: Instant) -> Option<Duration> {
         let deadline = self.deadline.filter(|_| self.status.is_none());
-        let quiet = self.outputs.deadline().filter(|_| !self.is_full());
-        let first = [deadline, quiet].into_iter().flatten().min();
-        first.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+        let quiet = self.outputs.deadline().filter(|_| !self.is_full(now));
+        let first = [deadline, quiet, self.until(now)].into_iter().flatten().min();
+        first.map(|deadline| deadline.saturating_duration_since(now))
     }
 
     /// Reads what the host says.
@@ -287,6 +288,7 @@ impl Session {
         self.outputs.credit_all();
         self.out = Vec::new();
         self.sent = 0;
+        self.held = None;
         self.input.queue = VecDeque::new();
         self.input.file = None;
     }
@@ -330,8 +332,27 @@ impl Session {
         }
     }
 
+    /// Whether what is to be written had better wait for what comes next.
+    fn is_held(&mut self, now: Instant) -> bool {
+        // The program's end is all that is missing, and comes next.
+        if self.is_over() {
+            return true;
+        }
+        let mut frames = self.out.chunks(HEADER_BYTES);
+        let is_ends = !self.out.is_empty() && frames.all(|frame| frame.starts_with(&[0; 4]));
+        if !is_ends || self.status.is_some() || self.sent > 0 {
+            self.held = None;
+            return false;
+        }
+        self.held.get_or_insert(now + HOLD);
+        self.until(now).is_some()
+    }
+
     /// Writes as much as goes.
-    fn send(&mut self) {
+    fn send(&mut self, now: Instant) {
+        if self.is_held(now) {
+            return;
+        }
         while self.sent < self.out.len() {
             let Some(stream) = &mut self.stream else { return };
             match stream.write(&self.out[self.sent..]) {
@@ -349,6 +370,7 @@ impl Session {
         }
         self.out.clear();
         self.sent = 0;
+        self.held = None;
     }
 }
 
@@ -403,4 +425,4 @@ impl Input {
 
 #[cfg(test)]
 #[path = "tests/exec.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -56,6 +56,8 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     sys::keep_memory_small();
+    // Before there is another thread.
+    sys::hold_child_signals();
     let Booted { setup, fault, listener } = boot::boot();
     if let Some(listener) = listener {
         let calls = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
@@ -63,5 +65,9 @@ fn main() -> ExitCode {
             console::say(&format!("cannot take calls: {error}"));
         }
     }
-    Control::new(fault, setup.interfaces).run()
+    let control = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
+    if let Err(error) = control.spawn(move || Control::new(fault, setup.interfaces).run()) {
+        console::say(&format!("cannot call the host: {error}"));
+    }
+    children::reap_orphans()
 }

@@ -6,11 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crate::drain::drain;
-use crate::protocol::{Channel, Frame, MAX_DATA_BYTES, WINDOW_BYTES};
+use crate::protocol::{Channel, Frame, LAST_BYTES, MAX_DATA_BYTES, WINDOW_BYTES};
 use crate::sys;
 
 /// What a terminal shows after its program's end comes within this time, or never.
 const TERMINAL_PATIENCE: Duration = Duration::from_millis(20);
+
+/// What is read of a program's output at first.
+const FIRST_BYTES: usize = 4 << 10;
 
 /// A pipe, or a terminal.
 pub(crate) struct Output {
@@ -41,6 +44,7 @@ impl Outputs {
                 false => sys::bytes_to_read(file).unwrap_or(0),
             });
             output.quiet_at = output.is_terminal.then(|| now + TERMINAL_PATIENCE);
+            output.credit = output.credit.saturating_add(LAST_BYTES);
         }
     }
 
@@ -125,12 +129,18 @@ impl Output {
 
     fn read(&mut self, now: Instant, out: &mut Vec<u8>, buffer: &mut Vec<u8>) {
         let Some(file) = &mut self.file else { return };
-        let max = self.credit.min(self.left.unwrap_or(usize::MAX)).min(MAX_DATA_BYTES);
-        buffer.resize(MAX_DATA_BYTES, 0);
-        match file.read(&mut buffer[..max]) {
+        // Most programs write little: the buffer grows with those that do not.
+        if buffer.len() < FIRST_BYTES {
+            buffer.resize(FIRST_BYTES, 0);
+        }
+        let max = self.credit.min(self.left.unwrap_or(usize::MAX)).min(buffer.len());
+        match file.read(&mut buffer[..max.min(MAX_DATA_BYTES)]) {
             Ok(count) if count > 0 => {
                 out.extend(Frame::header(self.channel, count));
                 out.extend_from_slice(&buffer[..count]);
+                if count == buffer.len() {
+                    buffer.resize(MAX_DATA_BYTES, 0);
+                }
                 self.credit -= count;
                 self.left = self.left.map(|left| left - count);
                 if self.quiet_at.is_some() {

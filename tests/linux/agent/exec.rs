@@ -115,6 +115,12 @@ fn output_is_whole_waits_for_its_reader_and_is_bounded() {
         }
         process.signal(9);
         assert_eq!(process.wait().await.unwrap(), ProcessStatus::Signal(9));
+        // Also where there is far more than anybody has room for.
+        let command = guest.agent.command("cat").args(["/dev/zero"]);
+        let mut process = command.spawn().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        process.kill();
+        assert_eq!(process.wait().await.unwrap(), ProcessStatus::Signal(9));
         let command = guest.agent.command("cat").args(["/dev/zero"]).output_limit(1 << 20);
         let error = command.output().await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Resources, "{error}");

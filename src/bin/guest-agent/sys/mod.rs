@@ -2,6 +2,7 @@
 //! other unsafe code. The functions are declared by hand, as the agent is built of the standard
 //! library alone (see main.rs); libc, which declares them elsewhere, is linked in any case.
 
+mod clone;
 mod files;
 mod process;
 mod socket;
@@ -17,7 +18,8 @@ pub(crate) use self::files::{
     open_flags, remove_at, rename_at, seek_data, seek_hole, set_modified_at,
 };
 pub(crate) use self::process::{
-    CgroupFds, LaunchFault, LaunchStep, Program, WaitStatus, exited_child, kill, launch, reap,
+    CgroupFds, LaunchFault, LaunchStep, Program, WaitStatus, has_children, hold_child_signals,
+    kill, launch, reap_orphan, wait, wait_for_child_signal,
 };
 pub(crate) use self::socket::{CID_HOST, NetlinkSocket, VsockListener, connect_vsock};
 pub(crate) use self::system::{

@@ -1,19 +1,30 @@
 //! Starting processes, and their ends.
 //!
-//! Not by `std::process`, which would wait for children that it could not execute, beside the
-//! reaper who waits for all (children.rs), and cannot put a process into a cgroup from its first
-//! instruction on.
+//! Not by `std::process`, which copies the agent's page tables, and cannot put a process into a cgroup
+//! from its first instruction on.
 
 use std::ffi::{CString, c_char, c_int, c_long, c_uint, c_ulong, c_void};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::thread;
 
+use super::clone::{Cloned, clone_and_run, clone_and_run_plainly};
 use super::{checked, ioctl};
 
+const SIGKILL: c_int = 9;
+const SIGBUS: c_int = 7;
+const SIGSEGV: c_int = 11;
 const SIGPIPE: c_int = 13;
-const SIGCHLD: u64 = 17;
+const SIGCHLD: c_int = 17;
+const SIG_BLOCK: c_int = 0;
 const SIG_SETMASK: c_int = 2;
+/// SIGCHLD alone, as a `sigset_t`: a bit a signal, of which the first is 1.
+const CHILD_SIGNALS: [u64; 16] = {
+    let mut set = [0; 16];
+    set[0] = 1 << (SIGCHLD - 1);
+    set
+};
 const TIOCSCTTY: c_ulong = 0x540e;
 const RLIMIT_NOFILE: c_int = 7;
 const O_WRONLY_CLOEXEC: c_int = 0o1 | 0o2_000_000;
@@ -22,12 +33,13 @@ const EACCES: i32 = 13;
 const ENOTDIR: i32 = 20;
 
 const P_ALL: c_int = 0;
+const P_PID: c_int = 1;
 const WNOHANG: c_int = 1;
 const WEXITED: c_int = 4;
 const WNOWAIT: c_int = 0x0100_0000;
+/// Not the children of other threads (`__WNOTHREAD`).
+const WNOTHREAD: c_int = 0x2000_0000;
 
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-const SYS_CLONE3: c_long = 435;
 // The C library's functions of these names tell all threads of the process, which in a child are
 // not there.
 #[cfg(target_arch = "x86_64")]
@@ -45,17 +57,18 @@ const SYS_SETRESGID: c_long = 149;
 
 unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
-    fn fork() -> c_int;
     fn setsid() -> c_int;
     fn dup2(from: c_int, to: c_int) -> c_int;
     fn chdir(path: *const c_char) -> c_int;
     fn execve(path: *const c_char, argv: *const *const c_char, env: *const *const c_char) -> c_int;
     fn _exit(code: c_int) -> !;
+    fn __errno_location() -> *mut c_int;
     fn open(path: *const c_char, flags: c_int, ...) -> c_int;
     fn write(fd: c_int, bytes: *const c_void, count: usize) -> isize;
     fn close(fd: c_int) -> c_int;
     fn signal(signal: c_int, handler: usize) -> usize;
     fn sigprocmask(how: c_int, set: *const [u64; 16], old: *mut [u64; 16]) -> c_int;
+    fn sigwait(set: *const [u64; 16], signal: *mut c_int) -> c_int;
     fn setrlimit(resource: c_int, limit: *const [u64; 2]) -> c_int;
     fn waitid(kind: c_int, id: c_uint, info: *mut [i32; 32], options: c_int) -> c_int;
     fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
@@ -102,29 +115,11 @@ impl From<io::Error> for LaunchFault {
     }
 }
 
-/// A process that was forked, and says in a moment whether it executes its program.
+/// A process that has executed its program.
 pub(crate) struct Launched {
     pub(crate) pid: i32,
-    report: io::PipeReader,
-}
-
-impl Launched {
-    /// Waits until the program is executed.
-    pub(crate) fn wait(mut self) -> Result<i32, LaunchFault> {
-        let mut report = Vec::new();
-        self.report.read_to_end(&mut report)?;
-        let [step, a, b, c, d] = report[..] else {
-            return Ok(self.pid);
-        };
-        let step = match step {
-            1 => LaunchStep::Setup,
-            2 => LaunchStep::User,
-            3 => LaunchStep::Directory,
-            _ => LaunchStep::Execute,
-        };
-        let source = io::Error::from_raw_os_error(i32::from_le_bytes([a, b, c, d]));
-        Err(LaunchFault { step, source })
-    }
+    /// Can be read when it has ended.
+    pub(crate) end: OwnedFd,
 }
 
 /// A cgroup's directory and its list of processes, to put processes into.
@@ -133,24 +128,7 @@ pub(crate) struct CgroupFds {
     pub(crate) processes: OwnedFd,
 }
 
-/// `struct clone_args` (clone(2)).
-#[repr(C)]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
-
-/// Forks, and has the child execute a program in a session of its own.
+/// Has a child execute a program in a session of its own, and waits until it has.
 pub(crate) fn launch(
     program: &Program,
     cgroup: Option<&CgroupFds>,
@@ -159,68 +137,86 @@ pub(crate) fn launch(
         list.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect()
     };
     let (argv, env) = (pointers(&program.argv), pointers(&program.env));
-    let (report, reporter) = io::pipe()?;
     let mut child = Child {
         program,
         argv: &argv,
         env: &env,
         processes: None,
-        reporter: reporter.as_raw_fd(),
         is_of_init: std::process::id() == 1,
+        fault: None,
     };
-    let mut pid = -1;
-    if let Some(cgroup) = cgroup {
-        let args = CloneArgs {
-            flags: CLONE_INTO_CGROUP,
-            exit_signal: SIGCHLD,
-            cgroup: cgroup.directory.as_raw_fd() as u64,
-            ..CloneArgs::default()
-        };
-        // SAFETY: without a stack and with memory of its own, the child goes on behind this call as
-        // behind fork(); it calls nothing but what may be called there (see `Child::run`).
-        pid = unsafe { syscall(SYS_CLONE3, &args, size_of::<CloneArgs>()) } as c_int;
-        if pid < 0 {
-            // A kernel before 5.7: the child goes there itself.
-            child.processes = Some(cgroup.processes.as_raw_fd());
+    let Cloned { pid, pidfd } = child.launch(cgroup)?;
+    if let Some((step, errno)) = child.fault {
+        // It has ended already, or is about to.
+        let _ = wait(pid);
+        return Err(LaunchFault { step, source: io::Error::from_raw_os_error(errno) });
+    }
+    let end = match pidfd {
+        Some(pidfd) => Ok(pidfd),
+        None => end_of(pid),
+    };
+    match end {
+        Ok(end) => Ok(Launched { pid, end }),
+        Err(source) => {
+            let _ = kill(pid, SIGKILL);
+            let _ = wait(pid);
+            Err(source.into())
         }
     }
-    if pid < 0 {
-        // SAFETY: as above.
-        pid = checked(unsafe { fork() })?;
-    }
-    if pid == 0 {
-        child.run();
-    }
-    Ok(Launched { pid, report })
 }
 
-/// What the child has to know between fork and exec.
+/// What can be read when a child has ended, where the kernel has no descriptors of processes: a thread
+/// waits for it.
+fn end_of(pid: i32) -> io::Result<OwnedFd> {
+    let (end, writer) = io::pipe()?;
+    let waiter = thread::Builder::new().stack_size(64 << 10);
+    waiter.spawn(move || {
+        let mut info = [0; 32];
+        // SAFETY: the kernel writes a `siginfo_t`, which has 128 bytes.
+        while unsafe { waitid(P_PID, pid as c_uint, &mut info, WEXITED | WNOWAIT) } < 0 {
+            if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                break;
+            }
+        }
+        drop(writer);
+    })?;
+    Ok(end.into())
+}
+
+/// What the child has to know before it executes its program, in the memory of its parent, who waits.
 struct Child<'a> {
     program: &'a Program,
     argv: &'a [*const c_char],
     env: &'a [*const c_char],
     processes: Option<RawFd>,
-    reporter: RawFd,
     is_of_init: bool,
+    /// What it could not do, and the error's number.
+    fault: Option<(LaunchStep, i32)>,
 }
 
 impl Child<'_> {
-    /// Executes the program. Other threads of the parent may have held any lock when it was forked:
-    /// nothing here allocates, locks or panics.
-    fn run(&self) -> ! {
-        let step = self.try_run();
-        let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
-        self.report(step, errno)
+    fn launch(&mut self, cgroup: Option<&CgroupFds>) -> io::Result<Cloned> {
+        let directory = cgroup.map(|cgroup| cgroup.directory.as_raw_fd());
+        // SAFETY: `run` executes a program or ends, and keeps to `self` and to system calls.
+        if let Ok(cloned) = unsafe { clone_and_run(directory, Self::run, self) } {
+            return Ok(cloned);
+        }
+        // A kernel before 5.7: the child goes into its cgroup itself.
+        self.processes = cgroup.map(|cgroup| cgroup.processes.as_raw_fd());
+        // SAFETY: as above.
+        unsafe { clone_and_run_plainly(Self::run, self) }
     }
 
-    fn report(&self, step: LaunchStep, errno: i32) -> ! {
-        let [a, b, c, d] = errno.to_le_bytes();
-        let report = [step as u8, a, b, c, d];
-        // SAFETY: the kernel reads as many bytes as there are; nothing of the parent's is flushed.
-        unsafe {
-            write(self.reporter, report.as_ptr().cast(), report.len());
-            _exit(127)
-        }
+    /// Executes the program. The parent's other threads run meanwhile, in the same memory, and may hold
+    /// any lock: nothing here allocates, locks or panics.
+    extern "C" fn run(child: *mut Self) {
+        // SAFETY: it is the `self` of `launch`, whose thread waits until the child has another memory.
+        let child = unsafe { &mut *child };
+        let step = child.try_run();
+        let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
+        child.fault = Some((step, errno));
+        // SAFETY: it ends this process; nothing of the parent's is flushed.
+        unsafe { _exit(127) }
     }
 
     /// Comes back only with an error, in errno: the step that failed.
@@ -245,8 +241,11 @@ impl Child<'_> {
             if program.terminal && ioctl(0, TIOCSCTTY, 0) < 0 {
                 return LaunchStep::Setup;
             }
-            // What the standard library ignores, and what nobody blocks.
-            signal(SIGPIPE, 0);
+            // What the standard library ignores, and what it handles: a handler would run in the agent's
+            // memory, and whoever has the program's user may soon send signals. Then what nobody blocks.
+            for number in [SIGPIPE, SIGSEGV, SIGBUS] {
+                signal(number, 0);
+            }
             sigprocmask(SIG_SETMASK, &[0; 16], ptr::null_mut());
             if self.is_of_init {
                 self.be_ordinary();
@@ -278,10 +277,9 @@ impl Child<'_> {
                 _ => return LaunchStep::Execute,
             }
         }
-        if refused {
-            self.report(LaunchStep::Execute, EACCES);
-        }
-        self.report(LaunchStep::Execute, ENOENT)
+        // SAFETY: this thread's errno is its own, and the parent's thread does not look at it.
+        unsafe { *__errno_location() = if refused { EACCES } else { ENOENT } };
+        LaunchStep::Execute
     }
 
     /// Gives up what the first process has: protection when memory is out, and many descriptors.
@@ -315,22 +313,43 @@ impl WaitStatus {
     }
 }
 
-/// Waits until a child has ended, any one, and leaves it as it is.
-pub(crate) fn exited_child() -> io::Result<i32> {
-    /// Where `si_pid` is in a `siginfo_t`, in words of 32 bits.
-    const PID_AT: usize = 4;
-    let mut info = [0; 32];
-    // SAFETY: the kernel writes a `siginfo_t`, which has 128 bytes.
-    checked(unsafe { waitid(P_ALL, 0, &mut info, WEXITED | WNOWAIT) })?;
-    Ok(info[PID_AT])
+/// Takes the status of a child: waits until it has ended.
+pub(crate) fn wait(pid: i32) -> io::Result<WaitStatus> {
+    let mut status = 0;
+    loop {
+        // SAFETY: the kernel writes one int.
+        match checked(unsafe { waitpid(pid, &mut status, 0) }) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result.map(|_| WaitStatus(status)),
+        }
+    }
 }
 
-/// Takes the status of a child that has ended.
-pub(crate) fn reap(pid: i32) -> Option<WaitStatus> {
-    let mut status = 0;
-    // SAFETY: the kernel writes one int.
-    let reaped = unsafe { waitpid(pid, &mut status, WNOHANG) };
-    (reaped == pid).then_some(WaitStatus(status))
+/// Forgets a child of this thread that has ended. Says whether there was one.
+pub(crate) fn reap_orphan() -> bool {
+    // SAFETY: the kernel writes nothing.
+    unsafe { waitpid(-1, ptr::null_mut(), WNOHANG | WNOTHREAD) > 0 }
+}
+
+/// Has this thread, and those that it starts from now on, hold back SIGCHLD until somebody waits for it.
+pub(crate) fn hold_child_signals() {
+    // SAFETY: the set is larger than any `sigset_t`.
+    unsafe { sigprocmask(SIG_BLOCK, &CHILD_SIGNALS, ptr::null_mut()) };
+}
+
+/// Waits for SIGCHLD: one stands for all that came since the last.
+pub(crate) fn wait_for_child_signal() {
+    let mut signal = 0;
+    // SAFETY: the set is larger than any `sigset_t`, and one int is written.
+    unsafe { sigwait(&CHILD_SIGNALS, &mut signal) };
+}
+
+/// Whether there are children of any thread.
+pub(crate) fn has_children() -> bool {
+    let mut info = [0; 32];
+    // SAFETY: the kernel writes a `siginfo_t`, which has 128 bytes.
+    let looked = checked(unsafe { waitid(P_ALL, 0, &mut info, WEXITED | WNOWAIT | WNOHANG) });
+    !looked.is_err_and(|error| error.raw_os_error() == Some(super::ECHILD))
 }
 
 /// A signal to a process group.

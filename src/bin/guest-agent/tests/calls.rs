@@ -2,8 +2,10 @@ use std::io::{Read, Write};
 use std::sync::mpsc;
 
 use crate::calls::{MAX_CALLS, spawn_bounded};
-use crate::host::{ask, dial, failure};
-use crate::protocol::{Call, Channel, FailureKind, Frame, Reply};
+use crate::connection::Connection;
+use crate::exec::tests::{begin, code, finish, sh};
+use crate::host::{ask, data, dial, exec, failure};
+use crate::protocol::{Bytes, Call, Channel, Control, Credit, FailureKind, Frame, Reply};
 
 #[test]
 fn what_is_no_call_ends_the_connection() {
@@ -59,4 +61,43 @@ fn calls_are_bounded() {
     while spawn_bounded(|| ()).is_err() {
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn calls_follow_each_other_on_a_connection_and_take_nothing_of_the_one_before() {
+    let mut cat = exec(&["cat"]);
+    cat.stdin = true;
+    let (mut connection, _) = begin(sh("echo first"));
+    for round in 0..20 {
+        let ran = finish(&mut connection);
+        assert_eq!(code(&ran), 0, "{round}");
+        assert_eq!(ran.stdout, if round % 2 == 0 { &b"first\n"[..] } else { b"typed" });
+        // What a host may say that has not yet heard of the end: in pieces, some with the call.
+        data(&mut connection, b"late");
+        connection.queue(&Control::Signal(9)).unwrap();
+        connection.queue(&Control::Credit(Credit { channel: 1, bytes: 7 })).unwrap();
+        connection.queue_end().unwrap();
+        connection.flush().unwrap();
+        let next = if round % 2 == 0 { cat.clone() } else { sh("echo first") };
+        let mut stream = connection.into_stream();
+        stream.write_all(&Frame::call(&Call::Exec(next))).unwrap();
+        connection = Connection::new(stream);
+        assert!(matches!(connection.receive_message().unwrap(), Reply::Started(_)));
+        if round % 2 == 0 {
+            data(&mut connection, b"typed");
+            connection.queue_end().unwrap();
+            connection.flush().unwrap();
+        }
+    }
+    // One that cannot be run, and others, leave the connection as it was.
+    finish(&mut connection);
+    let mut stream = connection.into_stream();
+    for call in [Call::Exec(exec(&["/no/such/program"])), Call::Stat(Bytes::from("/")), Call::Thaw]
+    {
+        stream.write_all(&Frame::call(&call)).unwrap();
+    }
+    let mut connection = Connection::new(stream);
+    assert!(matches!(connection.receive_message().unwrap(), Reply::Failed(_)));
+    assert!(matches!(connection.receive_message().unwrap(), Reply::Stat(_)));
+    assert_eq!(connection.receive_message::<Reply>().unwrap(), Reply::Done);
 }

@@ -10,21 +10,21 @@ use std::time::Duration;
 use crate::connection::Connection;
 use crate::host::{call, dial_with, exec, failure};
 use crate::protocol::{
-    Bytes, Call, Channel, Control, Credit, Exec, Exit, ExitCode, FailureKind, Frame,
+    Bytes, Call, Channel, Control, Credit, Exec, Exit, ExitCode, FailureKind, Frame, LAST_BYTES,
     MAX_DATA_BYTES, Reply, WINDOW_BYTES, WindowSize,
 };
 use crate::scratch::Scratch;
 
 #[derive(Debug, Default)]
-struct Ran {
-    stdout: Vec<u8>,
+pub(crate) struct Ran {
+    pub(crate) stdout: Vec<u8>,
     stderr: Vec<u8>,
     credit: usize,
     ends: usize,
     exit: Option<Exit>,
 }
 
-fn begin(exec: Exec) -> (Connection, u32) {
+pub(crate) fn begin(exec: Exec) -> (Connection, u32) {
     let mut connection = call(&Call::Exec(exec));
     match connection.receive_message().unwrap() {
         Reply::Started(pid) => (connection, pid),
@@ -44,7 +44,7 @@ fn take(connection: &mut Connection, ran: &mut Ran, gives_credit: bool) {
             Reply::Credit(credit) => ran.credit += credit.bytes as usize,
             other => panic!("{other:?}"),
         },
-        Channel::Data => panic!("input from the agent"),
+        Channel::Data | Channel::Call => panic!("the host's words from the agent"),
     }
     if channel == Channel::Message {
         return;
@@ -57,7 +57,7 @@ fn take(connection: &mut Connection, ran: &mut Ran, gives_credit: bool) {
     }
 }
 
-fn finish(connection: &mut Connection) -> Ran {
+pub(crate) fn finish(connection: &mut Connection) -> Ran {
     let mut ran = Ran::default();
     while ran.exit.is_none() {
         take(connection, &mut ran, true);
@@ -69,7 +69,7 @@ fn run(exec: Exec) -> Ran {
     finish(&mut begin(exec).0)
 }
 
-fn sh(script: &str) -> Exec {
+pub(crate) fn sh(script: &str) -> Exec {
     exec(&["sh", "-c", script])
 }
 
@@ -78,7 +78,7 @@ fn refused(exec: Exec) -> FailureKind {
     failure(connection.receive_message().unwrap()).kind
 }
 
-fn code(ran: &Ran) -> i32 {
+pub(crate) fn code(ran: &Ran) -> i32 {
     match ran.exit {
         Some(Exit { status: ExitCode::Code(code), timed_out: false }) => code,
         _ => panic!("{ran:?}"),
@@ -121,7 +121,9 @@ fn a_program_has_the_arguments_environment_and_directory_that_it_is_given_and_no
     assert_eq!(run(exec).stdout, b"/usr\nx y *\n");
     assert_eq!(run(sh("pwd; cat")).stdout, b"/\n");
     // Nothing of the agent's is open in it, and no signal ignored or blocked.
-    let mut expected: Vec<_> = inherited().chain(["3".to_owned()]).collect();
+    let mut expected: Vec<_> = inherited().collect();
+    // What `ls` reads the directory by.
+    expected.extend((0..).map(|fd| fd.to_string()).find(|fd| !expected.contains(fd)));
     expected.sort();
     let ran = run(sh("ls /proc/self/fd; grep -E 'SigBlk|SigIgn' /proc/self/status >&2"));
     let mut found: Vec<_> =
@@ -233,21 +235,34 @@ fn no_more_comes_than_there_is_credit_for_and_nothing_is_lost() {
 }
 
 #[test]
-fn what_a_program_wrote_before_its_end_comes_whole_also_if_it_waits_for_credit() {
+fn what_a_program_wrote_before_its_end_comes_whole_also_without_credit() {
     // It ends at once, with the pipe full behind it.
     let (mut connection, _) = begin(sh("head -c 320000 /dev/zero"));
     let mut ran = Ran::default();
-    while ran.stdout.len() < WINDOW_BYTES {
-        take(&mut connection, &mut ran, false);
-    }
-    thread::sleep(Duration::from_millis(100));
-    assert_eq!(ran.exit, None);
-    let rest = Credit { channel: Channel::Stdout as u8, bytes: 1 << 20 };
-    connection.send(&Control::Credit(rest)).unwrap();
     while ran.exit.is_none() {
         take(&mut connection, &mut ran, false);
     }
-    assert_eq!(ran.stdout.len(), 320_000);
+    assert_eq!((ran.stdout.len(), code(&ran)), (320_000, 0));
+}
+
+#[test]
+fn a_program_that_waits_for_its_reader_can_be_killed() {
+    let (mut connection, _) = begin(sh("cat /dev/zero & exec cat /dev/zero >&2"));
+    let mut ran = Ran::default();
+    while ran.stdout.len() < WINDOW_BYTES || ran.stderr.len() < WINDOW_BYTES {
+        take(&mut connection, &mut ran, false);
+    }
+    // Time to fill the pipes.
+    thread::sleep(Duration::from_millis(100));
+    connection.send(&Control::Signal(9)).unwrap();
+    while ran.exit.is_none() {
+        take(&mut connection, &mut ran, false);
+    }
+    assert_eq!(ran.exit, Some(Exit { status: ExitCode::Signal(9), timed_out: false }));
+    for output in [&ran.stdout, &ran.stderr] {
+        assert!(output.len() <= WINDOW_BYTES + LAST_BYTES, "{}", output.len());
+    }
+    assert_eq!(ran.ends, 2);
 }
 
 #[test]
@@ -427,4 +442,29 @@ fn what_is_no_message_ends_the_call_and_the_program() {
         stream.write_all(&Frame::header(Channel::Data, 0)).unwrap();
         stream.write_all(&Frame::header(Channel::Data, 0)).unwrap();
     });
+}
+
+#[test]
+fn a_stream_ends_also_where_its_program_goes_on() {
+    let (mut connection, pid) = begin(sh("exec >&- 2>&-; exec sleep 1000"));
+    let mut ran = Ran::default();
+    while ran.ends < 2 {
+        take(&mut connection, &mut ran, false);
+    }
+    assert!(is_alive(&pid.to_string()));
+    connection.send(&Control::Signal(9)).unwrap();
+    let ran = finish(&mut connection);
+    assert_eq!(ran.exit, Some(Exit { status: ExitCode::Signal(9), timed_out: false }));
+}
+
+#[test]
+fn much_output_comes_in_large_pieces() {
+    let (mut connection, _) = begin(sh("dd if=/dev/zero bs=65536 count=60 2>/dev/null"));
+    let (mut ran, mut pieces) = (Ran::default(), 0);
+    while ran.exit.is_none() {
+        take(&mut connection, &mut ran, true);
+        pieces += 1;
+    }
+    assert_eq!(ran.stdout.len(), 60 * 65536);
+    assert!(pieces < 700, "{pieces}");
 }

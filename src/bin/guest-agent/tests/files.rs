@@ -1,3 +1,4 @@
+use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::io::Write as _;
@@ -281,4 +282,60 @@ fn a_deep_tree_is_removed_within_a_small_stack() {
     let remove = Call::Remove(Remove { path: bytes(dir.path("deep")), recursive: true });
     assert_eq!(ask(&remove), Reply::Done);
     assert!(!dir.path("deep").exists());
+}
+
+/// The most that this process has ever had in memory, in KiB.
+fn peak_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_gibibyte_passes_and_next_to_nothing_of_it_is_held() {
+    const NAME: &str = "a_gibibyte_passes_and_next_to_nothing_of_it_is_held";
+    const ALONE: &str = "DORMOUSE_TEST_ALONE";
+    // In a process of its own: other tests take memory, too.
+    if env::var_os(ALONE).is_none() {
+        let mut itself = process::Command::new(env::current_exe().unwrap());
+        let output = itself.args(["--nocapture", NAME]).env(ALONE, "1").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}{errors}");
+        return;
+    }
+    let dir = Scratch::new();
+    let path = dir.path("large");
+    let piece: Vec<u8> = (0..1 << 20).map(|at| (at % 251) as u8).collect();
+    let before = peak_kib();
+    let mut connection = call(&Call::Write(write_call(&path)));
+    assert_eq!(connection.receive_message::<Reply>().unwrap(), Reply::Done);
+    for _ in 0..1024 {
+        data(&mut connection, &piece);
+    }
+    connection.queue_end().unwrap();
+    connection.flush().unwrap();
+    assert_eq!(connection.receive_message::<Reply>().unwrap(), Reply::Done);
+    assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 30);
+    let whole = Read { path: bytes(&path), offset: 0, length: None };
+    let mut connection = call(&Call::Read(whole));
+    assert!(matches!(connection.receive_message().unwrap(), Reply::Stat(_)));
+    let mut at = 0;
+    loop {
+        let frame = connection.receive().unwrap();
+        assert_eq!(frame.channel, Channel::Data);
+        if frame.bytes.is_empty() {
+            break;
+        }
+        // The pieces that come are not those that went.
+        let first = at % piece.len();
+        let count = frame.bytes.len().min(piece.len() - first);
+        assert!(frame.bytes[..count] == piece[first..first + count], "at {at}");
+        assert!(frame.bytes[count..] == piece[..frame.bytes.len() - count], "at {at}");
+        at += frame.bytes.len();
+    }
+    assert_eq!(at, 1 << 30);
+    // Both sides of it together.
+    let grown = peak_kib() - before;
+    assert!(grown < 8 << 10, "{grown} KiB");
 }

@@ -32,7 +32,7 @@ pub(crate) fn dial() -> UnixStream {
 
 pub(crate) fn dial_with(call: &Call) -> UnixStream {
     let mut stream = dial();
-    stream.write_all(&Frame::message(call)).unwrap();
+    stream.write_all(&Frame::call(call)).unwrap();
     stream
 }
 

@@ -1,0 +1,133 @@
+//! The calls to an agent: connections that are over with one and wait for the next, and whether the
+//! agent is alive while programs run.
+
+use std::fmt;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::net::{RecvFlags, recv};
+
+use super::connection::Connection;
+use super::pulse::Pulse;
+use crate::vsock::Vsock;
+
+/// Connections that wait for a call, at most. Each is a thread in the guest, of some 12 KiB.
+const MAX_KEPT: usize = 8;
+
+/// What all calls to an agent share.
+pub(super) struct Calls {
+    vsock: Vsock,
+    pulse: Arc<Pulse>,
+    /// The last one is the first to be taken. They belong to no runtime, which may end before them.
+    kept: Mutex<Vec<UnixStream>>,
+}
+
+impl Calls {
+    pub(super) fn new(vsock: Vsock) -> Self {
+        Self { vsock, pulse: Arc::default(), kept: Mutex::default() }
+    }
+
+    pub(super) fn vsock(&self) -> &Vsock {
+        &self.vsock
+    }
+
+    pub(super) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    /// Keeps a connection for the next call. The one before has been answered, and nothing was begun to be
+    /// written on it that is not whole.
+    pub(super) fn keep(&self, connection: Connection) {
+        let socket = connection.into_stream().map(tokio::net::UnixStream::into_std);
+        let Ok(Ok(socket)) = socket else { return };
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < MAX_KEPT {
+            kept.push(socket);
+        }
+    }
+
+    /// A connection that waits, if one does. One that has ended, as all do with their guest, is thrown away, and
+    /// so is one on which the guest says something unasked.
+    pub(super) fn take(&self) -> Option<UnixStream> {
+        loop {
+            let socket = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            let look = recv(&socket, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+            if matches!(look, Err(rustix::io::Errno::AGAIN)) {
+                return Some(socket);
+            }
+        }
+    }
+
+    /// Closes those that wait.
+    pub(super) fn forget(&self) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+impl fmt::Debug for Calls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Calls")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::Shutdown;
+
+    use super::*;
+    use crate::agent::tests::{calls, heard, pair};
+    use crate::protocol::{Call, Channel, Frame, HEADER_BYTES, Reply};
+
+    #[tokio::test]
+    async fn connections_that_have_ended_or_talk_are_not_taken_and_few_are_kept() {
+        let calls = calls();
+        let mut ends: Vec<_> = (0..MAX_KEPT + 3)
+            .map(|_| {
+                let (connection, end) = pair();
+                calls.keep(connection);
+                end
+            })
+            .collect();
+        for (at, end) in ends.iter_mut().enumerate().skip(MAX_KEPT) {
+            assert_eq!(std::io::Read::read(end, &mut [0]).unwrap(), 0, "{at} is closed");
+        }
+        ends.truncate(MAX_KEPT);
+        // The last two to be kept.
+        ends.pop();
+        ends.last_mut().unwrap().write_all(b"unasked").unwrap();
+        assert!(calls.take().is_some());
+        calls.forget();
+        assert!(calls.take().is_none());
+        for mut end in ends {
+            // Closed, or reset since it was not read.
+            let _ = std::io::Read::read(&mut end, &mut [0]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_in_the_middle_of_a_frame_is_not_kept() {
+        let calls = calls();
+        let (mut connection, mut end) = pair();
+        end.write_all(&Frame::message(&Reply::Done)[..HEADER_BYTES]).unwrap();
+        let waiting = std::time::Duration::from_millis(20);
+        assert!(tokio::time::timeout(waiting, connection.reader.next()).await.is_err());
+        calls.keep(connection);
+        assert!(calls.take().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_call_that_nobody_can_have_heard_goes_to_the_next_connection() {
+        let calls = calls();
+        let (connection, mut alive) = pair();
+        calls.keep(connection);
+        let (connection, deaf) = pair();
+        calls.keep(connection);
+        // It looks alive, and takes nothing.
+        deaf.shutdown(Shutdown::Read).unwrap();
+        Connection::call(&calls, &Call::Thaw).await.unwrap();
+        assert_eq!(heard(&mut alive).0, Channel::Call as u8);
+        // There is none any more, and the VM is gone.
+        Connection::call(&calls, &Call::Thaw).await.err().unwrap();
+    }
+}

@@ -1,0 +1,311 @@
+//! Files of the guest that are open: read and written in streams, a piece of 64 KiB at a time.
+
+use std::fmt;
+use std::io;
+use std::mem;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+
+use super::AgentError;
+use super::calls::Calls;
+use super::connection::{Connection, Patience, lost};
+use super::files::{Metadata, WriteOptions, bytes, refused};
+use crate::error::Error;
+use crate::protocol::{Call, Channel, Frame, MAX_DATA_BYTES, Read, Reply, Wire, Write};
+
+/// A file of the guest that is read, for tokio's `AsyncReadExt`. Nothing of it is held but the
+/// piece that came last, of 64 KiB at most.
+pub struct FileReader {
+    /// None when all has come.
+    connection: Option<Connection>,
+    calls: Arc<Calls>,
+    metadata: Metadata,
+    piece: Vec<u8>,
+    at: usize,
+    patience: Patience,
+}
+
+impl FileReader {
+    pub(super) async fn begin(calls: &Arc<Calls>, path: &Path) -> Result<Self, Error> {
+        let read = Read { path: bytes(path), offset: 0, length: None };
+        let mut connection = Connection::call(calls, &Call::Read(read)).await?;
+        let metadata = match connection.reply(calls).await? {
+            Reply::Stat(stat) => Metadata(stat),
+            other => return Err(refused(other)),
+        };
+        let (connection, calls) = (Some(connection), Arc::clone(calls));
+        let (piece, at) = (Vec::new(), 0);
+        let patience = Patience::default();
+        Ok(Self { connection, calls, metadata, piece, at, patience })
+    }
+
+    /// What the file is.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    pub(super) fn explain(&self, error: io::Error) -> Error {
+        match error.downcast::<Error>() {
+            Ok(error) => error,
+            Err(_) => lost(self.calls.vsock()),
+        }
+    }
+
+    fn fill(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let Some(connection) = &mut self.connection else { return Poll::Ready(Ok(())) };
+        let frame = connection.reader.poll_next(context);
+        let frame = ready!(self.patience.poll(context, frame))?;
+        let frame = frame.map_err(|error| error.explain(self.calls.vsock()))?;
+        Poll::Ready(match frame {
+            Some((Channel::Data, piece)) => {
+                if piece.is_empty()
+                    && let Some(connection) = self.connection.take()
+                {
+                    self.calls.keep(connection);
+                }
+                (self.piece, self.at) = (piece, 0);
+                Ok(())
+            }
+            Some((Channel::Message, message)) => Err(Reply::from_bytes(&message)
+                .map_or_else(|e| AgentError::Malformed(e).into(), refused)),
+            Some(_) => Err(AgentError::Unexpected.into()),
+            None => Err(lost(self.calls.vsock())),
+        })
+    }
+}
+
+impl AsyncRead for FileReader {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.at == self.piece.len() && self.connection.is_some() {
+            ready!(self.fill(context)).map_err(io::Error::other)?;
+        }
+        let rest = self.piece.get(self.at..).unwrap_or_default();
+        let now = rest.len().min(buffer.remaining());
+        buffer.put_slice(&rest[..now]);
+        self.at += now;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl fmt::Debug for FileReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileReader").field("metadata", &self.metadata).finish_non_exhaustive()
+    }
+}
+
+/// A file of the guest that is written, for tokio's `AsyncWriteExt`. It is not there before
+/// [`finish`](Self::finish).
+#[must_use = "the file appears at `finish`"]
+pub struct FileWriter {
+    connection: Connection,
+    calls: Arc<Calls>,
+    /// A frame, and how much of it was written.
+    pending: Vec<u8>,
+    at: usize,
+    patience: Patience,
+}
+
+impl FileWriter {
+    pub(super) async fn begin(
+        calls: &Arc<Calls>,
+        path: &Path,
+        options: &WriteOptions,
+    ) -> Result<Self, Error> {
+        let WriteOptions { mode, owner, sync } = *options;
+        let write = Write { path: bytes(path), mode, owner, sync };
+        let mut connection = Connection::call(calls, &Call::Write(write)).await?;
+        match connection.reply(calls).await? {
+            Reply::Done => {}
+            other => return Err(refused(other)),
+        }
+        let (calls, patience) = (Arc::clone(calls), Patience::default());
+        Ok(Self { connection, calls, pending: Vec::new(), at: 0, patience })
+    }
+
+    /// Puts the file into its place.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason for this or any write
+    /// before it; what was there is there. Else as every call.
+    pub async fn finish(mut self) -> Result<(), Error> {
+        // An error of a write shows in the answer, unless there is none.
+        let written = self.flush().await;
+        let ended = match written {
+            Ok(()) => {
+                (self.pending, self.at) = (Frame::header(Channel::Data, 0).to_vec(), 0);
+                self.flush().await
+            }
+            Err(error) => Err(error),
+        };
+        let answer = self.connection.reply(&self.calls).await;
+        match (answer, ended) {
+            (Ok(Reply::Done), Ok(())) => {
+                self.calls.keep(self.connection);
+                Ok(())
+            }
+            (Ok(other), _) => Err(refused(other)),
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn write_pending(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.at < self.pending.len() {
+            let rest = &self.pending[self.at..];
+            let wrote = self.connection.writer.poll_raw(context, rest);
+            self.at += ready!(self.patience.poll(context, wrote)).map_err(io::Error::other)??;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for FileWriter {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.write_pending(context))?;
+        let now = bytes.len().min(MAX_DATA_BYTES);
+        let mut frame = mem::take(&mut self.pending);
+        frame.clear();
+        // An empty frame would be the end.
+        if now > 0 {
+            frame.extend(Frame::header(Channel::Data, now));
+            frame.extend_from_slice(&bytes[..now]);
+        }
+        (self.pending, self.at) = (frame, 0);
+        // It is ours now; the next call waits for the rest.
+        match self.write_pending(context) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            _ => Poll::Ready(Ok(now)),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.write_pending(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_flush(context)
+    }
+}
+
+impl fmt::Debug for FileWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FileWriter")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream as StdStream;
+    use std::time::Duration;
+
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+    use crate::agent::tests::{calls, heard, pair};
+    use crate::protocol::{FileKind, Stat};
+
+    /// What sockets and a frame on either side hold: far less than a file may have.
+    const FEW_BYTES: usize = 4 << 20;
+
+    /// Time for whatever goes on without waiting for the other side.
+    const WHILE: Duration = Duration::from_millis(300);
+
+    fn stat() -> Stat {
+        Stat { kind: FileKind::File, mode: 0o644, uid: 0, gid: 0, size: 1 << 30, modified_ns: 0 }
+    }
+
+    /// Calls, the first of which is answered by this, and the agent that does so.
+    fn agent(answer: Reply) -> (Arc<Calls>, std::thread::JoinHandle<StdStream>) {
+        let calls = calls();
+        let (connection, mut agent) = pair();
+        calls.keep(connection);
+        let thread = std::thread::spawn(move || {
+            heard(&mut agent);
+            agent.write_all(&Frame::message(&answer)).unwrap();
+            agent
+        });
+        (calls, thread)
+    }
+
+    #[tokio::test]
+    async fn of_a_file_that_an_agent_takes_slowly_little_is_held() {
+        let (calls, thread) = agent(Reply::Done);
+        let mut file =
+            FileWriter::begin(&calls, Path::new("/f"), &WriteOptions::default()).await.unwrap();
+        let mut agent = thread.join().unwrap();
+        let (piece, mut taken) = (vec![7; 1 << 20], 0);
+        let endless = async {
+            loop {
+                taken += file.write(&piece).await.unwrap();
+            }
+        };
+        tokio::time::timeout(WHILE, endless).await.unwrap_err();
+        assert!((1..FEW_BYTES).contains(&taken), "{taken}");
+        // All of it comes when it is taken.
+        let reading = std::thread::spawn(move || {
+            let mut bytes = 0;
+            loop {
+                let (channel, piece) = heard(&mut agent);
+                assert_eq!(channel, Channel::Data as u8);
+                if piece.is_empty() {
+                    agent.write_all(&Frame::message(&Reply::Done)).unwrap();
+                    return (bytes, agent);
+                }
+                bytes += piece.len();
+            }
+        });
+        file.finish().await.unwrap();
+        let (bytes, _agent) = reading.join().unwrap();
+        assert_eq!(bytes, taken);
+        // The connection is for the next call.
+        assert!(calls.take().is_some());
+    }
+
+    #[tokio::test]
+    async fn of_a_file_that_is_read_slowly_little_is_held() {
+        let (calls, thread) = agent(Reply::Stat(stat()));
+        let mut file = FileReader::begin(&calls, Path::new("/f")).await.unwrap();
+        let mut agent = thread.join().unwrap();
+        let frame =
+            [&Frame::header(Channel::Data, MAX_DATA_BYTES)[..], &[7; MAX_DATA_BYTES]].concat();
+        agent.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        let mut at = 0;
+        let mut byte = [0];
+        // The reader takes one byte in a while, and the agent all that it can send.
+        for _ in 0..30 {
+            while let Ok(count) = agent.write(&frame[at..]) {
+                sent += count;
+                at = (at + count) % frame.len();
+            }
+            file.read_exact(&mut byte).await.unwrap();
+        }
+        assert!((frame.len()..FEW_BYTES).contains(&sent), "{sent}");
+        let rest = if at == 0 { Vec::new() } else { frame[at..].to_vec() };
+        let frames = (sent + rest.len()) / frame.len();
+        let writing = std::thread::spawn(move || {
+            agent.set_nonblocking(false).unwrap();
+            agent.write_all(&rest).unwrap();
+            agent.write_all(&Frame::header(Channel::Data, 0)).unwrap();
+            agent
+        });
+        let mut content = Vec::new();
+        file.read_to_end(&mut content).await.unwrap();
+        assert_eq!(content.len() + 30, frames * MAX_DATA_BYTES);
+        assert!(calls.take().is_some());
+        drop(writing.join().unwrap());
+    }
+}
