@@ -344,7 +344,10 @@ pub fn code(program: &Program) -> Vec<u8> {
         }
         Program::Fault => Some(&raw const dm_fault),
         Program::String => Some(&raw const dm_string),
-        Program::Memory => Some(&raw const dm_memory),
+        Program::Memory => {
+            patch(&raw const dm_pages, &512u64.to_le_bytes());
+            Some(&raw const dm_memory)
+        }
         Program::Driver(image) => {
             let mut directory = vec![0; 0x1000];
             // Present, writable, for users, never cached, and a page of 2 MiB.
