@@ -92,8 +92,7 @@ impl Image {
     /// logins are not run. It needs a runtime with I/O and time.
     #[cfg(feature = "registry")]
     pub fn pull(reference: impl Into<String>) -> ImageSource {
-        let registry = registry::Registry { reference: reference.into(), ..Default::default() };
-        ImageSource::new(Origin::Registry(registry))
+        ImageSource::new(Origin::Registry(registry::Registry::new(reference.into())))
     }
 
     fn new(config: ImageConfig, digest: Option<Digest>, root: Cached) -> Self {
@@ -216,7 +215,7 @@ impl ImageSource {
     ///
     /// [`ErrorKind::Image`](crate::ErrorKind::Image) where it is damaged, refused or over a limit;
     /// [`ErrorKind::File`](crate::ErrorKind::File) where files cannot be read, or the cache not written;
-    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) where a registry says nothing for 30 s;
+    /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) where a registry says nothing for 30 s, or next to nothing;
     /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted).
     pub async fn unpack(self, cache: &ImageCache) -> Result<Image, Error> {
         let runtime = Handle::try_current().map_err(|_| ImageError::NoRuntime)?;

@@ -16,8 +16,6 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::RegistryError;
 
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// Where to connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
@@ -33,7 +31,11 @@ impl Place {
         format!("{}:{}", self.host, self.port)
     }
 
-    pub(super) async fn connect(&self, tls: &Tls) -> Result<Connection, RegistryError> {
+    pub(super) async fn connect(
+        &self,
+        tls: &Tls,
+        patience: Duration,
+    ) -> Result<Connection, RegistryError> {
         let fault = |source| RegistryError::Connect { host: self.name(), source };
         let connect = async {
             let stream =
@@ -50,9 +52,9 @@ impl Place {
         let silent = || RegistryError::Silent {
             host: self.name(),
             what: "let itself be connected to",
-            seconds: PATIENCE.as_secs(),
+            patience,
         };
-        timeout(PATIENCE, connect).await.map_err(|_| silent())?
+        timeout(patience, connect).await.map_err(|_| silent())?
     }
 }
 

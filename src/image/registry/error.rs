@@ -1,6 +1,7 @@
 //! What goes wrong with registries.
 
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error as ThisError;
 
@@ -14,8 +15,8 @@ pub(crate) enum RegistryError {
     Logins { path: String, what: String },
     #[error("cannot connect to {host}")]
     Connect { host: String, source: io::Error },
-    #[error("{host} did not {what} for {seconds} s")]
-    Silent { host: String, what: &'static str, seconds: u64 },
+    #[error("{host} did not {what} for {} s", patience.as_secs())]
+    Silent { host: String, what: &'static str, patience: Duration },
     #[error("the exchange with {host} failed: {}", printable(what))]
     Exchange { host: String, what: String },
     #[error("{host} has not {what}")]

@@ -12,6 +12,7 @@ mod reference;
 mod request;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 
@@ -34,14 +35,24 @@ const AT_ONCE: usize = 3;
 /// Indexes in one another.
 const MAX_DEPTH: usize = 5;
 
+/// How long a registry may say nothing in the middle of an exchange.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// How a registry is asked.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Registry {
     pub(super) reference: String,
     /// Name and password; else those in Docker's configuration.
     pub(super) login: Option<(String, String)>,
     /// Docker's config.json; else the user's.
     pub(super) docker_config: Option<PathBuf>,
+    patience: Duration,
+}
+
+impl Registry {
+    pub(super) fn new(reference: String) -> Self {
+        Self { reference, login: None, docker_config: None, patience: PATIENCE }
+    }
 }
 
 impl Work {
@@ -53,7 +64,7 @@ impl Work {
             Some((name, password)) => Credentials::login(name, password),
             None => Credentials::of_docker(&reference, registry.docker_config.as_deref())?,
         };
-        let mut client = Client::new(reference, credentials)?;
+        let mut client = Client::new(reference, credentials, registry.patience)?;
         let (digest, manifest) = runtime.block_on(self.manifest(&mut client))?;
         let config = manifest.config.digest()?;
         let path = client.blob_path(&config);

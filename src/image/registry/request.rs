@@ -1,6 +1,6 @@
 //! A request to a registry, up to the answer that it is about: through redirects and proofs of identity.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Empty};
 use hyper::body::{Bytes, Incoming};
@@ -20,8 +20,8 @@ use super::connection::{Place, Tls};
 use super::reference::{Reference, is_loopback};
 use crate::image::digest::Digest;
 
-/// How long a registry may say nothing in the middle of an exchange.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// What has to come while one is patient: less is as good as nothing.
+const MIN_BYTES: usize = 16 << 10;
 const MAX_REDIRECTS: usize = 5;
 const MAX_TOKEN_BYTES: u64 = 1 << 20;
 /// As much of an error's text as is looked at.
@@ -43,6 +43,7 @@ pub(super) struct Client {
     authorization: Option<String>,
     tls: Tls,
     home: Place,
+    patience: Duration,
 }
 
 /// An answer that was read whole.
@@ -56,6 +57,10 @@ pub(super) struct Open {
     pub(super) response: Response<Incoming>,
     pub(super) host: String,
     driver: JoinHandle<()>,
+    patience: Duration,
+    /// What was waited since so many bytes came.
+    waited: Duration,
+    came: usize,
 }
 
 impl Drop for Open {
@@ -68,6 +73,7 @@ impl Client {
     pub(super) fn new(
         reference: Reference,
         credentials: Credentials,
+        patience: Duration,
     ) -> Result<Self, RegistryError> {
         let home = reference.authority().parse().ok();
         let home = home.map(|authority: hyper::http::uri::Authority| {
@@ -77,7 +83,8 @@ impl Client {
         let text = reference.to_string();
         let what = "the registry's host is none";
         let home = home.ok_or(RegistryError::Reference { text, what })?;
-        Ok(Self { reference, credentials, authorization: None, tls: Tls::default(), home })
+        let (authorization, tls) = (None, Tls::default());
+        Ok(Self { reference, credentials, authorization, tls, home, patience })
     }
 
     pub(super) fn manifest_path(&self, digest: Option<&Digest>) -> String {
@@ -217,7 +224,7 @@ impl Client {
     ) -> Result<Open, RegistryError> {
         let host = place.name();
         let fault = |what: String| RegistryError::Exchange { host: host.clone(), what };
-        let connection = place.connect(&self.tls).await?;
+        let connection = place.connect(&self.tls, self.patience).await?;
         let mut request = Request::get(path)
             .header("host", authority(place))
             .header("user-agent", concat!("dormouse/", env!("CARGO_PKG_VERSION")))
@@ -235,28 +242,46 @@ impl Client {
             });
             let response = sender.send_request(request).await;
             match response {
-                Ok(response) => Ok(Open { response, host: host.clone(), driver }),
+                Ok(response) => Ok(Open::new(response, host.clone(), driver, self.patience)),
                 Err(error) => {
                     driver.abort();
                     Err(error)
                 }
             }
         };
-        let silent = || silent(&host, "answer");
-        let answered = timeout(PATIENCE, answered).await.map_err(|_| silent())?;
+        let silent = || silent(&host, "answer", self.patience);
+        let answered = timeout(self.patience, answered).await.map_err(|_| silent())?;
         answered.map_err(|error: hyper::Error| fault(chain(&error)))
     }
 }
 
 impl Open {
-    /// The next bytes of the body; none at its end.
+    fn new(
+        response: Response<Incoming>,
+        host: String,
+        driver: JoinHandle<()>,
+        patience: Duration,
+    ) -> Self {
+        Self { response, host, driver, patience, waited: Duration::ZERO, came: 0 }
+    }
+
+    /// The next bytes of the body; none at its end. One that comes byte by byte is not waited for for ever.
     pub(super) async fn bytes(&mut self) -> Result<Option<Bytes>, RegistryError> {
         loop {
-            let frame = timeout(PATIENCE, self.response.body_mut().frame()).await;
-            match frame.map_err(|_| silent(&self.host, "go on with its answer"))? {
+            let (begin, left) = (Instant::now(), self.patience.saturating_sub(self.waited));
+            let frame = timeout(left, self.response.body_mut().frame()).await;
+            let stalls = || silent(&self.host, "go on with its answer", self.patience);
+            let frame = frame.map_err(|_| stalls())?;
+            // What the caller does between two calls is not the registry's.
+            self.waited += begin.elapsed();
+            match frame {
                 None => return Ok(None),
                 Some(Ok(frame)) => {
                     if let Ok(bytes) = frame.into_data() {
+                        self.came += bytes.len();
+                        if self.came >= MIN_BYTES {
+                            (self.waited, self.came) = (Duration::ZERO, 0);
+                        }
                         return Ok(Some(bytes));
                     }
                 }
@@ -323,8 +348,8 @@ fn error_message(bytes: &[u8]) -> String {
     text.trim().chars().take(256).collect()
 }
 
-fn silent(host: &str, what: &'static str) -> RegistryError {
-    RegistryError::Silent { host: host.to_owned(), what, seconds: PATIENCE.as_secs() }
+fn silent(host: &str, what: &'static str, patience: Duration) -> RegistryError {
+    RegistryError::Silent { host: host.to_owned(), what, patience }
 }
 
 fn header<'r>(response: &'r Response<Incoming>, name: &HeaderName) -> Option<&'r str> {

@@ -20,16 +20,30 @@ struct Fake {
     asked: Arc<Mutex<Vec<(String, bool)>>>,
 }
 
+/// How an answer is sent: so many bytes at once, and a pause behind each.
+#[derive(Clone, Copy)]
+struct Pace(usize, Duration);
+
 impl Fake {
     fn new(answer: impl Fn(&str, &str) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        Self::paced(answer, |_| Pace(usize::MAX, Duration::ZERO))
+    }
+
+    /// One that answers some paths slowly.
+    fn paced(
+        answer: impl Fn(&str, &str) -> Vec<u8> + Send + Sync + 'static,
+        pace: impl Fn(&str) -> Pace + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let asked = Arc::new(Mutex::new(Vec::new()));
         let (seen, answer): (_, Arc<Answer>) = (Arc::clone(&asked), Arc::new(answer));
+        let pace: Arc<dyn Fn(&str) -> Pace + Send + Sync> = Arc::new(pace);
         thread::spawn(move || {
             for stream in listener.incoming() {
                 let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
-                thread::spawn(move || serve(stream.unwrap(), &seen, &*answer));
+                let pace = Arc::clone(&pace);
+                thread::spawn(move || serve(stream.unwrap(), &seen, &*answer, &*pace));
             }
         });
         Self { port, asked }
@@ -56,7 +70,12 @@ impl Fake {
     }
 }
 
-fn serve(stream: TcpStream, seen: &Mutex<Vec<(String, bool)>>, answer: &Answer) {
+fn serve(
+    stream: TcpStream,
+    seen: &Mutex<Vec<(String, bool)>>,
+    answer: &Answer,
+    pace: &dyn Fn(&str) -> Pace,
+) {
     let mut lines = BufReader::new(&stream).lines();
     let Some(Ok(request)) = lines.next() else { return };
     let path = request.split(' ').nth(1).unwrap().to_owned();
@@ -64,7 +83,13 @@ fn serve(stream: TcpStream, seen: &Mutex<Vec<(String, bool)>>, answer: &Answer) 
         lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
     let headers = headers.join("\n").to_lowercase();
     seen.lock().unwrap().push((path.clone(), headers.contains("authorization:")));
-    let _ = (&stream).write_all(&answer(&path, &headers));
+    let Pace(piece, pause) = pace(&path);
+    for piece in answer(&path, &headers).chunks(piece) {
+        if (&stream).write_all(piece).is_err() {
+            break;
+        }
+        thread::sleep(pause);
+    }
 }
 
 fn ok(media_type: &str, body: &[u8]) -> Vec<u8> {
@@ -224,6 +249,72 @@ fn what_a_registry_should_not_say_is_told() {
     assert!(no_http.refusal().contains("failed"));
     let nothing = Fake::new(|_, _| Vec::new());
     assert!(nothing.refusal().contains("failed"));
+}
+
+#[test]
+fn a_registry_that_stalls_is_not_waited_for_for_ever() {
+    let served = Served::new();
+    let layer = format!("/v2/app/blobs/{}", Digest::of(&served.layer));
+    let long = Duration::from_secs(20);
+    let at_layer = |other: Pace| {
+        let layer = layer.clone();
+        move |path: &str| if path == layer { other } else { Pace(usize::MAX, Duration::ZERO) }
+    };
+    let answer = |served: &Served| {
+        let served = served.clone();
+        move |path: &str, _: &str| served.answer(path)
+    };
+    let silent = |_: &str, _: &str| {
+        thread::sleep(Duration::from_secs(20));
+        Vec::new()
+    };
+    let cases = [
+        ("did not answer", Fake::new(silent)),
+        ("go on", Fake::paced(answer(&served), at_layer(Pace(1000, long)))),
+        ("go on", Fake::paced(answer(&served), at_layer(Pace(150, Duration::from_millis(200))))),
+        ("go on", Fake::paced(answer(&served), move |_| Pace(200, long))),
+    ];
+    for (expected, fake) in cases {
+        let scratch = Scratch::new();
+        let cache = ImageCache::open(&scratch.0).unwrap();
+        let mut registry = Registry::new(format!("127.0.0.1:{}/app:1", fake.port));
+        registry.docker_config = Some("/nowhere".into());
+        registry.patience = Duration::from_millis(1000);
+        let source = crate::ImageSource::new(crate::image::Origin::Registry(registry));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let error = runtime.block_on(source.unpack(&cache)).unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Timeout, "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+        assert_eq!(cache.used_bytes().unwrap(), 0);
+    }
+}
+
+#[test]
+fn html_and_indexes_that_list_themselves_are_refused_whatever_they_are_called() {
+    let html = Fake::new(|_, _| ok("application/json", b"<html>log in</html>"));
+    assert!(html.refusal().contains("no JSON"));
+    let served = Served::new();
+    let blobs = Fake::new(move |path, _| match path.contains("/blobs/") {
+        true => ok("text/html", b"<html>log in</html>"),
+        false => served.answer(path),
+    });
+    assert!(blobs.refusal().contains("sends \"text/html\" instead of the image's configuration"));
+    let token = Fake::new(|path, headers| {
+        let host = headers.lines().find_map(|line| line.strip_prefix("host: ")).unwrap();
+        let challenge = format!("www-authenticate: Bearer realm=\"http://{host}/token\"");
+        match path.starts_with("/token") {
+            true => ok("text/html", b"<html>log in</html>"),
+            false => status("401 Unauthorized", &challenge),
+        }
+    });
+    assert!(token.refusal().contains("\"no token\" instead of a token"));
+    let listed = json!({"digest": Digest::of(b"itself").to_string(), "size": 1,
+        "mediaType": "application/vnd.oci.image.index.v1+json"});
+    let index = json!({"schemaVersion": 2, "manifests": [listed]}).to_string();
+    let itself =
+        Fake::new(move |_, _| ok("application/vnd.oci.image.index.v1+json", index.as_bytes()));
+    assert!(itself.refusal().contains("the manifest has the digest"));
+    assert_eq!(itself.asked.lock().unwrap().len(), 2);
 }
 
 #[test]

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{lgetxattr, llistxattr, major, minor};
+use rustix::fs::{
+    CWD, Mode, OFlags, ResolveFlags, getxattr, listxattr, major, minor, openat2, readlinkat,
+};
 use sha2::{Digest as _, Sha256};
 
 use crate::image::ImageError;
@@ -26,25 +29,26 @@ const MAX_XATTR_BYTES: usize = 64 << 10;
 #[derive(Debug)]
 pub(in crate::image) struct Directory {
     path: PathBuf,
+    top: OwnedFd,
     /// Each with its path from there, a directory before what is in it, in order.
     files: Vec<(PathBuf, Metadata)>,
 }
 
 impl Directory {
-    /// Looks at everything in it. Links are not followed.
+    /// Looks at everything in it. Links are not followed, also not those that somebody puts there meanwhile.
     pub(in crate::image) fn open(path: &Path, limits: &Limits) -> Result<Self, ImageError> {
         let opened = |source| ImageError::Open { path: path.to_owned(), source };
-        let metadata = fs::metadata(path).map_err(opened)?;
-        if !metadata.is_dir() {
-            return Err(opened(io::ErrorKind::NotADirectory.into()));
-        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let top = openat2(CWD, path, flags, Mode::empty(), ResolveFlags::empty());
+        let top = top.map_err(|error| opened(error.into()))?;
+        let metadata = fs::metadata(by_descriptor(&top)).map_err(opened)?;
         let mut files = vec![(PathBuf::new(), metadata)];
         let mut at = 0;
         while let Some((inner, metadata)) = files.get(at) {
             if metadata.is_dir() {
-                let full = path.join(inner);
-                let list = list(&full, inner);
-                files.extend(list.map_err(|source| ImageError::Directory { path: full, source })?);
+                let list = open_at(&top, inner, metadata).and_then(|place| list(&place, inner));
+                let list = list.map_err(|fault| fault.of(&path.join(inner)))?;
+                files.extend(list);
             }
             at += 1;
             if files.len() as u64 > limits.entries {
@@ -53,7 +57,7 @@ impl Directory {
             }
         }
         files.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(Self { path: path.to_owned(), files })
+        Ok(Self { path: path.to_owned(), top, files })
     }
 
     /// What stands for its content: the times of change of all in it, as the kernel sets them whenever
@@ -93,6 +97,7 @@ impl Directory {
         let mut several: BTreeMap<(u64, u64), &Path> = BTreeMap::new();
         for (inner, metadata) in &self.files {
             let full = self.path.join(inner);
+            let place = open_at(&self.top, inner, metadata).map_err(|fault| fault.of(&full))?;
             let name = inner.as_os_str().as_bytes();
             if metadata.nlink() > 1 && !metadata.is_dir() {
                 let identity = (metadata.dev(), metadata.ino());
@@ -104,8 +109,8 @@ impl Directory {
                 several.insert(identity, inner);
             }
             let fault = |source| ImageError::Directory { path: full.clone(), source };
-            let Some(kind) = kind(&full, metadata, build, on_bytes)? else { continue };
-            let xattrs = kept_xattrs(name, xattrs(&full).map_err(fault)?);
+            let Some(kind) = kind(&full, &place, metadata, build, on_bytes)? else { continue };
+            let xattrs = kept_xattrs(name, xattrs(&by_descriptor(&place)).map_err(fault)?);
             let node = Node {
                 kind,
                 mode: (metadata.mode() & 0o7777) as u16,
@@ -124,17 +129,63 @@ impl Directory {
     }
 }
 
-fn list(full: &Path, inner: &Path) -> io::Result<Vec<(PathBuf, Metadata)>> {
-    let entries = fs::read_dir(full)?.map(|entry| {
+/// Why something in the directory cannot be read.
+enum Fault {
+    /// It is another than the one that was listed.
+    Changed,
+    Io(io::Error),
+}
+
+impl Fault {
+    fn of(self, path: &Path) -> ImageError {
+        let path = path.to_owned();
+        match self {
+            Self::Changed => ImageError::Changed { path },
+            Self::Io(source) => ImageError::Directory { path, source },
+        }
+    }
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// The very file that was listed, whatever it is, not opened for reading.
+fn open_at(top: &OwnedFd, inner: &Path, metadata: &Metadata) -> Result<OwnedFd, Fault> {
+    let inner = if inner.as_os_str().is_empty() { Path::new(".") } else { inner };
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let place = match openat2(top, inner, flags, Mode::empty(), resolve) {
+        // A link or nothing, where there was a directory on the way.
+        Err(rustix::io::Errno::LOOP | rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => {
+            return Err(Fault::Changed);
+        }
+        place => place.map_err(io::Error::from)?,
+    };
+    let found = rustix::fs::fstat(&place).map_err(io::Error::from)?;
+    let is_same = (found.st_dev, found.st_ino) == (metadata.dev(), metadata.ino());
+    if is_same { Ok(place) } else { Err(Fault::Changed) }
+}
+
+/// A path to what a descriptor is of, past all names.
+fn by_descriptor(place: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}", place.as_raw_fd()).into()
+}
+
+fn list(place: &OwnedFd, inner: &Path) -> Result<Vec<(PathBuf, Metadata)>, Fault> {
+    let entries = fs::read_dir(by_descriptor(place))?.map(|entry| {
         let entry = entry?;
         Ok((inner.join(entry.file_name()), entry.metadata()?))
     });
-    entries.collect()
+    entries.collect::<io::Result<_>>().map_err(Fault::Io)
 }
 
 /// What it is; nothing if it is a socket, which only its process gives a meaning.
 fn kind(
     path: &Path,
+    place: &OwnedFd,
     metadata: &Metadata,
     build: &mut Build,
     on_bytes: &mut OnBytes<'_>,
@@ -145,10 +196,11 @@ fn kind(
     Ok(Some(if file_type.is_dir() {
         Kind::Directory(BTreeMap::new())
     } else if file_type.is_symlink() {
-        let target = fs::read_link(path).map_err(fault)?;
-        Kind::Symlink(target.into_os_string().into_vec().into())
+        let target = readlinkat(place, "", Vec::new());
+        let target = target.map_err(|error| fault(error.into()))?;
+        Kind::Symlink(target.into_bytes().into())
     } else if file_type.is_file() {
-        let file = input_file::open(path).map_err(fault)?;
+        let file = input_file::open(&by_descriptor(place)).map_err(fault)?;
         Kind::File(content(path, file, metadata, build, on_bytes)?)
     } else if file_type.is_char_device() {
         Kind::Char(device)
@@ -171,8 +223,7 @@ fn content(
 ) -> Result<Content, ImageError> {
     let fault = |source| ImageError::Directory { path: path.to_owned(), source };
     let changed = || ImageError::Changed { path: path.to_owned() };
-    let open = file.metadata().map_err(fault)?;
-    if (open.ino(), open.size()) != (metadata.ino(), metadata.size()) {
+    if file.metadata().map_err(fault)?.size() != metadata.size() {
         return Err(changed());
     }
     let size = metadata.size();
@@ -207,14 +258,14 @@ fn content(
 
 fn xattrs(path: &Path) -> io::Result<Vec<Xattr>> {
     let mut buffer = vec![0; MAX_XATTR_BYTES];
-    let length = match llistxattr(path, &mut buffer[..]) {
+    let length = match listxattr(path, &mut buffer[..]) {
         Err(rustix::io::Errno::OPNOTSUPP) => return Ok(Vec::new()),
         length => length?,
     };
     let list = buffer[..length].to_vec();
     let names = list.split(|&byte| byte == 0).filter(|name| !name.is_empty());
     let read = names.map(|name| {
-        let length = lgetxattr(path, name, &mut buffer[..])?;
+        let length = getxattr(path, name, &mut buffer[..])?;
         Ok(Xattr { name: name.to_vec(), value: buffer[..length].to_vec() })
     });
     read.collect()

@@ -216,6 +216,38 @@ fn links_upon_links_take_a_bounded_time() {
 }
 
 #[test]
+fn streams_that_follow_each_other_are_one_and_one_that_wants_much_memory_is_refused() {
+    let layer = Tar::new().file("a", &"x".repeat(3000)).end();
+    let (front, back) = layer.split_at(1000);
+    let zstd = |bytes: &[u8]| zstd::encode_all(bytes, 1).unwrap();
+    let skipped = b"\x51\x2a\x4d\x18\x03\0\0\0abc";
+    let several = [&skipped[..], &zstd(front), &skipped[..], &zstd(back)].concat();
+    assert_eq!(unpack(&[several]).unwrap().text("a").len(), 3000);
+    let text = refusal(&[[&zstd(front)[..], back].concat()]);
+    assert!(text.contains("cannot be read"), "{text}");
+    let with_window = |log| {
+        let mut packed = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+        packed.window_log(log).unwrap();
+        std::io::Write::write_all(&mut packed, &layer).unwrap();
+        packed.finish().unwrap()
+    };
+    unpack(&[with_window(25)]).unwrap();
+    let text = refusal(&[with_window(27)]);
+    assert!(text.contains("cannot be read"), "{text}");
+}
+
+#[test]
+fn absolute_names_are_names_in_the_root() {
+    let layer = Tar::new()
+        .file("/etc/passwd", "of the image")
+        .file("//etc//./group", "too")
+        .hard_link("/etc/again", "/etc/passwd");
+    let root = unpack(&[layer.end()]).unwrap();
+    assert_eq!(root.paths(), ["etc", "etc/again", "etc/group", "etc/passwd"]);
+    assert_eq!((root.text("etc/again"), root.text("etc/group")), ("of the image", "too"));
+}
+
+#[test]
 fn a_wrong_digest_is_found_out() {
     let scratch = Scratch::new();
     let file = File::create_new(scratch.0.join("root")).unwrap();

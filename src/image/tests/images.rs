@@ -304,6 +304,54 @@ fn indexes_end_somewhere() {
     assert!(layout.refusal().contains("larger than 4194304 bytes"));
     layout.scratch.file("layout/index.json", "[".repeat(100_000).as_bytes());
     assert!(layout.refusal().contains("no JSON"));
+    layout.scratch.file("layout/index.json", br#"{"schemaVersion": 2, "manifests": []}{}"#);
+    assert!(layout.refusal().contains("no JSON"));
+    // One that lists itself cannot have the digest that it says.
+    let mut itself = layout.json(INDEX, &json!({}));
+    let path = itself["digest"].as_str().unwrap().replace("sha256:", "layout/blobs/sha256/");
+    for _ in 0..2 {
+        let text = json!({"schemaVersion": 2, "manifests": [itself]}).to_string();
+        itself["size"] = json!(text.len());
+        layout.scratch.file(&path, text.as_bytes());
+    }
+    layout.index(&[itself]);
+    assert!(layout.refusal().contains("the manifest has the digest"));
+}
+
+#[test]
+fn an_archive_is_as_odd_as_it_likes_and_read_as_tar_would_unpack_it() {
+    let layout = Layout::new();
+    let image = layout.image(&[layer("one")], ("linux", "amd64"));
+    let index = json!({"schemaVersion": 2, "manifests": [image]}).to_string();
+    let blobs = |mut tar: Tar| {
+        for entry in std::fs::read_dir(layout.path().join("blobs/sha256")).unwrap() {
+            let path = entry.unwrap().path();
+            let name = format!("/blobs/sha256/{}", path.file_name().unwrap().to_str().unwrap());
+            tar = tar.entry(b'0', name.as_bytes(), |_| {}, &std::fs::read(&path).unwrap());
+        }
+        tar
+    };
+    let open = |tar: Vec<u8>| {
+        unpacked(Image::open(layout.scratch.file("image.tar", &tar)), &layout.cache())
+    };
+    // The last of two counts; a name may be absolute, and lead through links.
+    let tar = blobs(Tar::new().file("index.json", "{}").file("real", &index))
+        .symlink("index.json", "./again")
+        .hard_link("again", "real");
+    assert_eq!(text_of(&open(tar.clone().end()).unwrap()), "one");
+    let cut = tar.clone().cut();
+    let text = open(cut[..cut.len() - 700].to_vec()).unwrap_err().to_string();
+    assert!(text.contains("ends in the middle"), "{text}");
+    // Links that lead to each other, and out of it.
+    let circle = Tar::new().symlink("index.json", "a").symlink("a", "index.json");
+    let text = open(circle.end()).unwrap_err().to_string();
+    assert!(text.contains("lacks"), "{text}");
+    let out = Tar::new().symlink("index.json", "../../../etc/passwd");
+    let text = open(out.end()).unwrap_err().to_string();
+    assert!(text.contains("neither index.json"), "{text}");
+    let many = (0..70_000).fold(Tar::new(), |tar, n| tar.file(&n.to_string(), ""));
+    let text = open(many.end()).unwrap_err().to_string();
+    assert!(text.contains("more than 65536 files"), "{text}");
 }
 
 #[test]
@@ -376,4 +424,38 @@ fn a_directory_is_a_root_too() {
     let changed = unpacked(Image::directory(&tree), &cache).unwrap();
     assert_eq!(text_of(&changed), "other");
     assert_eq!(image.config().entrypoint(), None);
+}
+
+#[test]
+fn a_directory_that_somebody_swaps_for_a_link_is_never_followed_out_of_the_tree() {
+    use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let scratch = Scratch::new();
+    scratch.file("secret/key", b"of the host");
+    scratch.file("tree/sub/key", b"of the tree");
+    scratch.file("tree/last", b"x");
+    let cache = ImageCache::open(scratch.0.join("cache")).unwrap();
+    let (sub, aside) = (scratch.0.join("tree/sub"), scratch.0.join("aside"));
+    let link = scratch.0.join("link");
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                symlink(scratch.0.join("secret"), &link).unwrap();
+                std::fs::rename(&sub, &aside).unwrap();
+                std::fs::rename(&link, &sub).unwrap();
+                std::fs::remove_file(&sub).unwrap();
+                std::fs::rename(&aside, &sub).unwrap();
+            }
+        });
+        let tried: Vec<_> =
+            (0..300).map(|_| unpacked(Image::directory(scratch.0.join("tree")), &cache)).collect();
+        is_over.store(true, Ordering::Relaxed);
+        for image in tried.into_iter().flatten() {
+            let root = Listing::read(&std::fs::read(image.path()).unwrap());
+            if root.paths().contains(&"sub/key") {
+                assert_eq!(root.text("sub/key"), "of the tree");
+            }
+        }
+    });
 }
