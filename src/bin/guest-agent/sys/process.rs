@@ -13,9 +13,8 @@ use super::clone::{Cloned, clone_and_run, clone_and_run_plainly};
 use super::{checked, ioctl};
 
 const SIGKILL: c_int = 9;
-const SIGBUS: c_int = 7;
-const SIGSEGV: c_int = 11;
-const SIGPIPE: c_int = 13;
+/// From here on are those that the C library has a use for.
+const SIGNALS: c_int = 32;
 const SIGCHLD: c_int = 17;
 const SIG_BLOCK: c_int = 0;
 const SIG_SETMASK: c_int = 2;
@@ -241,9 +240,10 @@ impl Child<'_> {
             if program.terminal && ioctl(0, TIOCSCTTY, 0) < 0 {
                 return LaunchStep::Setup;
             }
-            // What the standard library ignores, and what it handles: a handler would run in the agent's
-            // memory, and whoever has the program's user may soon send signals. Then what nobody blocks.
-            for number in [SIGPIPE, SIGSEGV, SIGBUS] {
+            // What the standard library or whoever started this process ignores, and what is handled: a
+            // handler would run in the agent's memory, and whoever has the program's user may soon send
+            // signals. SIGKILL and SIGSTOP refuse. Then what nobody blocks.
+            for number in 1..SIGNALS {
                 signal(number, 0);
             }
             sigprocmask(SIG_SETMASK, &[0; 16], ptr::null_mut());
