@@ -24,7 +24,7 @@ pub(crate) enum Channel {
     Stdout = 2,
     /// A program's standard error.
     Stderr = 3,
-    /// A [`Call`](super::Call). On a connection that had one before, what comes ahead of it on the other
+    /// A [`Call`]. On a connection that had one before, what comes ahead of it on the other
     /// channels is of that one.
     Call = 4,
 }
