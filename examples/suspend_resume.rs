@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{env, fs, io, thread};
 
-use dormouse::{Cmdline, Initramfs, Kernel, MicroVm, RestoreOptions, Snapshot, VmConfig};
+use dormouse::{Cmdline, Initramfs, Kernel, MicroVm, RestoreOptions, Suspended, VmConfig};
 
 const INIT: &str = r#"#!/bin/busybox sh
 n=0
@@ -50,7 +50,7 @@ fn fall_asleep(directory: &Path) -> Result {
 fn go_on(directory: &Path) -> Result {
     let begin = Instant::now();
     let options = RestoreOptions::new().console(io::stdout());
-    let vm = Snapshot::open(directory)?.restore_with(&options)?.resume()?;
+    let vm = MicroVm::<Suspended>::open_with(directory, &options)?.resume()?;
     println!("process {}: resumed in {:.1?}", std::process::id(), begin.elapsed());
     println!("{}", vm.wait().exit_status());
     Ok(())

@@ -123,6 +123,27 @@ impl SavedDisk {
         super::compare(path, expected, &super::facts(&metadata, metadata.len()))
     }
 
+    /// Whether the file that the disk stands on is as it was, as far as that can be told without
+    /// opening it. [`Disk::open`](super::Disk::open) asks again, of the file that it has open.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::BaseChanged`] where it is not; it cannot be found.
+    pub(crate) fn check_base(&self) -> Result<(), DiskError> {
+        let (Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base, .. }) = self
+        else {
+            return Ok(());
+        };
+        let path = &base.path;
+        let metadata = std::fs::metadata(path)
+            .map_err(|source| DiskError::Open { path: path.clone(), source })?;
+        match metadata.is_file() {
+            true => super::compare(path, &base.facts, &super::facts(&metadata, metadata.len())),
+            // The size of a block device is not in its node.
+            false => Ok(()),
+        }
+    }
+
     /// The same disk, on a file at another place, which is known by its size alone.
     pub(crate) fn moved(&self, path: &Path) -> Self {
         let mut moved = self.clone();

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use super::{MicroVm, Running};
 use crate::config::{AgentConfig, InterfaceConfig, RestoreOptions};
 use crate::error::Error;
+use crate::snapshot::CloneNames;
 use crate::vsock::VsockListener;
 
 /// Where the connection to the agent is kept, whatever that is: all handles of a VM share it, it stays over
@@ -37,6 +38,11 @@ pub(crate) struct CloneIdentity {
 }
 
 impl CloneIdentity {
+    /// One that the guest does not know yet.
+    pub(super) fn new(CloneNames { hostname, interfaces }: CloneNames) -> Self {
+        Self { hostname, interfaces, told: AtomicBool::new(false) }
+    }
+
     /// Whether the guest has made it its own: it must not be told to become another one again.
     pub(crate) fn is_told(&self) -> bool {
         self.told.load(Ordering::Acquire)
@@ -53,7 +59,7 @@ impl Agent {
     /// That of a VM that was restored.
     pub(super) fn of_clone(options: &RestoreOptions) -> Self {
         let (hostname, interfaces) = (options.hostname.clone(), options.interfaces.clone());
-        let identity = CloneIdentity { hostname, interfaces, told: AtomicBool::new(false) };
+        let identity = CloneIdentity::new(CloneNames { hostname, interfaces });
         Self { slot: Arc::default(), identity: Some(Arc::new(identity)) }
     }
 
@@ -65,6 +71,13 @@ impl Agent {
     /// Who it is, where it is a clone that went to sleep before its guest knew.
     pub(super) fn into_untold(self) -> Option<Arc<CloneIdentity>> {
         self.identity.filter(|identity| !identity.is_told())
+    }
+
+    /// The same, for the files that it sleeps in.
+    pub(super) fn untold_names(&self) -> Option<CloneNames> {
+        let untold = self.identity.as_ref().filter(|identity| !identity.is_told())?;
+        let (hostname, interfaces) = (untold.hostname.clone(), untold.interfaces.clone());
+        Some(CloneNames { hostname, interfaces })
     }
 }
 

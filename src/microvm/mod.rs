@@ -17,6 +17,7 @@
 
 mod agent;
 mod any;
+mod asleep;
 mod created;
 mod devices;
 mod paused;

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::state::{Asleep, Stopped};
+use super::asleep::Asleep;
+use super::state::Stopped;
 use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, TransitionError};
 use crate::config::RestoreOptions;
 use crate::error::Error;
@@ -47,7 +48,8 @@ impl MicroVm<Paused> {
     /// they are, and it goes on with them in [`resume`](MicroVm::<Suspended>::resume); what would be
     /// gone with the VM, a delta without a name, is saved. Takes as long as a
     /// [`snapshot`](Self::snapshot) does for the memory. The files stay when the `Suspended` is
-    /// dropped: [`Snapshot::open`] finds them, in this process or another.
+    /// dropped: [`MicroVm::<Suspended>::open`] finds the VM again, in this process or another, and
+    /// [`Snapshot::open`] what clones are made of.
     ///
     /// # Errors
     ///

@@ -1,16 +1,14 @@
 //! The states of a [`MicroVm`](super::MicroVm), and what each holds.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
-use super::agent::{Agent, CloneIdentity};
-use crate::config::{ConsoleOutput, NetConfig, RestoreOptions};
+use super::agent::Agent;
+use super::asleep::Asleep;
+use crate::config::RestoreOptions;
 use crate::console::Console;
 use crate::error::Error;
 use crate::exit::ExitStatus;
 use crate::kvm::Vcpu;
 use crate::machine::{self, Machine, NotRun, Shell};
-use crate::snapshot::{Disks, Sleeper, Snapshot};
+use crate::snapshot::{Disks, Sleeper, Snapshot, WakeLock};
 use crate::timings::Recorder;
 
 mod sealed {
@@ -73,6 +71,8 @@ pub(super) struct Stopped {
 pub(super) struct Origin {
     /// The snapshot that its memory stands on.
     pub(super) snapshot: Option<Snapshot>,
+    /// That nobody else wakes it, where it was woken from files.
+    pub(super) lock: Option<WakeLock>,
     pub(super) lease: Option<Lease>,
     pub(super) agent: Agent,
 }
@@ -131,7 +131,8 @@ impl Stopped {
     /// What saves it.
     pub(super) fn sleeper(&self) -> Sleeper<'_> {
         let Self { vcpus, machine, origin, .. } = self;
-        Sleeper { machine, vcpus, origin: origin.snapshot.as_ref() }
+        let clone = origin.agent.untold_names();
+        Sleeper { machine, vcpus, origin: origin.snapshot.as_ref(), clone }
     }
 
     /// A machine as it was when it was saved.
@@ -147,84 +148,8 @@ impl Stopped {
             Disks::Copy => Agent::of_clone(options),
             Disks::InPlace => Agent::default(),
         };
-        let origin = Box::new(Origin { snapshot: Some(snapshot.clone()), lease: None, agent });
-        Ok(Self::new(vcpus, Box::new(machine), origin))
-    }
-}
-
-/// A VM in its sleep.
-#[derive(Debug)]
-pub(super) struct Asleep {
-    place: Place,
-    writer: Option<ConsoleOutput>,
-    /// The interfaces whose descriptors were given, which no file keeps.
-    networks: Vec<(usize, NetConfig)>,
-    lease: Option<Lease>,
-    /// Who it is, where it is a clone that has not been told so.
-    identity: Option<Arc<CloneIdentity>>,
-}
-
-#[derive(Debug)]
-enum Place {
-    Directory { path: PathBuf, id: [u8; 16] },
-    Memory(Snapshot),
-}
-
-impl Asleep {
-    /// A machine that lies in this snapshot, in files or in memory.
-    pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
-        let place = match snapshot.directory() {
-            Some(path) => Place::Directory { path: path.to_owned(), id: snapshot.id() },
-            None => Place::Memory(snapshot),
-        };
-        let config = stopped.machine.config();
-        let writer = config.console_writer.clone();
-        let networks = config.networks.iter().cloned().enumerate();
-        let networks = networks.filter(|(_, network)| network.has_descriptor()).collect();
-        let Origin { lease, agent, .. } = *stopped.origin;
-        Self { place, writer, networks, lease, identity: agent.into_untold() }
-    }
-
-    pub(super) fn wake(
-        &mut self,
-        console: &Console,
-        recorder: &mut Recorder,
-    ) -> Result<Stopped, Error> {
-        let mut options =
-            RestoreOptions::default().console_output(self.writer.clone()).outside_paths(true);
-        for (index, network) in &self.networks {
-            options = options.network(*index, network.clone());
-        }
-        let snapshot = self.snapshot()?;
-        let mut stopped = Stopped::restored(
-            &snapshot,
-            &options,
-            Disks::InPlace,
-            (None, Some(console)),
-            recorder,
-        )?;
-        stopped.origin.lease = self.lease.take();
-        stopped.origin.agent = Agent::woken(self.identity.clone());
-        Ok(stopped)
-    }
-
-    pub(super) fn snapshot(&self) -> Result<Snapshot, Error> {
-        match &self.place {
-            Place::Directory { path, id } => Snapshot::open_same(path, *id),
-            Place::Memory(snapshot) => Ok(snapshot.clone()),
-        }
-    }
-
-    /// The VM did not go on after all, and who waits for its end has to be told of that one.
-    pub(super) fn take_back(&mut self, woken: &mut Stopped) {
-        self.lease = woken.origin.lease.take();
-    }
-
-    /// Removes the files that the VM lies in.
-    pub(super) fn remove(self) {
-        if let Place::Directory { path, id } = &self.place {
-            Snapshot::remove(path, *id);
-        }
+        let origin = Origin { snapshot: Some(snapshot.clone()), lock: None, lease: None, agent };
+        Ok(Self::new(vcpus, Box::new(machine), Box::new(origin)))
     }
 }
 

@@ -76,6 +76,12 @@ impl OpenDirectory {
         }
     }
 
+    /// The directory, opened once more: a lock on it is another one.
+    pub(super) fn reopen(&self) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(openat(&self.directory, ".", flags, Mode::empty())?.into())
+    }
+
     /// Puts a file into it whole, or not at all, whatever has its path by now.
     pub(super) fn replace_file(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let part = format!("{name}.{:032x}", u128::from_ne_bytes(random_bytes()?));

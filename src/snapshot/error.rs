@@ -42,6 +42,12 @@ pub(crate) enum SnapshotError {
     NoNetwork { index: usize },
     #[error("another snapshot is in {} by now", directory.display())]
     Replaced { directory: PathBuf },
+    #[error("{} is a snapshot, and no VM that was suspended", directory.display())]
+    NotAsleep { directory: PathBuf },
+    #[error("the VM in {} is awake: it was woken from there, and is not over", directory.display())]
+    Awake { directory: PathBuf },
+    #[error("a VM that wakes has the {what} that it had")]
+    AsItWas { what: &'static str },
     #[error("there is no disk {index}: the snapshot has {count}, counted from 0")]
     NoDisk { index: usize, count: usize },
     #[error("the shell was prepared for a VM with other CPUs")]
@@ -103,6 +109,10 @@ impl From<SnapshotError> for Error {
         };
         let fix = match &error {
             SnapshotError::Interrupted => return Error::new(ErrorKind::Interrupted, error),
+            SnapshotError::AsItWas { .. } => {
+                return Error::new(ErrorKind::Config, error)
+                    .fix("leave them out, or make a clone with `Snapshot::restore_with`");
+            }
             SnapshotError::Config(_) => return Error::new(ErrorKind::Config, error),
             SnapshotError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Some("name a directory that `MicroVm::snapshot` or `MicroVm::suspend` wrote")
@@ -140,6 +150,12 @@ impl From<SnapshotError> for Error {
             SnapshotError::NoNetwork { .. } => {
                 Some("connect it with `RestoreOptions::network` for each VM")
             }
+            SnapshotError::NotAsleep { .. } => {
+                Some("make VMs of it with `Snapshot::open` and `Snapshot::restore`")
+            }
+            SnapshotError::Awake { .. } => Some(
+                "suspend or end that one, or make a clone with `Snapshot::open` and `Snapshot::restore`",
+            ),
             SnapshotError::Replaced { .. } => {
                 Some("save each VM to a directory of its own, and open it again")
             }

@@ -12,6 +12,7 @@ pub(crate) mod fuzzing;
 mod options;
 mod restore;
 mod save;
+mod sleep;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -27,6 +28,7 @@ use self::directory::{OpenDirectory, STATE, WRITTEN, disk_name, memory_name};
 use self::error::SnapshotError;
 pub use self::options::{SaveProgress, SaveStage, SnapshotOptions};
 pub(crate) use self::save::{Disks, Sleeper};
+pub(crate) use self::sleep::{CloneNames, Sleep, WakeLock};
 use crate::arch::layout;
 use crate::config::MachineConfig;
 use crate::disk::SavedDisk;
@@ -87,6 +89,9 @@ struct State {
     machine: MachineState,
     memory: Vec<SavedMemory>,
     disks: Vec<SavedDisk>,
+    /// There where a VM was suspended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sleep: Option<Sleep>,
 }
 
 /// What is known of a snapshot, to be looked at and compared.
@@ -192,6 +197,11 @@ impl Snapshot {
         self.0.state.id
     }
 
+    /// How much of what the guest writes to its console is kept.
+    pub(crate) fn console_tail_bytes(&self) -> usize {
+        self.0.state.config.console_tail_bytes
+    }
+
     /// Reads all of the memory and disks and compares them with their checksums: some 1 GiB a
     /// second.
     ///
@@ -246,10 +256,15 @@ impl Snapshot {
     }
 
     /// Removes the files of the snapshot in a directory, and the directory where nothing else is
-    /// in it; not those of another one.
+    /// in it; not those of another one, nor those of a VM that is awake.
     pub(crate) fn remove(directory: &Path, id: [u8; 16]) {
-        let is_other = Self::open_directory(directory).is_ok_and(|found| found.id() != id);
-        if !is_other {
+        let lock = match Self::open_directory(directory) {
+            Ok(found) if found.id() != id => return,
+            Ok(found) => found.wake_lock(),
+            // What is damaged goes too.
+            Err(_) => Ok(None),
+        };
+        if lock.is_ok() {
             directory::remove_snapshot(directory);
         }
     }

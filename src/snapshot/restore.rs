@@ -109,7 +109,10 @@ impl Snapshot {
             }
             disk.check_left(block)?;
             *block = match disks {
-                Disks::InPlace => disk.own_config(block, &saved),
+                Disks::InPlace => {
+                    disk.check_base()?;
+                    disk.own_config(block, &saved)
+                }
                 Disks::Copy => disk.config(block, &saved, delta),
             };
         }

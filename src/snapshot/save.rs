@@ -13,7 +13,8 @@ use rustix::fs::{AtFlags, CWD, linkat};
 use super::directory::{STATE, Staging, WRITTEN, disk_name, memory_name};
 use super::error::SnapshotError;
 use super::options::{SaveStage, SnapshotOptions};
-use super::{Inner, MAX_NOTED, Place, Snapshot, State, Temporary, format, random_bytes};
+use super::{CloneNames, Inner, MAX_NOTED, Place, Sleep, Snapshot, State, Temporary};
+use super::{format, random_bytes};
 use crate::disk::{self, DiskError};
 use crate::error::Error;
 use crate::kvm::{FreshState, Vcpu};
@@ -30,18 +31,20 @@ pub(crate) enum Disks {
 }
 
 /// A machine that is stopped, and what it came from.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Sleeper<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) vcpus: &'a [Vcpu],
     pub(crate) origin: Option<&'a Snapshot>,
+    /// Who it is, where it is a clone whose guest does not know yet.
+    pub(crate) clone: Option<CloneNames>,
 }
 
 impl Sleeper<'_> {
     /// Writes a snapshot to a directory, which appears there whole or not at all. The machine
     /// stays as it is.
     pub(crate) fn save(
-        self,
+        &self,
         directory: &Path,
         disks: Disks,
         options: &SnapshotOptions,
@@ -55,7 +58,7 @@ impl Sleeper<'_> {
 
     /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
     /// memory over what is shared.
-    pub(crate) fn keep(self, disks: Disks) -> Result<Snapshot, Error> {
+    pub(crate) fn keep(&self, disks: Disks) -> Result<Snapshot, Error> {
         let temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
         if !self.machine.controls().disks.is_empty() {
             temporary.create().map_err(SnapshotError::Temporary)?;
@@ -75,7 +78,7 @@ impl Sleeper<'_> {
 
     /// Everything but the memory; what disks there are to copy goes to `path`.
     fn state(
-        self,
+        &self,
         path: &dyn Fn(usize) -> PathBuf,
         disks: Disks,
         options: &SnapshotOptions,
@@ -108,13 +111,14 @@ impl Sleeper<'_> {
             machine,
             memory: Vec::new(),
             disks: saved,
+            sleep: (disks == Disks::InPlace).then(|| Sleep { clone: self.clone.clone() }),
         })
     }
 
     /// Shares the layers of the snapshot that the machine came from, and adds what it wrote; or
     /// writes everything.
     fn save_memory(
-        self,
+        &self,
         staging: &Staging,
         options: &SnapshotOptions,
     ) -> Result<Vec<SavedMemory>, SnapshotError> {
@@ -169,7 +173,8 @@ impl Snapshot {
             })?;
         }
         let id = random_bytes().map_err(SnapshotError::Random)?;
-        let state = State { id, memory: vec![merged], ..self.0.state.clone() };
+        // A copy of the files of a VM that sleeps is not that VM.
+        let state = State { id, memory: vec![merged], sleep: None, ..self.0.state.clone() };
         finish(staging, &state, options)
     }
 

@@ -12,6 +12,7 @@ mod limits;
 mod network;
 mod resources;
 mod seccomp;
+mod sleeper;
 mod snapshot;
 mod vsock;
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use super::*;
 use crate::config::{
-    AgentConfig, BlockConfig, HostService, NetConfig, RestoreOptions, VsockConfig,
+    AgentConfig, BlockConfig, HostService, InterfaceConfig, NetConfig, RestoreOptions, VsockConfig,
 };
 
 macro_rules! golden {
@@ -182,6 +182,33 @@ fn a_snapshot_chooses_neither_the_device_nor_the_confinement() {
     assert!(!snapshot.config(&own, Disks::Copy).unwrap().seccomp);
     let trusting = options.outside_paths(true);
     assert!(!snapshot.config(&trusting, Disks::Copy).unwrap().seccomp);
+}
+
+#[test]
+fn one_that_sleeps_is_the_clone_that_its_guest_does_not_know_to_be_yet() {
+    let mut golden = Golden::new();
+    let names = CloneNames {
+        hostname: Some("clone-7".to_owned()),
+        interfaces: vec![InterfaceConfig::new().address("10.0.0.7/24")],
+    };
+    let agent = AgentConfig::new().hostname("base");
+    golden.state.config.agent = Some(agent.interface(InterfaceConfig::new()));
+    golden.state.sleep = Some(Sleep { clone: Some(names.clone()) });
+    let base = golden.temporary.0.join("base");
+    File::create_new(&base).unwrap().set_len(128 << 10).unwrap();
+    let given = RestoreOptions::new().network(0, NetConfig::tap("tap7")).disk_base(1, base);
+    let (sleep, options) = golden.open().unwrap().sleep(&given).unwrap();
+    assert_eq!(sleep.clone, Some(names));
+    let config = golden.open().unwrap().config(&options, Disks::InPlace).unwrap();
+    assert_eq!(config.agent.unwrap().hostname.as_deref(), Some("clone-7"));
+    // It wakes as this one, and as no other.
+    let error = golden.open().unwrap().sleep(&options).unwrap_err();
+    assert!(error.to_string().contains("hostname"), "{error}");
+    // What is no name of a host is refused.
+    let names = CloneNames { hostname: Some("a b".to_owned()), interfaces: Vec::new() };
+    golden.state.sleep = Some(Sleep { clone: Some(names) });
+    let error = golden.open().unwrap().sleep(&given).unwrap_err();
+    assert_eq!(error.kind(), &crate::ErrorKind::Config, "{error}");
 }
 
 #[test]

@@ -2,7 +2,8 @@ use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 
 use dormouse::{
-    AgentConfig, Error, ErrorKind, Hook, HookName, RestoreOptions, Snapshot, WriteOptions,
+    AgentConfig, Error, ErrorKind, Hook, HookName, MicroVm, RestoreOptions, Snapshot, Suspended,
+    WriteOptions,
 };
 
 use super::{Guest, block_on, config, sh};
@@ -50,22 +51,28 @@ fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
         let scratch = Scratch::new("sleeper");
         let dir = scratch.0.join("asleep");
         let agent = AgentConfig::new()
+            .hostname("sleeper")
             .hook(HookName::Suspend, Hook::command(["sh", "-c", "echo suspend >>/hooks"]))
             .hook(HookName::Resume, Hook::command(["sh", "-c", "echo resume >>/hooks"]));
         let guest = Guest::boot(config(agent)).await;
-        let id = guest.sh("cat /etc/machine-id /proc/sys/kernel/random/boot_id").await;
+        let id =
+            guest.sh("cat /etc/machine-id /proc/sys/kernel/random/boot_id; busybox hostname").await;
         let waiting = guest.agent.clone();
         let call = tokio::spawn(async move { waiting.exec("sleep", ["1000"]).await });
         tokio::time::sleep(Duration::from_millis(500)).await;
         guest.agent.freeze().await.unwrap();
-        let asleep = guest.vm.suspend(&dir).unwrap();
+        drop(guest.vm.suspend(&dir).unwrap());
         // A call that was under way, and one that comes too late, say what became of them.
         let error: Error = call.await.unwrap().unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Agent | ErrorKind::GuestEnded(_)), "{error}");
         guest.agent.exec("true", [""; 0]).await.unwrap_err();
-        let vm = asleep.resume().unwrap();
+        // Found again as by another process, which has the files alone.
+        let vm = MicroVm::<Suspended>::open(&dir).unwrap().resume().unwrap();
         let agent = vm.agent().await.unwrap();
-        let same = sh(&agent, "cat /etc/machine-id /proc/sys/kernel/random/boot_id").await.unwrap();
+        let same =
+            sh(&agent, "cat /etc/machine-id /proc/sys/kernel/random/boot_id; busybox hostname")
+                .await
+                .unwrap();
         assert_eq!(same, id);
         let date: u64 = sh(&agent, "date +%s").await.unwrap().trim().parse().unwrap();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();

@@ -1,0 +1,94 @@
+//! A VM that sleeps in files: what they say of it beyond a snapshot, and that it wakes once at a time.
+//!
+//! A snapshot is nobody: any number of VMs come from it, each told that it is another. The files of a VM
+//! that was suspended are a snapshot as well, and say besides that one VM may go on from them as itself.
+
+use std::fs::{File, TryLockError};
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::SnapshotError;
+use super::{Disks, Place, Snapshot};
+use crate::config::{InterfaceConfig, RestoreOptions};
+use crate::error::Error;
+
+/// In the state of a VM that was suspended, and in no other's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Sleep {
+    /// Who the VM is, where it is a clone whose guest does not know yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) clone: Option<CloneNames>,
+}
+
+/// What a clone has of its own: see [`RestoreOptions::hostname`] and [`RestoreOptions::interfaces`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct CloneNames {
+    pub(crate) hostname: Option<String>,
+    pub(crate) interfaces: Vec<InterfaceConfig>,
+}
+
+/// A VM woke from the directory that this locks (flock), and is not over. It goes with the process too,
+/// however that ends.
+#[derive(Debug)]
+pub(crate) struct WakeLock {
+    _directory: File,
+}
+
+impl Snapshot {
+    /// What is said of the VM that sleeps here, and what it gets of the host when it wakes as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// No VM sleeps here, it is awake, its disks are not what they were, or the options are for a clone.
+    pub(crate) fn sleep(&self, options: &RestoreOptions) -> Result<(Sleep, RestoreOptions), Error> {
+        let Some(sleep) = &self.0.state.sleep else {
+            let directory = self.directory().unwrap_or_else(|| "memory".as_ref()).to_owned();
+            return Err(SnapshotError::NotAsleep { directory }.into());
+        };
+        let of_clone = [
+            ("hostname", options.hostname.is_some()),
+            ("addresses", !options.interfaces.is_empty()),
+            ("deltas", options.disks.values().any(|disk| disk.delta.is_some())),
+        ];
+        if let Some((what, _)) = of_clone.into_iter().find(|(_, is_set)| *is_set) {
+            return Err(SnapshotError::AsItWas { what }.into());
+        }
+        // Before its disks: those of one that is awake change.
+        drop(self.wake_lock()?);
+        let mut options = options.clone();
+        if let Some(CloneNames { hostname, interfaces }) = sleep.clone.clone() {
+            options.hostname = hostname;
+            options.interfaces = interfaces;
+        }
+        self.config(&options, Disks::InPlace)?.check()?;
+        Ok((sleep.clone(), options))
+    }
+
+    /// Keeps others from waking the VM that sleeps here, in this process or another; none is needed
+    /// for one in memory, which has one owner.
+    ///
+    /// # Errors
+    ///
+    /// It is awake; or another snapshot has the place by now.
+    pub(crate) fn wake_lock(&self) -> Result<Option<WakeLock>, SnapshotError> {
+        let Place::Directory(directory) = &self.0.place else { return Ok(None) };
+        let file = directory.reopen().map_err(SnapshotError::open(&directory.path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(SnapshotError::Awake { directory: directory.path.clone() });
+            }
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(error)) => {
+                return Err(SnapshotError::open(&directory.path)(error));
+            }
+        }
+        // Whoever had the lock before may have suspended the VM again, to the same place.
+        if !directory.is_in_place() {
+            return Err(SnapshotError::Replaced { directory: directory.path.clone() });
+        }
+        Ok(Some(WakeLock { _directory: file }))
+    }
+}
