@@ -7,6 +7,7 @@ mod balloon;
 mod boot;
 mod console;
 mod cpu;
+mod debian_image;
 mod devices;
 mod disks;
 mod ends;
@@ -16,6 +17,7 @@ mod programs;
 #[path = "../payload/resources.rs"]
 #[allow(dead_code, reason = "nothing is counted here")]
 mod resources;
+mod servers;
 mod snapshots;
 mod vsock;
 

@@ -9,10 +9,11 @@ mod ports;
 mod root;
 mod template;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dormouse::{
-    Agent, AgentConfig, Cmdline, Error, Initramfs, InitramfsBuilder, MicroVm, Running, VmConfig,
+    Agent, AgentConfig, Cmdline, Error, GuestStream, Initramfs, InitramfsBuilder, MicroVm, Running,
+    VmConfig,
 };
 
 use crate::{PATIENCE, Release, Transcript, guest_root};
@@ -92,6 +93,18 @@ impl Guest {
         match vm.agent_within(PATIENCE / 2).await {
             Ok(agent) => Self { vm, agent, transcript },
             Err(error) => panic!("{error:?}\n{}", transcript.text()),
+        }
+    }
+
+    /// A stream to this port of the guest's loopback, as soon as something listens there.
+    pub(crate) async fn connect(&self, port: u16) -> GuestStream {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.agent.connect_tcp(port).await {
+                Ok(stream) => return stream,
+                Err(error) if Instant::now() > end => panic!("{error}\n{}", self.transcript.text()),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
         }
     }
 
