@@ -3,10 +3,11 @@
 
 use std::fmt;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{RecvFlags, recv};
 
+use super::activity::{Activity, Ongoing};
 use super::connection::Connection;
 use super::pulse::Pulse;
 use crate::vsock::Vsock;
@@ -14,8 +15,14 @@ use crate::vsock::Vsock;
 /// Connections that wait for a call, at most. Each is a thread in the guest, of some 12 KiB.
 const MAX_KEPT: usize = 8;
 
-/// What all calls to an agent share.
+/// The calls of a handle: what those of all handles of an agent share, and who counts those of this one.
+#[derive(Clone)]
 pub(super) struct Calls {
+    shared: Arc<Shared>,
+    activity: Option<Activity>,
+}
+
+struct Shared {
     vsock: Vsock,
     pulse: Arc<Pulse>,
     /// The last one is the first to be taken. They belong to no runtime, which may end before them.
@@ -23,24 +30,38 @@ pub(super) struct Calls {
 }
 
 impl Calls {
+    /// Nobody counts them.
     pub(super) fn new(vsock: Vsock) -> Self {
-        Self { vsock, pulse: Arc::default(), kept: Mutex::default() }
+        let shared = Shared { vsock, pulse: Arc::default(), kept: Mutex::default() };
+        Self { shared: Arc::new(shared), activity: None }
+    }
+
+    /// To the same agent, and counted.
+    pub(super) fn counted(&self, activity: Activity) -> Self {
+        Self { shared: Arc::clone(&self.shared), activity: Some(activity) }
+    }
+
+    /// A call begins.
+    pub(super) fn begin(&self) -> Option<Ongoing> {
+        self.activity.as_ref().map(Activity::begin)
     }
 
     pub(super) fn vsock(&self) -> &Vsock {
-        &self.vsock
+        &self.shared.vsock
     }
 
     pub(super) fn pulse(&self) -> &Arc<Pulse> {
-        &self.pulse
+        &self.shared.pulse
     }
 
     /// Keeps a connection for the next call. The one before has been answered, and nothing was begun to be
     /// written on it that is not whole.
     pub(super) fn keep(&self, connection: Connection) {
-        let socket = connection.into_stream().map(tokio::net::UnixStream::into_std);
-        let Ok(Ok(socket)) = socket else { return };
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok((stream, ongoing)) = connection.into_stream() else { return };
+        // The call is over before its connection can be another's.
+        drop(ongoing);
+        let Ok(socket) = stream.into_std() else { return };
+        let mut kept = self.lock();
         if kept.len() < MAX_KEPT {
             kept.push(socket);
         }
@@ -50,7 +71,7 @@ impl Calls {
     /// so is one on which the guest says something unasked.
     pub(super) fn take(&self) -> Option<UnixStream> {
         loop {
-            let socket = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            let socket = self.lock().pop()?;
             let look = recv(&socket, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
             if matches!(look, Err(rustix::io::Errno::AGAIN)) {
                 return Some(socket);
@@ -60,7 +81,11 @@ impl Calls {
 
     /// Closes those that wait.
     pub(super) fn forget(&self) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<UnixStream>> {
+        self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

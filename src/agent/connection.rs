@@ -13,6 +13,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Sleep, sleep, timeout};
 
 use super::AgentError;
+use super::activity::Ongoing;
 use super::calls::Calls;
 use crate::error::Error;
 use crate::protocol::{
@@ -30,12 +31,14 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct Connection {
     pub(super) reader: FrameReader,
     pub(super) writer: FrameWriter,
+    /// The call that it carries, where that is counted.
+    ongoing: Option<Ongoing>,
 }
 
 impl Connection {
     pub(super) fn new(socket: UnixStream) -> Self {
         let (reader, writer) = socket.into_split();
-        Self { reader: FrameReader::new(reader), writer: FrameWriter(writer) }
+        Self { reader: FrameReader::new(reader), writer: FrameWriter(writer), ongoing: None }
     }
 
     /// Calls the agent, on a connection that waits for that, or on a new one. Nothing has been answered when
@@ -45,11 +48,13 @@ impl Connection {
         if message.len() - HEADER_BYTES > MAX_MESSAGE_BYTES {
             return Err(AgentError::TooLong { bytes: message.len() }.into());
         }
+        let ongoing = calls.begin();
         let called = async {
-            match Self::call_again(calls, &message).await? {
-                Some(connection) => Ok(connection),
-                None => Self::call_anew(calls.vsock(), &message).await,
-            }
+            let connection = match Self::call_again(calls, &message).await? {
+                Some(connection) => connection,
+                None => Self::call_anew(calls.vsock(), &message).await?,
+            };
+            Ok(Self { ongoing, ..connection })
         };
         timeout(PATIENCE, called).await.unwrap_or_else(|_| Err(silent()))
     }
@@ -91,13 +96,21 @@ impl Connection {
         }
     }
 
-    /// The bytes alone, behind the frames that were read; none where half a frame was.
-    pub(super) fn into_stream(self) -> Result<UnixStream, Error> {
+    /// The call is over, whatever becomes of the connection.
+    pub(super) fn end_call(&mut self) {
+        self.ongoing = None;
+    }
+
+    /// The bytes alone, behind the frames that were read, with what counts the call; none where half a frame
+    /// was read.
+    pub(super) fn into_stream(self) -> Result<(UnixStream, Option<Ongoing>), Error> {
         if self.reader.header_bytes > 0 {
             return Err(AgentError::Unexpected.into());
         }
-        let joined = self.reader.stream.reunite(self.writer.0);
-        joined.map_err(|_| AgentError::NotThere.into())
+        match self.reader.stream.reunite(self.writer.0) {
+            Ok(stream) => Ok((stream, self.ongoing)),
+            Err(_) => Err(AgentError::NotThere.into()),
+        }
     }
 }
 

@@ -34,9 +34,10 @@ impl Agent {
     /// As [`freeze`](Self::freeze), without the hook.
     pub(crate) async fn stop_processes(&self) -> Result<(), Error> {
         // Connections that wait for calls are not for the VMs that come of this one.
-        self.calls().forget();
-        let mut connection = Connection::call(self.calls(), &Call::Freeze).await?;
-        Self::check_done(connection.reply(self.calls()).await?)
+        let calls = self.link.calls();
+        calls.forget();
+        let mut connection = Connection::call(calls, &Call::Freeze).await?;
+        Self::check_done(connection.reply(calls).await?)
     }
 
     /// Lets the processes go on, after a [`freeze`](Self::freeze) of which nothing came, or in the
@@ -46,7 +47,7 @@ impl Agent {
     ///
     /// As every call.
     pub async fn thaw(&self) -> Result<(), Error> {
-        self.done(&Call::Thaw).await
+        self.uncounted().done(&Call::Thaw).await
     }
 
     /// Asks the guest to end, and waits until it has: SIGTERM to all its processes, SIGKILL to those that
@@ -54,7 +55,7 @@ impl Agent {
     async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         // Held until the end: nothing is answered.
-        let _asked = Connection::call(self.calls(), &Call::Shutdown(grace_ms)).await?;
+        let _asked = Connection::call(self.link.calls(), &Call::Shutdown(grace_ms)).await?;
         self.link.over().await;
         Ok(())
     }

@@ -52,7 +52,7 @@ enum Knowledge {
 /// The link to a VM's agent.
 #[derive(Debug)]
 pub(super) struct Link {
-    calls: Arc<Calls>,
+    calls: Calls,
     config: AgentConfig,
     /// What makes a clone another VM; the same however often its agent calls.
     renewal: Option<Renewal>,
@@ -93,10 +93,10 @@ impl Link {
             reason = "what replaces it is unsafe; this descriptor is owned, and stays the same"
         )]
         let listener = AsyncFd::new(listener).map_err(AgentError::Socket)?;
-        let calls = Arc::new(Calls::new(vm.vsock()?));
+        let calls = Calls::new(vm.vsock()?);
         let (report, knowledge) = watch::channel(Knowledge::Nothing);
         let host = Arc::new(Host {
-            calls: Arc::clone(&calls),
+            calls: calls.clone(),
             config: config.clone(),
             renewal: renewal.clone(),
             identity: vm.clone_identity().cloned(),
@@ -114,7 +114,7 @@ impl Link {
         })
     }
 
-    pub(super) fn calls(&self) -> &Arc<Calls> {
+    pub(super) fn calls(&self) -> &Calls {
         &self.calls
     }
 
@@ -217,7 +217,7 @@ impl Duplex for UnixStream {}
 
 /// The host, for what the guest opens.
 struct Host {
-    calls: Arc<Calls>,
+    calls: Calls,
     config: AgentConfig,
     renewal: Option<Renewal>,
     /// Who wants to know that the clone has been told.
@@ -298,7 +298,7 @@ impl Host {
         match opened {
             Ok(mut service) => {
                 if connection.writer.message(&Reply::Done).await.is_ok()
-                    && let Ok(mut guest) = connection.into_stream()
+                    && let Ok((mut guest, _)) = connection.into_stream()
                 {
                     // Ends when both have; an error ends both.
                     let _ = copy_bidirectional(&mut guest, &mut service).await;
@@ -314,6 +314,20 @@ impl Host {
                 let failed = Reply::Failed(Failure { kind, errno, what });
                 let _ = connection.writer.message(&failed).await;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Link {
+        /// One to an agent that is only heard on connections that are kept.
+        pub(in crate::agent) fn of_calls(calls: Calls, config: AgentConfig) -> Self {
+            let (_, knowledge) = watch::channel(Knowledge::Nothing);
+            let keeper = tokio::spawn(std::future::pending::<()>());
+            Self { calls, config, renewal: None, knowledge, keeper, woken: None }
         }
     }
 }

@@ -5,6 +5,8 @@
 //! make the host keep is bounded by the windows of the streams that are open. The next call takes the
 //! connection of one that is over.
 
+#[cfg_attr(not(test), expect(dead_code, reason = "for what decides when a VM sleeps"))]
+mod activity;
 mod calls;
 mod command;
 mod connection;
@@ -65,6 +67,7 @@ use crate::protocol::{Call, Reply};
 #[derive(Clone, Debug)]
 pub struct Agent {
     link: Arc<Link>,
+    calls: Calls,
 }
 
 impl Agent {
@@ -102,8 +105,18 @@ impl Agent {
         }
     }
 
-    fn calls(&self) -> &Arc<Calls> {
-        self.link.calls()
+    fn new(link: Arc<Link>) -> Self {
+        let calls = link.calls().clone();
+        Self { link, calls }
+    }
+
+    /// A handle whose calls nobody counts, for what is not asked for by a user.
+    fn uncounted(&self) -> Self {
+        Self::new(Arc::clone(&self.link))
+    }
+
+    fn calls(&self) -> &Calls {
+        &self.calls
     }
 
     /// The one answer to a call.
@@ -149,7 +162,7 @@ impl MicroVm<Running> {
         let ready = async {
             let link = Link::of(self)?;
             link.ready().await?;
-            let agent = Agent { link };
+            let agent = Agent::new(link);
             agent.link.on_waking(agent.run_hook(HookName::Resume, "")).await?;
             Ok(agent)
         };

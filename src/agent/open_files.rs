@@ -5,7 +5,6 @@ use std::io;
 use std::mem;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
@@ -22,7 +21,7 @@ use crate::protocol::{Call, Channel, Frame, MAX_DATA_BYTES, Read, Reply, Wire, W
 pub struct FileReader {
     /// None when all has come.
     connection: Option<Connection>,
-    calls: Arc<Calls>,
+    calls: Calls,
     metadata: Metadata,
     piece: Vec<u8>,
     at: usize,
@@ -30,14 +29,14 @@ pub struct FileReader {
 }
 
 impl FileReader {
-    pub(super) async fn begin(calls: &Arc<Calls>, path: &Path) -> Result<Self, Error> {
+    pub(super) async fn begin(calls: &Calls, path: &Path) -> Result<Self, Error> {
         let read = Read { path: bytes(path), offset: 0, length: None };
         let mut connection = Connection::call(calls, &Call::Read(read)).await?;
         let metadata = match connection.reply(calls).await? {
             Reply::Stat(stat) => Metadata(stat),
             other => return Err(refused(other)),
         };
-        let (connection, calls) = (Some(connection), Arc::clone(calls));
+        let (connection, calls) = (Some(connection), calls.clone());
         let (piece, at) = (Vec::new(), 0);
         let patience = Patience::default();
         Ok(Self { connection, calls, metadata, piece, at, patience })
@@ -106,7 +105,7 @@ impl fmt::Debug for FileReader {
 #[must_use = "the file appears at `finish`"]
 pub struct FileWriter {
     connection: Connection,
-    calls: Arc<Calls>,
+    calls: Calls,
     /// A frame, and how much of it was written.
     pending: Vec<u8>,
     at: usize,
@@ -115,7 +114,7 @@ pub struct FileWriter {
 
 impl FileWriter {
     pub(super) async fn begin(
-        calls: &Arc<Calls>,
+        calls: &Calls,
         path: &Path,
         options: &WriteOptions,
     ) -> Result<Self, Error> {
@@ -126,7 +125,7 @@ impl FileWriter {
             Reply::Done => {}
             other => return Err(refused(other)),
         }
-        let (calls, patience) = (Arc::clone(calls), Patience::default());
+        let (calls, patience) = (calls.clone(), Patience::default());
         Ok(Self { connection, calls, pending: Vec::new(), at: 0, patience })
     }
 
@@ -228,7 +227,7 @@ mod tests {
     }
 
     /// Calls, the first of which is answered by this, and the agent that does so.
-    fn agent(answer: Reply) -> (Arc<Calls>, std::thread::JoinHandle<StdStream>) {
+    fn agent(answer: Reply) -> (Calls, std::thread::JoinHandle<StdStream>) {
         let calls = calls();
         let (connection, mut agent) = pair();
         calls.keep(connection);

@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 
+use super::activity::Ongoing;
 use super::connection::Connection;
 use super::{Agent, files};
 use crate::error::Error;
@@ -24,7 +25,10 @@ impl Agent {
     pub async fn connect_tcp(&self, port: u16) -> Result<GuestStream, Error> {
         let mut connection = Connection::call(self.calls(), &Call::Connect(port)).await?;
         match connection.reply(self.calls()).await? {
-            Reply::Done => Ok(GuestStream(connection.into_stream()?)),
+            Reply::Done => {
+                let (stream, ongoing) = connection.into_stream()?;
+                Ok(GuestStream { stream, _ongoing: ongoing })
+            }
             other => Err(files::refused(other)),
         }
     }
@@ -32,12 +36,15 @@ impl Agent {
 
 /// A connection to a TCP port of the guest. Shutting down one direction shuts that of the TCP
 /// connection; it ends with the VM, and when the VM is suspended.
-pub struct GuestStream(UnixStream);
+pub struct GuestStream {
+    stream: UnixStream,
+    _ongoing: Option<Ongoing>,
+}
 
 impl GuestStream {
     /// The socket underneath, a UNIX stream socket of this process.
     pub fn into_inner(self) -> UnixStream {
-        self.0
+        self.stream
     }
 }
 
@@ -47,7 +54,7 @@ impl AsyncRead for GuestStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
+        Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
@@ -57,7 +64,7 @@ impl AsyncWrite for GuestStream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
+        Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
     fn poll_write_vectored(
@@ -65,19 +72,19 @@ impl AsyncWrite for GuestStream {
         context: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(context, buffers)
+        Pin::new(&mut self.stream).poll_write_vectored(context, buffers)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
+        Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 

@@ -56,7 +56,7 @@ impl Drop for AbortOnDrop {
 }
 
 impl Process {
-    pub(super) async fn start(calls: &Arc<Calls>, exec: Exec) -> Result<Self, Error> {
+    pub(super) async fn start(calls: &Calls, exec: Exec) -> Result<Self, Error> {
         let has_input = exec.stdin || exec.terminal.is_some();
         let program = exec.program.argv.first().map(|name| name.0.clone()).unwrap_or_default();
         let mut connection = Connection::call(calls, &Call::Exec(exec)).await?;
@@ -68,12 +68,7 @@ impl Process {
     }
 
     /// A program that has been started.
-    pub(super) fn serve(
-        connection: Connection,
-        calls: &Arc<Calls>,
-        id: u32,
-        has_input: bool,
-    ) -> Self {
+    pub(super) fn serve(connection: Connection, calls: &Calls, id: u32, has_input: bool) -> Self {
         let (outgoing, frames) = mpsc::unbounded_channel();
         let (at_end, end) = oneshot::channel();
         let pipe = |channel| Arc::new(Pipe::new(channel, outgoing.clone()));
@@ -84,7 +79,7 @@ impl Process {
             stderr: Arc::clone(&stderr),
             window: Arc::clone(&window),
             beat: calls.pulse().begin(),
-            calls: Arc::clone(calls),
+            calls: calls.clone(),
         };
         let tasks = vec![AbortOnDrop(tokio::spawn(session.run(connection, frames, at_end)))];
         Self {
@@ -229,7 +224,7 @@ struct Session {
     stderr: Arc<Pipe>,
     window: Arc<Window>,
     beat: Beat,
-    calls: Arc<Calls>,
+    calls: Calls,
 }
 
 impl Session {
@@ -250,7 +245,10 @@ impl Session {
                 None
             }
             Ok(_) => None,
-            Err(_) => Some(connection),
+            Err(_) => {
+                connection.end_call();
+                Some(connection)
+            }
         };
         // Whoever started it may be gone.
         let _ = at_end.send(end);

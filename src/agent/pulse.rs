@@ -152,7 +152,7 @@ mod tests {
         let (mut line, mut agent) = pair();
         let (_process, _program) = process_of(&calls);
         let held = {
-            let calls = Arc::clone(&calls);
+            let calls = calls.clone();
             tokio::spawn(async move { calls.pulse().hold(&mut line, PATIENT, || false).await })
         };
         for _ in 0..3 {
@@ -184,7 +184,7 @@ mod tests {
         let (mut process, _program) = process_of(&calls);
         let paused = Arc::new(AtomicBool::new(true));
         let held = {
-            let (calls, paused) = (Arc::clone(&calls), Arc::clone(&paused));
+            let (calls, paused) = (calls.clone(), Arc::clone(&paused));
             let is_paused = move || paused.load(Ordering::Relaxed);
             tokio::spawn(async move { calls.pulse().hold(&mut line, FAST, is_paused).await })
         };

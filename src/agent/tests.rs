@@ -79,7 +79,7 @@ async fn what_follows_the_frames_is_left_for_whoever_wants_bytes() {
     connection.writer.message(&Call::Freeze).await.unwrap();
     let reply: Reply = connection.reader.message().await.unwrap().unwrap();
     assert_eq!(reply, Reply::Done);
-    let stream = connection.into_stream().unwrap().into_std().unwrap();
+    let stream = connection.into_stream().unwrap().0.into_std().unwrap();
     stream.set_nonblocking(false).unwrap();
     let mut five = [0; 5];
     (&stream).read_exact(&mut five).unwrap();
@@ -87,10 +87,10 @@ async fn what_follows_the_frames_is_left_for_whoever_wants_bytes() {
 }
 
 /// The calls of a VM that is gone: there are no connections but those that are kept.
-pub(super) fn calls() -> Arc<Calls> {
+pub(super) fn calls() -> Calls {
     let device = WeakDeviceHandle::gone();
     let vsock = Vsock::new(device, Arc::new(ExitLatch::default()), Console::new(0));
-    Arc::new(Calls::new(vsock))
+    Calls::new(vsock)
 }
 
 /// A program that runs, and the agent's side of it.
@@ -98,16 +98,16 @@ fn process() -> (Process, StdStream) {
     process_of(&calls())
 }
 
-pub(super) fn process_of(calls: &Arc<Calls>) -> (Process, StdStream) {
+pub(super) fn process_of(calls: &Calls) -> (Process, StdStream) {
     let (connection, agent) = pair();
     (Process::serve(connection, calls, 7, true), agent)
 }
 
-fn piece(channel: Channel, bytes: &[u8]) -> Vec<u8> {
+pub(super) fn piece(channel: Channel, bytes: &[u8]) -> Vec<u8> {
     [&Frame::header(channel, bytes.len())[..], bytes].concat()
 }
 
-fn exited(code: i32) -> Vec<u8> {
+pub(super) fn exited(code: i32) -> Vec<u8> {
     let exit = Exit { status: ExitCode::Code(code), timed_out: false };
     Frame::message(&Reply::Exited(exit))
 }

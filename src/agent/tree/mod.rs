@@ -136,11 +136,13 @@ impl Agent {
             Reply::Done => {}
             other => return Err(refused(other)),
         }
-        let socket = connection.into_stream()?.into_std();
-        let socket = socket.and_then(|socket| blocking(socket, PATIENCE));
+        let (stream, ongoing) = connection.into_stream()?;
+        let socket = stream.into_std().and_then(|socket| blocking(socket, PATIENCE));
         let socket = Arc::new(socket.map_err(AgentError::Socket)?);
         let guard = EndOnDrop(Arc::clone(&socket));
         let done = tokio::task::spawn_blocking(move || {
+            // It goes on here, even if nobody waits for it any more.
+            let _ongoing = ongoing;
             let mut wire = BlockingWire { socket, body: Vec::new() };
             let copied = work(&mut wire);
             match copied {
