@@ -182,6 +182,11 @@ impl Machine {
         self.virtio.iter().map(VirtioSlot::metrics).collect()
     }
 
+    /// How much processor time its vCPUs have used.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        self.threads.cpu_time()
+    }
+
     /// The devices that the host has something to say to.
     pub(crate) fn controls(&self) -> &Controls {
         &self.controls

@@ -18,7 +18,7 @@ use super::MachineError;
 use crate::bus::Bus;
 use crate::devices::VmGenId;
 use crate::exit::{ExitLatch, ExitStatus};
-use crate::kvm::{KickTarget, Vcpu, Vm, VmExit, block_signals};
+use crate::kvm::{KickTarget, ThreadClock, Vcpu, Vm, VmExit, block_signals};
 use crate::seccomp::{Confinement, SeccompError};
 use crate::timings::FirstRun;
 
@@ -94,6 +94,8 @@ struct Parked {
     /// Threads that can be kicked. Each enters itself before it takes its first vCPU; one that
     /// is not here yet looks at `stop` before it runs anything.
     kick: Vec<KickTarget>,
+    /// Their processor time. They live for as long as their inboxes are open.
+    clocks: Vec<ThreadClock>,
     /// vCPUs that came back.
     vcpus: Vec<Vcpu>,
 }
@@ -206,6 +208,11 @@ impl VcpuThreads {
         if result.timed_out() { Err(running) } else { Ok(parked.take_all()) }
     }
 
+    /// How much processor time the threads have used since they began; a system call each.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        self.shared.lock().clocks.iter().map(|clock| clock.read()).sum()
+    }
+
     /// Stops the guest without waiting for it, before the machine is taken down.
     pub(crate) fn halt(&self) {
         self.shared.stop_all();
@@ -219,13 +226,19 @@ impl Shared {
         if let Some(Err(error)) = confinement.map(Confinement::apply) {
             return self.refuse(inbox, &error);
         }
-        self.lock().kick.push(KickTarget::current());
+        self.enter();
         while let Some(mut vcpu) = next(inbox) {
             if let Some(machine) = self.machine.get() {
                 self.serve_one(machine, &mut vcpu);
             }
             self.take_back(vcpu);
         }
+    }
+
+    fn enter(&self) {
+        let mut parked = self.lock();
+        parked.kick.push(KickTarget::current());
+        parked.clocks.extend(ThreadClock::current());
     }
 
     /// Runs a vCPU until it is wanted back. A console writer of the embedding program may panic:

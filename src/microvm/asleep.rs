@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::agent::{Agent, CloneIdentity};
 use super::state::{Lease, Origin, Stopped};
@@ -19,6 +20,8 @@ pub(super) struct Asleep {
     lease: Option<Lease>,
     /// Who it is, where it is a clone that has not been told so.
     identity: Option<Arc<CloneIdentity>>,
+    /// What its vCPUs had used when it fell asleep, as far as this process knows.
+    cpu_time: Duration,
 }
 
 #[derive(Debug)]
@@ -31,8 +34,10 @@ impl Asleep {
     /// A machine that lies in this snapshot, in files or in memory.
     pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
         let options = as_before(stopped.machine.config());
+        let cpu_time = stopped.cpu_time();
         let Origin { lease, agent, .. } = *stopped.origin;
-        Self { place: Place::of(snapshot), options, lease, identity: agent.into_untold() }
+        let identity = agent.into_untold();
+        Self { place: Place::of(snapshot), options, lease, identity, cpu_time }
     }
 
     /// The machine that lies in a directory, whoever put it there; and its console, which is empty.
@@ -44,7 +49,8 @@ impl Asleep {
         let (sleep, options) = snapshot.sleep(options)?;
         let identity = sleep.clone.map(|names| Arc::new(CloneIdentity::new(names)));
         let console = Console::new(snapshot.console_tail_bytes());
-        Ok((Self { place: Place::of(snapshot), options, lease: None, identity }, console))
+        let (place, cpu_time) = (Place::of(snapshot), Duration::ZERO);
+        Ok((Self { place, options, lease: None, identity, cpu_time }, console))
     }
 
     pub(super) fn wake(
@@ -60,6 +66,7 @@ impl Asleep {
         stopped.origin.lock = lock;
         stopped.origin.lease = self.lease.take();
         stopped.origin.agent = Agent::woken(self.identity.clone());
+        stopped.origin.cpu_time = self.cpu_time;
         Ok(stopped)
     }
 

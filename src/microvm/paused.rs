@@ -1,5 +1,7 @@
 //! A paused VM: letting it run on, ending it.
 
+use std::time::Duration;
+
 use super::{MicroVm, Paused, Running, Terminated, TransitionError};
 use crate::exit::ExitStatus;
 use crate::phase::Phase;
@@ -27,6 +29,11 @@ impl MicroVm<Paused> {
                 Err(TransitionError { vm, error })
             }
         }
+    }
+
+    /// As [`cpu_time`](MicroVm::<Running>::cpu_time) of a VM that runs.
+    pub fn cpu_time(&self) -> Duration {
+        self.state.stopped.cpu_time()
     }
 
     /// Ends the guest where it is.

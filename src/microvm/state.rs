@@ -1,5 +1,7 @@
 //! The states of a [`MicroVm`](super::MicroVm), and what each holds.
 
+use std::time::Duration;
+
 use super::agent::Agent;
 use super::asleep::Asleep;
 use crate::config::RestoreOptions;
@@ -75,6 +77,8 @@ pub(super) struct Origin {
     pub(super) lock: Option<WakeLock>,
     pub(super) lease: Option<Lease>,
     pub(super) agent: Agent,
+    /// What vCPUs have used that it had before it slept.
+    pub(super) cpu_time: Duration,
 }
 
 /// Calls somebody when a VM is over, in whatever state it was.
@@ -128,6 +132,11 @@ impl Stopped {
         }
     }
 
+    /// What its vCPUs have used, since the VM was made.
+    pub(super) fn cpu_time(&self) -> Duration {
+        self.origin.cpu_time + self.machine.cpu_time()
+    }
+
     /// What saves it.
     pub(super) fn sleeper(&self) -> Sleeper<'_> {
         let Self { vcpus, machine, origin, .. } = self;
@@ -148,8 +157,9 @@ impl Stopped {
             Disks::Copy => Agent::of_clone(options),
             Disks::InPlace => Agent::default(),
         };
-        let origin = Origin { snapshot: Some(snapshot.clone()), lock: None, lease: None, agent };
-        Ok(Self::new(vcpus, Box::new(machine), Box::new(origin)))
+        let snapshot = Some(snapshot.clone());
+        let origin = Box::new(Origin { snapshot, agent, ..Origin::default() });
+        Ok(Self::new(vcpus, Box::new(machine), origin))
     }
 }
 

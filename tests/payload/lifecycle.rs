@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use dormouse::{AnyMicroVm, ErrorKind, ExitStatus, MicroVm, Phase, Terminated};
+use dormouse::{AnyMicroVm, ErrorKind, ExitStatus, MicroVm, Phase, Running, Terminated};
 
 use crate::guest::Program;
 use crate::{PATIENCE, config, create};
@@ -30,6 +30,51 @@ fn a_guest_that_beats_stops_while_paused_and_goes_on_after() {
     assert_eq!(vm.exit_status(), None);
     let ended = vm.terminate();
     assert_eq!(ended.exit_status(), &ExitStatus::Terminated);
+}
+
+#[test]
+fn a_guest_uses_cpu_time_while_it_spins_none_while_paused_or_asleep_and_it_never_falls() {
+    const WORK: Duration = Duration::from_millis(40);
+    // What the threads themselves take to stop and to begin again.
+    const LITTLE: Duration = Duration::from_millis(5);
+    let (vm, output) = create(&Program::Script(Vec::new()));
+    let vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    let works = |vm: &MicroVm<Running>| {
+        let end = vm.cpu_time() + WORK;
+        while vm.cpu_time() < end {
+            sleep(Duration::from_millis(5));
+        }
+    };
+    works(&vm);
+    let ran = vm.cpu_time();
+    let paused = vm.pause().unwrap();
+    let stopped = paused.cpu_time();
+    assert!(stopped >= ran);
+    sleep(WORK);
+    assert!(paused.cpu_time() - stopped < LITTLE, "{:?} after {stopped:?}", paused.cpu_time());
+    let vm = paused.resume().unwrap();
+    works(&vm);
+    let paused = vm.pause().unwrap();
+    let slept = paused.cpu_time();
+    assert!(slept >= stopped + WORK);
+    let vm = paused.suspend_in_memory().unwrap().resume().unwrap();
+    assert!(vm.cpu_time() >= slept);
+    works(&vm);
+    // A clone has done nothing yet.
+    let clone = vm.pause().unwrap().fork(1).unwrap().remove(0);
+    assert!(clone.cpu_time() < LITTLE);
+}
+
+#[test]
+fn a_guest_that_waits_uses_next_to_no_cpu_time() {
+    let (vm, output) = create(&Program::Halt);
+    let vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    sleep(Duration::from_millis(20));
+    let begin = vm.cpu_time();
+    sleep(Duration::from_millis(100));
+    assert!(vm.cpu_time() - begin < Duration::from_millis(20));
 }
 
 #[test]
