@@ -50,8 +50,7 @@ impl Agent {
         self.uncounted().done(&Call::Thaw).await
     }
 
-    /// Asks the guest to end, and waits until it has: SIGTERM to all its processes, SIGKILL to those that
-    /// are left after `grace`, file systems unmounted, power off.
+    /// Asks the guest to end, and waits until it has.
     async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         // Held until the end: nothing is answered.
@@ -63,8 +62,8 @@ impl Agent {
 
 impl MicroVm<Running> {
     /// Ends the guest as `poweroff` would: runs the hook `terminate`, then SIGTERM to all its
-    /// processes, SIGKILL to those that are left after `grace`, file systems unmounted, power off. A guest
-    /// whose agent does not answer, or that is not off 30 s after the grace, is
+    /// processes, or to the entrypoint its own [signal](crate::Entrypoint::stop_signal), SIGKILL to those that are
+    /// left after `grace`, file systems unmounted, power off. A guest whose agent does not answer, or that is not off 30 s after the grace, is
     /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was. No thread of the
     /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {

@@ -18,6 +18,8 @@ mod vsock;
 
 #[cfg(feature = "agent")]
 pub(crate) use self::agent::HookAction;
+#[cfg(feature = "image")]
+pub(crate) use self::agent::signal;
 #[cfg_attr(
     not(feature = "agent"),
     allow(unused_imports, unreachable_pub, reason = "as above")

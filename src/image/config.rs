@@ -9,16 +9,7 @@ use serde::Deserialize;
 
 use super::ImageError;
 use super::digest::Digest;
-use crate::config::Entrypoint;
-
-/// Names of signals by their numbers on x86-64, from 1.
-const SIGNALS: [&str; 31] = [
-    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
-    "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
-    "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-];
-/// SIGRTMIN as the C library has it, and SIGRTMAX.
-const REAL_TIME: (i32, i32) = (34, 64);
+use crate::config::{Entrypoint, signal};
 
 /// How an image wants to be run: what its maker wrote into it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,7 +27,7 @@ pub struct ImageConfig {
     pub working_dir: Option<String>,
     /// Ports that its programs listen at.
     pub exposed_ports: Vec<ExposedPort>,
-    /// The number of the signal that asks its program to end.
+    /// The number of the signal that asks its program to end; SIGTERM if none.
     pub stop_signal: Option<i32>,
     /// What its maker, or others, say about it.
     pub labels: BTreeMap<String, String>,
@@ -84,6 +75,9 @@ impl ImageConfig {
         }
         if let Some(user) = user {
             entrypoint = entrypoint.user(user);
+        }
+        if let Some(signal) = self.stop_signal {
+            entrypoint = entrypoint.stop_signal(signal.to_string());
         }
         Some(entrypoint)
     }
@@ -188,27 +182,6 @@ fn port(text: &str) -> Option<ExposedPort> {
     known.then(|| ExposedPort { port, protocol: protocol.to_owned() })
 }
 
-/// `SIGTERM`, `TERM`, `15`, or `SIGRTMIN+3`.
-fn signal(text: &str) -> Option<i32> {
-    let (min, max) = REAL_TIME;
-    if let Ok(number) = text.parse() {
-        return (1..=max).contains(&number).then_some(number);
-    }
-    let upper = text.to_ascii_uppercase();
-    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-    if let Some(at) = SIGNALS.iter().position(|known| *known == name) {
-        return i32::try_from(at + 1).ok();
-    }
-    let number = match (name.strip_prefix("RTMIN"), name.strip_prefix("RTMAX")) {
-        (Some(""), _) => min,
-        (_, Some("")) => max,
-        (Some(rest), _) => min.checked_add(rest.strip_prefix('+')?.parse().ok()?)?,
-        (_, Some(rest)) => max.checked_sub(rest.strip_prefix('-')?.parse().ok()?)?,
-        _ => return None,
-    };
-    (min..=max).contains(&number).then_some(number)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,7 +205,8 @@ mod tests {
             .env("A", "b=c")
             .env("EMPTY", "")
             .current_dir("/srv")
-            .user("web:log");
+            .user("web:log")
+            .stop_signal("3");
         assert_eq!(entrypoint, expected);
         assert_eq!(config.entrypoint_with(&["once"]).unwrap().argv, ["/bin/app", "-v", "once"]);
         assert_eq!(config.stop_signal, Some(3));
@@ -253,26 +227,6 @@ mod tests {
         }
         let root = parse(r#"{"Cmd": ["sh"]}"#).unwrap().entrypoint().unwrap();
         assert_eq!(root, Entrypoint::new(["sh"]).env("HOME", "/root"));
-    }
-
-    #[test]
-    fn signals_have_names_and_numbers() {
-        let cases = [
-            ("SIGTERM", 15),
-            ("term", 15),
-            ("9", 9),
-            ("SIGRTMIN+3", 37),
-            ("RTMAX-1", 63),
-            ("64", 64),
-            ("SIGSYS", 31),
-            ("RTMIN", 34),
-        ];
-        for (text, number) in cases {
-            assert_eq!(signal(text), Some(number), "{text}");
-        }
-        for bad in ["", "0", "65", "SIG", "SIGFOO", "RTMIN+99", "RTMAX+1", "RTMIN+", "-1"] {
-            assert_eq!(signal(bad), None, "{bad}");
-        }
     }
 
     #[test]

@@ -19,6 +19,8 @@ wire! {
         services: Vec<Service>,
         /// What the guest is there for, started when everything else is ready.
         entrypoint: Option<Program>,
+        /// What asks the entrypoint to end when the guest shall; SIGTERM, as for all others, if not given.
+        stop_signal: Option<i32>,
         /// Whether the guest ends, by switching itself off, when the entrypoint does.
         end_with_entrypoint: bool,
     }
@@ -128,8 +130,9 @@ wire! {
         /// They go on by `Thaw`, or when the agent has said `Done` to a [`Welcome`].
         10 => Freeze,
         11 => Thaw,
-        /// Ends the guest: SIGTERM to all processes, SIGKILL to those that are left after so many milliseconds,
-        /// unmounts, and switches off. Nothing is answered but the end of the connection.
+        /// Ends the guest: SIGTERM to all processes ([`Setup::stop_signal`] to the entrypoint, and none to what that
+        /// has started, if it is given), SIGKILL to those that are left after so many milliseconds, unmounts, and
+        /// switches off. Nothing is answered but the end of the connection.
         12 => Shutdown(u32),
         /// How much memory the agent takes: [`Reply::Usage`].
         13 => Usage,

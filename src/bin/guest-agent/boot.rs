@@ -1,23 +1,14 @@
 //! The guest's boot, from the kernel's first process on: one step after the other, each of which may
 //! fail without the others.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread;
-use std::time::Duration;
 
-use crate::children::Child;
 use crate::console::{Faults, say};
-use crate::protocol::{
-    AGENT_PORT, Failure, FailureKind, MODULES_PATH, Program, SETUP_PATH, Setup, Wire,
-};
-use crate::sys::{self, VsockListener, WaitStatus};
-use crate::{THREAD_STACK_BYTES, cgroup, identity, mounts, network, ports, program, shutdown};
-
-/// How long other processes have to end when the entrypoint has.
-const GRACE: Duration = Duration::from_secs(5);
+use crate::protocol::{AGENT_PORT, Failure, FailureKind, MODULES_PATH, SETUP_PATH, Setup, Wire};
+use crate::sys::{self, VsockListener};
+use crate::{cgroup, entrypoint, identity, mounts, network, ports};
 
 /// A guest that is up, as far as it could be.
 pub(crate) struct Booted {
@@ -58,8 +49,8 @@ pub(crate) fn boot() -> Booted {
     faults.note(network::configure(&setup.interfaces, &[]));
     faults.note(write_nameservers(&setup.nameservers));
     faults.note(ports::serve(setup.services.clone()));
-    if let Some(entrypoint) = setup.entrypoint.as_ref().filter(|_| is_rooted) {
-        faults.note(start_entrypoint(entrypoint, setup.end_with_entrypoint));
+    if let Some(program) = setup.entrypoint.as_ref().filter(|_| is_rooted) {
+        faults.note(entrypoint::start(program, &setup));
     }
     Booted { setup, fault: faults.first, listener }
 }
@@ -73,6 +64,7 @@ fn empty_setup() -> Setup {
         nameservers: Vec::new(),
         services: Vec::new(),
         entrypoint: None,
+        stop_signal: None,
         end_with_entrypoint: false,
     }
 }
@@ -111,43 +103,4 @@ fn write_nameservers(addresses: &[String]) -> Result<(), Failure> {
     let _ = fs::create_dir("/etc");
     let lines: String = addresses.iter().map(|ip| format!("nameserver {ip}\n")).collect();
     mounts::replace_file(path, &lines).map_err(|e| Failure::of_path("write", path, &e))
-}
-
-/// Starts what the guest is there for, with the console as its output.
-fn start_entrypoint(entrypoint: &Program, end_with_it: bool) -> Result<(), Failure> {
-    let opened = (|| {
-        let console = OpenOptions::new().write(true).open("/dev/console");
-        let console = console.or_else(|_| OpenOptions::new().write(true).open("/dev/null"))?;
-        Ok([File::open("/dev/null")?.into(), console.try_clone()?.into(), console.into()])
-    })();
-    let streams = opened.map_err(|e: io::Error| Failure::of("open the console", &e))?;
-    let account = program::account(entrypoint)?;
-    let (entrypoint, (report, started)) = (entrypoint.clone(), mpsc::channel());
-    let waiter = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
-    // Who starts a child waits for it.
-    let waiting =
-        waiter.spawn(move || match program::start(&entrypoint, account, streams, false) {
-            Ok(child) => {
-                let _ = report.send(Ok(()));
-                wait_for_entrypoint(child, end_with_it);
-            }
-            Err(failure) => {
-                let _ = report.send(Err(failure));
-            }
-        });
-    waiting.map_err(|error| Failure::of("wait for the entrypoint", &error))?;
-    started.recv().unwrap_or(Ok(()))
-}
-
-fn wait_for_entrypoint(mut child: Child, end_with_it: bool) {
-    match child.wait() {
-        Ok(WaitStatus(0)) | Err(_) => {}
-        Ok(status) => match status.signal() {
-            Some(signal) => say(&format!("the entrypoint was ended by signal {signal}")),
-            None => say(&format!("the entrypoint ended with status {}", status.code())),
-        },
-    }
-    if end_with_it {
-        let _ = shutdown::shut_down(GRACE);
-    }
 }

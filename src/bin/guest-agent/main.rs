@@ -19,6 +19,7 @@ mod connection;
 mod console;
 mod control;
 mod drain;
+mod entrypoint;
 mod exec;
 mod failure;
 mod files;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::console::say;
 use crate::protocol::{Failure, FailureKind};
-use crate::{cgroup, children, sys};
+use crate::{cgroup, children, entrypoint, sys};
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
@@ -30,7 +30,7 @@ pub(crate) fn shut_down(grace: Duration) -> Result<(), Failure> {
     let _once = ONCE.lock();
     // Also those that were frozen for a snapshot or stopped by a terminal.
     let _ = cgroup::thaw();
-    let _ = sys::kill_all(SIGTERM);
+    ask_to_end();
     let _ = sys::kill_all(SIGCONT);
     if !children::wait_for_all(grace) {
         let _ = sys::kill_all(SIGKILL);
@@ -48,6 +48,20 @@ pub(crate) fn shut_down(grace: Duration) -> Result<(), Failure> {
         }
     }
     result
+}
+
+/// SIGTERM, to all but an entrypoint that has another signal, and what that has started.
+fn ask_to_end() {
+    match entrypoint::ask_to_end() {
+        Some(pid) => {
+            for other in entrypoint::others(pid) {
+                let _ = sys::kill_process(other, SIGTERM);
+            }
+        }
+        None => {
+            let _ = sys::kill_all(SIGTERM);
+        }
+    }
 }
 
 /// Unmounts what can be, the last first; of the rest, as the root, nothing is written any more.

@@ -10,6 +10,7 @@ use super::error::{
     MAX_MODULE_NAME_BYTES, MAX_MODULES, MAX_PATH_BYTES, MAX_SERVICE_NAME_BYTES,
     MAX_SOCKET_PATH_BYTES, MIN_DEADLINE,
 };
+use super::signal::signal;
 use super::{
     AgentConfig, Entrypoint, Hook, HookAction, HookName, HostService, InterfaceConfig,
     MachineConfig, Overlay, ServicePort,
@@ -197,8 +198,11 @@ impl Entrypoint {
                 path: path.clone(),
             });
         }
-        match self.user.as_ref().filter(|user| !is_user(user)) {
-            Some(user) => Err(AgentConfigError::User { user: user.clone() }),
+        if let Some(user) = self.user.as_ref().filter(|user| !is_user(user)) {
+            return Err(AgentConfigError::User { user: user.clone() });
+        }
+        match self.stop_signal.as_ref().filter(|text| signal(text).is_none()) {
+            Some(text) => Err(AgentConfigError::StopSignal { text: text.clone() }),
             None => Ok(()),
         }
     }

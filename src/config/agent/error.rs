@@ -84,6 +84,10 @@ pub(crate) enum AgentConfigError {
         "the user {user:?} of the entrypoint: it takes `user`, `uid`, `user:group` or `uid:gid`"
     )]
     User { user: String },
+    #[error(
+        "the signal {text:?} that stops the entrypoint: it takes one like SIGQUIT, QUIT, 3 or SIGRTMIN+3"
+    )]
+    StopSignal { text: String },
     #[error("the guest is to end with its entrypoint, and has none")]
     NoEntrypoint,
     #[error(

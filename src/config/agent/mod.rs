@@ -5,6 +5,7 @@ mod disks;
 mod error;
 mod hooks;
 mod setup;
+mod signal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -17,6 +18,8 @@ pub use self::disks::{MountConfig, RootDisk};
 pub(crate) use self::error::AgentConfigError;
 pub(crate) use self::hooks::HookAction;
 pub use self::hooks::{Hook, HookName};
+#[cfg(feature = "image")]
+pub(crate) use self::signal::signal;
 use super::{MachineConfig, VsockConfig};
 use crate::protocol;
 
@@ -220,13 +223,15 @@ pub struct Entrypoint {
     pub(crate) cwd: Option<String>,
     #[serde(default)]
     pub(crate) user: Option<String>,
+    #[serde(default)]
+    pub(crate) stop_signal: Option<String>,
 }
 
 impl Entrypoint {
     /// A program and its arguments. Without a `/`, it is looked for in PATH.
     pub fn new<S: Into<String>>(argv: impl IntoIterator<Item = S>) -> Self {
         let argv = argv.into_iter().map(Into::into).collect();
-        Self { argv, env: BTreeMap::new(), cwd: None, user: None }
+        Self { argv, env: BTreeMap::new(), cwd: None, user: None, stop_signal: None }
     }
 
     /// A variable of its environment. All that it has are these, and
@@ -248,6 +253,15 @@ impl Entrypoint {
     #[must_use]
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.user = Some(user.into());
+        self
+    }
+
+    /// The signal that asks it to end when the guest is [shut down](crate::MicroVm::shutdown): `SIGQUIT`, `QUIT`,
+    /// `3`, `SIGRTMIN+3`. It alone gets it, and what it has started gets none: that is for it to end. Unless set, SIGTERM, as all
+    /// other processes get.
+    #[must_use]
+    pub fn stop_signal(mut self, signal: impl Into<String>) -> Self {
+        self.stop_signal = Some(signal.into());
         self
     }
 }

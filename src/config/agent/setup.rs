@@ -1,5 +1,6 @@
 //! The part of the configuration that the agent itself reads.
 
+use super::signal::signal;
 use super::{AgentConfig, Entrypoint, InterfaceConfig, MountConfig, Overlay, RootDisk};
 use crate::protocol::{self, Bytes, Interface, Mount, Program, Root, Service, Setup};
 
@@ -20,6 +21,7 @@ impl AgentConfig {
                 .map(|(name, service)| Service { name: name.clone(), port: service.port })
                 .collect(),
             entrypoint: self.entrypoint.as_ref().map(Entrypoint::to_wire),
+            stop_signal: self.entrypoint.as_ref().and_then(Entrypoint::stop_signal_number),
             end_with_entrypoint: self.end_with_entrypoint,
         }
     }
@@ -53,6 +55,10 @@ impl InterfaceConfig {
 }
 
 impl Entrypoint {
+    fn stop_signal_number(&self) -> Option<i32> {
+        self.stop_signal.as_deref().and_then(signal)
+    }
+
     fn to_wire(&self) -> Program {
         let bytes = |text: &String| Bytes::from(text.as_str());
         let mut env: Vec<_> =

@@ -38,7 +38,11 @@ fn whole() -> AgentConfig {
         .hook(HookName::Ready, Hook::http(9000))
         .hook(HookName::Suspend, Hook::command(["sync"]).deadline(Duration::from_secs(1)))
         .entrypoint(
-            Entrypoint::new(["app", "-x"]).env("A", "b").current_dir("/srv").user("app:app"),
+            Entrypoint::new(["app", "-x"])
+                .env("A", "b")
+                .current_dir("/srv")
+                .user("app:app")
+                .stop_signal("SIGRTMIN+3"),
         )
         .end_with_entrypoint(true)
         .module("nf-tables")
@@ -66,6 +70,7 @@ fn the_agent_is_told_what_is_configured() {
     assert_eq!(program.env[1].0, Bytes::from("PATH"));
     assert_eq!(program.cwd, Some(Bytes::from("/srv")));
     assert_eq!(program.user.as_deref(), Some("app:app"));
+    assert_eq!(setup.stop_signal, Some(37));
     assert!(setup.end_with_entrypoint);
 
     let own = AgentConfig::new().entrypoint(Entrypoint::new(["x"]).env("PATH", "/own"));
@@ -235,6 +240,10 @@ fn an_entrypoint_that_could_not_be_started_is_refused() {
         assert!(refusal(entry(new().user(bad))).contains("uid:gid"), "{bad:?}");
     }
     taken(entry(new().user("1000:1000")));
+    for bad in ["", "SIG", "SIGNOPE", "0", "65"] {
+        assert!(refusal(entry(new().stop_signal(bad))).contains("SIGQUIT, QUIT, 3"), "{bad:?}");
+    }
+    assert_eq!(entry(new()).setup().stop_signal, None);
     let large = (0..9).fold(new(), |entry, at| entry.env(format!("V{at}"), "x".repeat(120 << 10)));
     assert!(refusal(entry(large)).contains("up to 1048576"));
     assert!(refusal(AgentConfig::new().end_with_entrypoint(true)).contains("and has none"));

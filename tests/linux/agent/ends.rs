@@ -2,6 +2,8 @@ use std::time::Duration;
 
 use dormouse::{AgentConfig, BlockConfig, Entrypoint, ErrorKind, ExitStatus, MicroVm, RootDisk};
 
+use tokio::io::AsyncReadExt;
+
 use super::{Guest, block_on, busybox, config};
 use crate::devices::Image;
 use crate::{Release, Transcript};
@@ -68,6 +70,38 @@ fn a_shutdown_lets_programs_end_and_a_dead_guest_says_that_it_is_dead() {
         let _ = waiting.await.unwrap();
         let error = agent.exec("true", [""; 0]).await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::GuestEnded(ExitStatus::PoweredOff), "{error}");
+    });
+}
+
+#[test]
+fn an_entrypoint_is_stopped_by_its_own_signal_and_ends_what_it_has_started_itself() {
+    block_on(async {
+        // Its worker ends well only if nobody but the entrypoint tells it to.
+        let script = "exec >/dev/console; trap 'echo worker ends; exit' USR2; trap 'echo worker was cut off; exit' TERM; \
+             while true; do sleep 0.1; done";
+        let worker = format!("sh -c \"{script}\" & worker=$!");
+        let entrypoint = format!(
+            "{worker}; trap 'echo quits >/dev/console; kill -USR2 $worker; wait $worker; exit' QUIT; \
+             trap 'echo the wrong signal >/dev/console; exit' TERM; echo started; while true; do sleep 0.1; done"
+        );
+        let entrypoint = Entrypoint::new(["sh", "-c", &entrypoint]).stop_signal("SIGQUIT");
+        let guest = Guest::boot(config(AgentConfig::new().entrypoint(entrypoint))).await;
+        let Guest { vm, agent, transcript } = guest;
+        transcript.wait_for("started\n");
+        // All others are asked by SIGTERM as ever.
+        let other =
+            "trap 'echo other ends >/dev/console; exit' TERM; echo; while true; do sleep 0.1; done";
+        let mut other = agent.command("sh").args(["-c", other]).spawn().await.unwrap();
+        let mut line = [0];
+        other.stdout.as_mut().unwrap().read_exact(&mut line).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let vm = vm.shutdown(Duration::from_secs(30)).await;
+        assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{}", transcript.text());
+        let text = transcript.text();
+        for said in ["quits", "worker ends", "other ends"] {
+            assert!(text.contains(said), "{said} in {text}");
+        }
+        assert!(!text.contains("wrong") && !text.contains("cut off"), "{text}");
     });
 }
 

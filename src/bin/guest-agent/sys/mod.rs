@@ -19,7 +19,7 @@ pub(crate) use self::files::{
 };
 pub(crate) use self::process::{
     CgroupFds, LaunchFault, LaunchStep, Program, WaitStatus, has_children, hold_child_signals,
-    kill, launch, reap_orphan, wait, wait_for_child_signal,
+    kill, kill_process, launch, reap_orphan, wait, wait_for_child_signal,
 };
 pub(crate) use self::socket::{CID_HOST, NetlinkSocket, VsockListener, connect_vsock};
 pub(crate) use self::system::{

@@ -362,3 +362,14 @@ pub(crate) fn kill(group: i32, signal: i32) -> io::Result<()> {
     checked(unsafe { c_kill(-group, signal) })?;
     Ok(())
 }
+
+/// A signal to one process.
+pub(crate) fn kill_process(pid: i32, signal: i32) -> io::Result<()> {
+    // The others are groups, and the agent itself.
+    if pid <= 1 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: it takes integers.
+    checked(unsafe { c_kill(pid, signal) })?;
+    Ok(())
+}
