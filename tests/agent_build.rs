@@ -121,6 +121,15 @@ fn an_error_in_the_code_is_said_and_not_hidden_by_another_target() {
 }
 
 #[test]
+fn for_documentation_nothing_is_compiled() {
+    let scratch = Scratch::new("docs");
+    let nobody = Path::new("/nonexistent/rustc");
+    let output = scratch.run(nobody, &[("DOCS_RS", OsStr::new("1"))]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(scratch.agent().as_deref(), Some(""));
+}
+
+#[test]
 fn an_agent_that_is_given_is_taken_and_nothing_compiled() {
     let scratch = Scratch::new("given");
     let given = scratch.0.join("given");

@@ -130,3 +130,6 @@ async fn post(
         _ = connection => answered.await,
     }
 }
+
+#[cfg(test)]
+mod tests;

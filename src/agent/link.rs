@@ -40,7 +40,7 @@ const MAX_CONNECTIONS: usize = 512;
 
 /// What is known of the agent.
 #[derive(Clone, Debug)]
-enum Knowledge {
+pub(super) enum Knowledge {
     /// It has not called, or is about to call again.
     Nothing,
     Ready,
@@ -319,15 +319,4 @@ impl Host {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    impl Link {
-        /// One to an agent that is only heard on connections that are kept.
-        pub(in crate::agent) fn of_calls(calls: Calls, config: AgentConfig) -> Self {
-            let (_, knowledge) = watch::channel(Knowledge::Nothing);
-            let keeper = tokio::spawn(std::future::pending::<()>());
-            Self { calls, config, renewal: None, knowledge, keeper, woken: None }
-        }
-    }
-}
+mod tests;

@@ -3,19 +3,24 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream as StdStream;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 
+use super::Agent;
 use super::calls::Calls;
 use super::connection::{Connection, Patience, ReadError};
+use super::link::{Knowledge, Link};
 use super::process::Process;
+use crate::config::AgentConfig;
 use crate::console::Console;
 use crate::error::ErrorKind;
 use crate::exit::{ExitLatch, ProcessStatus};
 use crate::protocol::{
-    Call, Channel, Control, Exit, ExitCode, Frame, HEADER_BYTES, LAST_BYTES, MAX_DATA_BYTES, Reply,
-    WINDOW_BYTES, Wire,
+    Bytes, Call, Channel, Control, Entry, Exit, ExitCode, FileKind, Frame, HEADER_BYTES,
+    LAST_BYTES, MAX_DATA_BYTES, Reply, Stat, WINDOW_BYTES, Wire,
 };
 use crate::virtio::WeakDeviceHandle;
 use crate::vsock::Vsock;
@@ -84,6 +89,17 @@ async fn what_follows_the_frames_is_left_for_whoever_wants_bytes() {
     let mut five = [0; 5];
     (&stream).read_exact(&mut five).unwrap();
     assert_eq!(&five, b"bytes");
+}
+
+/// An agent's handle, whose calls go to the guests of these sockets one after the other.
+pub(super) fn agent_of(config: AgentConfig, count: usize) -> (Agent, Vec<StdStream>) {
+    let calls = calls();
+    let (kept, mut guests): (Vec<_>, Vec<_>) = (0..count).map(|_| pair()).unzip();
+    kept.into_iter().for_each(|connection| calls.keep(connection));
+    // The last to be kept is taken first.
+    guests.reverse();
+    let (_, knowledge) = watch::channel(Knowledge::Nothing);
+    (Agent::new(Arc::new(Link::of_calls(calls, config, knowledge))), guests)
 }
 
 /// The calls of a VM that is gone: there are no connections but those that are kept.
@@ -305,4 +321,62 @@ async fn an_agent_that_goes_silent_in_the_middle_is_not_waited_for_for_ever() {
         }
     };
     assert_eq!(error.kind(), &ErrorKind::Timeout);
+}
+
+/// A guest that answers the next call, and then says this again and again, until nobody listens.
+fn endless(mut guest: StdStream, answer: Option<Vec<u8>>, again: Vec<u8>) -> JoinHandle<u64> {
+    std::thread::spawn(move || {
+        heard(&mut guest);
+        guest.write_all(&answer.unwrap_or_default()).unwrap();
+        let mut said = 0;
+        while guest.write_all(&again).is_ok() {
+            said += again.len() as u64;
+        }
+        said
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn endless_directories_files_and_output_are_cut_off() {
+    // More than the limit of each, and what sockets hold.
+    const MOST: u64 = 80 << 20;
+    let stat = Stat { kind: FileKind::File, mode: 0, uid: 0, gid: 0, size: 1, modified_ns: 0 };
+    let (agent, mut guests) = agent_of(AgentConfig::new(), 3);
+    let entry = Entry { name: Bytes(vec![b'x'; 255]), stat: stat.clone() };
+    let guest = endless(guests.remove(0), None, Frame::message(&Reply::Entry(entry)));
+    let error = agent.read_dir("/").await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Resources, "{error}");
+    assert!(guest.join().unwrap() < MOST);
+
+    let data = piece(Channel::Data, &[7; MAX_DATA_BYTES]);
+    let guest = endless(guests.remove(0), Some(Frame::message(&Reply::Stat(stat))), data);
+    let error = agent.read("/f").await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Resources, "{error}");
+    assert!(guest.join().unwrap() < MOST);
+
+    // A guest that heeds no window.
+    let output = piece(Channel::Stdout, &[7; MAX_DATA_BYTES]);
+    let started = Frame::message(&Reply::Started(7));
+    let guest = endless(guests.remove(0), Some(started), output);
+    let command = agent.command("yes").output_limit(1 << 20);
+    let error = command.output().await.unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Resources | ErrorKind::Agent), "{error}");
+    assert!(guest.join().unwrap() < MOST);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_to_another_question_or_none_at_all_is_an_error_that_says_so() {
+    let (agent, guests) = agent_of(AgentConfig::new(), 3);
+    let answers =
+        [Frame::message(&Reply::Started(7)), Frame::header(Channel::Call, 0).to_vec(), vec![1; 64]];
+    for (mut guest, answer) in guests.into_iter().zip(answers) {
+        let answering = std::thread::spawn(move || {
+            heard(&mut guest);
+            guest.write_all(&answer).unwrap();
+            guest
+        });
+        let error = agent.metadata("/f").await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::Agent, "{error}");
+        drop(answering.join().unwrap());
+    }
 }

@@ -1,14 +1,12 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream as StdStream;
-use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
-use crate::agent::link::Link;
-use crate::agent::tests::{calls, exited, heard, pair, piece};
+use crate::agent::tests::{agent_of, exited, heard, pair, piece};
 use crate::agent::{Calls, WriteOptions};
 use crate::config::{AgentConfig, Hook, HookName};
 use crate::protocol::{Channel, FileKind, Frame, Node, Reply, Stat, Wire};
@@ -58,13 +56,10 @@ struct Counted {
 fn counted() -> Counted {
     let hook = Hook::command(["/hook"]);
     let config = AgentConfig::new().hook(HookName::Suspend, hook);
-    let calls = calls();
-    let (connection, guest) = pair();
-    calls.keep(connection);
-    let link = Link::of_calls(calls.clone(), config);
-    let activity = Activity::new();
-    let agent = Agent::new(Arc::new(link)).with_activity(activity.clone());
-    Counted { agent, activity, calls, guest }
+    let (agent, mut guests) = agent_of(config, 1);
+    let (activity, calls) = (Activity::new(), agent.calls().clone());
+    let agent = agent.with_activity(activity.clone());
+    Counted { agent, activity, calls, guest: guests.remove(0) }
 }
 
 impl Counted {

@@ -100,3 +100,29 @@ impl Control {
         connection.answer(applied.and(thawed))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::protocol::{Frame, Identity};
+
+    #[test]
+    fn a_host_of_another_version_is_told_apart_before_anything_is_done_that_it_says() {
+        let (ours, mut host) = UnixStream::pair().unwrap();
+        let identity = Identity { wall_clock_ns: 0, seed: [0; 32], renewal: None };
+        let mut welcome = Frame::message(&Welcome { version: VERSION, identity });
+        // Behind the header of the frame and `dormouse`.
+        welcome[13..17].copy_from_slice(&(VERSION + 1).to_le_bytes());
+        host.write_all(&welcome).unwrap();
+        let mut control = Control::new(None, Vec::new());
+        let error = control.welcome(&mut Connection::new(ours)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        let said = Connection::new(host).receive_message::<Opening>().unwrap();
+        let Opening::Hello(hello) = said else { panic!("{said:?}") };
+        assert_eq!((hello.version, hello.times), (VERSION, 0));
+        assert_eq!(control.times, 0);
+    }
+}
