@@ -282,8 +282,8 @@ async fn a_program_that_is_dropped_or_cut_off_leaves_no_connection() {
     let calls = calls();
     let (process, mut agent) = process_of(&calls);
     drop(process);
-    // It is closed, which kills the program.
-    assert_eq!(agent.read(&mut [0; 100]).unwrap(), 0);
+    // It is closed, which kills the program; the end of the input may still come before.
+    agent.read_to_end(&mut Vec::new()).unwrap();
     let (mut process, mut agent) = process_of(&calls);
     agent.write_all(&Frame::message(&Reply::Done)).unwrap();
     process.wait().await.unwrap_err();

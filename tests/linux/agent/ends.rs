@@ -62,6 +62,10 @@ fn a_shutdown_lets_programs_end_and_a_dead_guest_says_that_it_is_dead() {
         transcript.wait_for("started\n");
         let waiting = agent.clone();
         let waiting = tokio::spawn(async move { waiting.exec("sleep", ["1000"]).await });
+        // One that does not want to end is killed, when it has had its time.
+        let stubborn = "trap '' TERM; echo; while true; do sleep 0.1; done";
+        let mut stubborn = agent.command("sh").args(["-c", stubborn]).spawn().await.unwrap();
+        stubborn.stdout.as_mut().unwrap().read_exact(&mut [0]).await.unwrap();
         tokio::time::sleep(Duration::from_millis(500)).await;
         let vm = vm.shutdown(Duration::from_secs(20)).await;
         assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{}", transcript.text());

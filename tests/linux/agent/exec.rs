@@ -3,7 +3,7 @@ use std::time::Duration;
 use dormouse::{AgentConfig, ErrorKind, ExecFailure, ProcessStatus};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Guest, block_on, busybox, config, config_of, sh};
+use super::{Guest, block_on, busybox, config, config_of};
 use crate::Release;
 
 #[test]
@@ -179,10 +179,29 @@ fn a_terminal_is_one_and_has_the_size_that_it_is_told() {
 fn a_guest_without_memory_keeps_its_agent() {
     block_on(async {
         let guest = Guest::boot(config(AgentConfig::new())).await;
-        // tmpfs takes half of the memory at most; a program takes all of it.
-        let hog = "dd if=/dev/zero of=/dev/null bs=1000M count=1";
-        let status = guest.agent.command("sh").args(["-c", hog]).status().await.unwrap();
-        assert!(!status.success(), "{status}");
-        assert_eq!(sh(&guest.agent, "echo alive").await.unwrap(), "alive\n");
+        // Little by little, so that nothing but the kernel can refuse it.
+        let hog = "BEGIN { while (1) kept[n++] = n \" and some more of what is kept\" }";
+        let command = guest.agent.command("busybox").args(["awk", hog]);
+        let status = command.status().await.unwrap();
+        assert_eq!(status, ProcessStatus::Signal(9));
+        let killed = guest.sh("busybox dmesg | busybox grep 'Killed process'").await;
+        assert!(killed.contains("busybox") && !killed.contains("init"), "{killed}");
+        // The agent is not killed, but what it starts is no better than others.
+        assert_eq!(
+            guest.sh("cat /proc/1/oom_score_adj /proc/self/oom_score_adj").await,
+            "-1000\n0\n"
+        );
+    });
+}
+
+#[test]
+fn orphans_leave_no_zombies() {
+    block_on(async {
+        let guest = Guest::boot(config(AgentConfig::new())).await;
+        let script = "for at in 1 2 3 4 5 6 7 8; do (setsid sleep 0.1 &); done; sleep 0.5";
+        guest.sh(script).await;
+        let gone = "while busybox grep -q '^State:.Z' /proc/[0-9]*/status 2>/dev/null || busybox pgrep sleep; \
+            do busybox usleep 100000; done; echo gone";
+        assert!(guest.sh(gone).await.ends_with("gone\n"));
     });
 }

@@ -5,7 +5,8 @@ use std::thread;
 use dormouse::{AgentConfig, ErrorKind, HostService};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Guest, block_on, config};
+use super::{Guest, block_on, busybox, config, config_of, sh};
+use crate::{Release, guest_tool};
 
 #[test]
 fn ports_of_the_guest_are_reached_many_at_once_and_closed_by_halves() {
@@ -68,5 +69,29 @@ fn a_guest_reaches_the_services_of_the_host_that_it_may_and_no_others() {
         }
         answering.join().unwrap();
         guest.sh("! echo hello | nc 127.0.0.1 8").await;
+    });
+}
+
+#[test]
+fn what_a_program_of_the_guest_says_at_the_agents_port_disturbs_nobody() {
+    block_on(async {
+        let archive = busybox().host_file("bin/guest-tool", guest_tool());
+        let config = config_of(Release::Linux6_12, archive, AgentConfig::new());
+        let guest = Guest::boot(config.clone()).await;
+        let other = Guest::boot(config).await;
+        // Nothing at all, random bytes, a length of 4 GiB, a hello that is none, and a call of the wrong way.
+        let hello = r"\022\000\000\000\000\000dormouse\377\377\377\377\000";
+        let script = format!(
+            "say() {{ guest-tool vsock-cat 1000 >/dev/null 2>&1; }}; \
+             for at in 1 2 3 4 5; do \
+             (sleep 1000 | say) & (head -c 100000 /dev/urandom | say) & (cat /dev/zero | say) & \
+             (printf '\\377\\377\\377\\377\\000' | say) & (printf '{hello}' | say) & \
+             (printf '\\001\\000\\000\\000\\004\\012' | say) & done; sleep 2; echo said"
+        );
+        assert_eq!(guest.sh(&script).await, "said\n");
+        for guest in [&guest, &other] {
+            let agent = guest.vm.agent().await.unwrap();
+            assert_eq!(sh(&agent, "echo alive").await.unwrap(), "alive\n");
+        }
     });
 }
