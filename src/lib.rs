@@ -171,6 +171,8 @@ pub use timings::{Timing, Timings};
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {
+    #[cfg(feature = "agent")]
+    pub use crate::agent::fuzzing::*;
     #[cfg(feature = "image")]
     pub use crate::image::fuzzing::*;
     pub use crate::protocol::fuzzing::*;

@@ -4,4 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| dormouse::fuzzing::agent_frame(bytes));
+fuzz_target!(|bytes: &[u8]| {
+    dormouse::fuzzing::agent_frame(bytes);
+    dormouse::fuzzing::agent_reader(bytes);
+});

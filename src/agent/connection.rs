@@ -195,16 +195,16 @@ impl From<Malformed> for ReadError {
 pub(super) type Piece = (Channel, Vec<u8>);
 
 /// What comes from the agent. Whoever stops waiting for a frame finds it whole at the next try.
-pub(super) struct FrameReader {
-    stream: OwnedReadHalf,
+pub(super) struct FrameReader<R = OwnedReadHalf> {
+    stream: R,
     header: [u8; HEADER_BYTES],
     header_bytes: usize,
     body: Vec<u8>,
     body_bytes: usize,
 }
 
-impl FrameReader {
-    fn new(stream: OwnedReadHalf) -> Self {
+impl<R: AsyncRead + Unpin> FrameReader<R> {
+    pub(super) fn new(stream: R) -> Self {
         Self { stream, header: [0; HEADER_BYTES], header_bytes: 0, body: Vec::new(), body_bytes: 0 }
     }
 

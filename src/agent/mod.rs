@@ -12,6 +12,8 @@ mod command;
 mod connection;
 mod error;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod hooks;
 mod lifecycle;
 mod link;
