@@ -215,19 +215,12 @@ impl<'ram> GuestBytes<'ram> {
 
     /// One system call that does not wait; returns how many bytes it moved.
     fn transfer(&self, file: &File, at: u64, direction: Direction) -> io::Result<u64> {
-        let guards: SmallVec<[_; 4]> =
-            self.pieces.iter().take(MAX_IOVECS).map(|piece| piece.ptr_guard_mut()).collect();
-        let iovecs: SmallVec<[libc::iovec; 4]> = guards
-            .iter()
-            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-            .collect();
         let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let count = iovecs.len() as libc::c_int;
-        loop {
-            let fd = file.as_raw_fd();
-            // SAFETY: each iovec is a piece of guest RAM that `guards` keeps mapped; the guest may
-            // change it meanwhile, which the kernel is used to of any program's buffers.
-            let moved = unsafe {
+        let call = |iovecs: &[libc::iovec]| {
+            let (fd, count) = (file.as_raw_fd(), iovecs.len() as libc::c_int);
+            // SAFETY: each iovec is a piece of guest RAM that a guard below keeps mapped; the
+            // guest may change it meanwhile, which the kernel is used to of any program's buffers.
+            unsafe {
                 match direction {
                     Direction::FromFile => {
                         libc::preadv2(fd, iovecs.as_ptr(), count, at, libc::RWF_NOWAIT)
@@ -235,6 +228,25 @@ impl<'ram> GuestBytes<'ram> {
                     Direction::ToFile => {
                         libc::pwritev2(fd, iovecs.as_ptr(), count, at, libc::RWF_NOWAIT)
                     }
+                }
+            }
+        };
+        loop {
+            let moved = match &self.pieces[..] {
+                // Most requests have one buffer, for which no list is made.
+                [piece] => {
+                    let guard = piece.ptr_guard_mut();
+                    call(&[libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }])
+                }
+                pieces => {
+                    let pieces = pieces.iter().take(MAX_IOVECS);
+                    let guards: SmallVec<[_; 4]> =
+                        pieces.map(|piece| piece.ptr_guard_mut()).collect();
+                    let iovecs = guards.iter().map(|guard| libc::iovec {
+                        iov_base: guard.as_ptr().cast(),
+                        iov_len: guard.len(),
+                    });
+                    call(&iovecs.collect::<SmallVec<[_; 4]>>())
                 }
             };
             let Err(_) = u64::try_from(moved) else { return Ok(moved as u64) };
