@@ -17,12 +17,14 @@ use super::Interrupt;
 use super::state::QueueState;
 use crate::memory::{GuestBytes, GuestRam};
 
-/// Requests that one doorbell gets served before other devices get their turn.
+/// What one doorbell gets served before other devices get their turn: so many requests, and about
+/// so many bytes, which take a millisecond or some.
 const MAX_REQUESTS: usize = 256;
+const MAX_BYTES: u64 = 8 << 20;
 
 /// A ring begins with its flags and its index (§2.7.6, §2.7.8).
 const RING_HEADER_BYTES: u64 = 4;
-const USED_ELEMENT_BYTES: u64 = 8;
+const USED_ELEMENT_BYTES: usize = 8;
 /// The driver wants no interrupt.
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
@@ -106,7 +108,7 @@ impl<'a> Queues<'a> {
         self.list.get_mut(index).filter(|queue| queue.queue.ready())
     }
 
-    /// Answers the driver's requests in a queue one by one, 256 at most.
+    /// Answers the driver's requests in a queue one by one, as many as fit into a turn.
     pub(crate) fn serve(
         &mut self,
         index: usize,
@@ -114,15 +116,17 @@ impl<'a> Queues<'a> {
     ) -> Result<Served, QueueError> {
         let ram = self.ram;
         let Some(queue) = self.get(index) else { return Ok(Served::All) };
-        let mut requests = 0;
+        let (mut requests, mut bytes) = (0, 0);
         let served = loop {
             queue.want_no_doorbell(ram)?;
-            let taken = queue.answer_some(ram, MAX_REQUESTS - requests, &mut answer)?;
+            let left = (MAX_REQUESTS - requests, MAX_BYTES - bytes);
+            let taken = queue.answer_some(ram, left, &mut answer)?;
             requests += taken.count;
+            bytes = MAX_BYTES.min(bytes + taken.bytes);
             if taken.put_back {
                 break Served::All;
             }
-            if requests == MAX_REQUESTS {
+            if requests == MAX_REQUESTS || bytes == MAX_BYTES {
                 break Served::Some;
             }
             if taken.count == 0 && !queue.wait_for_more(ram)? {
@@ -137,6 +141,8 @@ impl<'a> Queues<'a> {
 /// What became of requests that were taken together.
 struct Taken {
     count: usize,
+    /// The sizes of those that are done.
+    bytes: u64,
     put_back: bool,
 }
 
@@ -182,18 +188,22 @@ impl VirtQueue {
     fn answer_some<'ram>(
         &mut self,
         ram: &'ram GuestRam,
-        max: usize,
+        (max, max_bytes): (usize, u64),
         answer: &mut impl FnMut(Chain<'ram>) -> Answer,
     ) -> Result<Taken, QueueError> {
         let (batch, broken) = self.next_batch(ram, max.min(BATCH))?;
         let left = batch.len();
-        let mut taken = Taken { count: 0, put_back: false };
+        let mut taken = Taken { count: 0, bytes: 0, put_back: false };
         let (mut used, mut bytes) = (SmallVec::<[(u16, u32); BATCH]>::new(), 0);
         for chain in batch {
             let head = chain.head;
-            bytes += chain.readable.len() + chain.writable.len();
+            let size = chain.readable.len() + chain.writable.len();
             match answer(chain) {
-                Answer::Used(written) => used.push((head, written)),
+                Answer::Used(written) => {
+                    used.push((head, written));
+                    bytes += size;
+                    taken.bytes += size;
+                }
                 Answer::InFlight => {}
                 Answer::PutBack => {
                     taken.put_back = true;
@@ -206,6 +216,9 @@ impl VirtQueue {
                 self.add_used_together(ram, &used)?;
                 used.clear();
                 bytes = 0;
+            }
+            if taken.bytes >= max_bytes {
+                break;
             }
         }
         self.add_used_together(ram, &used)?;
@@ -260,14 +273,16 @@ impl VirtQueue {
         let Some((&(last, written), others)) = used.split_last() else { return Ok(()) };
         // The elements come first; the index that makes them valid moves with the last one.
         let mut next = Wrapping(self.queue.next_used());
-        for &(head, written) in others {
-            let mut element = [0; USED_ELEMENT_BYTES as usize];
-            element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-            element[4..].copy_from_slice(&written.to_le_bytes());
-            let place = u64::from(next.0 % self.queue.size());
-            let address = self.queue.used_ring() + RING_HEADER_BYTES + place * USED_ELEMENT_BYTES;
-            ram.write(&element, GuestAddress(address)).map_err(|_| QueueError::Chain)?;
-            next += 1;
+        if !others.is_empty() {
+            let elements = GuestAddress(self.queue.used_ring() + RING_HEADER_BYTES);
+            let bytes = usize::from(self.queue.size()) * USED_ELEMENT_BYTES;
+            let ring = ram.inner().get_slice(elements, bytes).map_err(|_| QueueError::Chain)?;
+            for &(head, written) in others {
+                let element = u64::from(head) | u64::from(written) << 32;
+                let place = usize::from(next.0 % self.queue.size()) * USED_ELEMENT_BYTES;
+                ring.write_obj(element.to_le(), place).map_err(|_| QueueError::Chain)?;
+                next += 1;
+            }
         }
         self.queue.set_next_used(next.0);
         self.unsignalled = self.unsignalled.saturating_add(others.len() as u16);

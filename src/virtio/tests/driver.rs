@@ -114,8 +114,13 @@ impl TestTransport {
     pub(super) fn with_handle<D: VirtioDevice + 'static>(device: D) -> (Self, DeviceHandle<D>) {
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let interrupt = Arc::new(Interrupt::new(line));
-        let sources = device.sources().unwrap();
         let handle = DeviceHandle::new(device, &ram(), interrupt).unwrap();
+        (Self::of(&handle), handle)
+    }
+
+    /// For another driver of a device that has one.
+    pub(super) fn of<D: VirtioDevice + 'static>(handle: &DeviceHandle<D>) -> Self {
+        let sources = handle.with(|device| device.sources().unwrap());
         let served = handle.erase();
         let answer = Box::new(move |wake| match wake {
             Wake::Source(source) if served.ready(source) == Served::Some => Answered::Again,
@@ -123,7 +128,7 @@ impl TestTransport {
         });
         let watch = Watch::new(Subscription { doorbells: Vec::new(), sources, answer }).unwrap();
         let registers = RefCell::new(MmioTransport::new(handle.erase()));
-        (Self { registers, more_features: 0, _watch: watch }, handle)
+        Self { registers, more_features: 0, _watch: watch }
     }
 
     /// Accepts these features too.

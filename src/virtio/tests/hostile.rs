@@ -7,6 +7,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::block::{Image, block};
 use super::driver::{TestTransport, ram};
+use super::net::{self, cable};
+use super::state::vsock;
 use crate::config::{BalloonConfig, BlockConfig, RateLimit};
 use crate::virtio::{Balloon, Block, Rng, VirtioDevice};
 
@@ -16,6 +18,7 @@ const TABLE: u64 = 0x1000_0000 - 0x10_0000;
 const AVAIL: u64 = TABLE + 0x1000;
 const USED: u64 = TABLE + 0x2000;
 pub(super) const BUFFERS: u64 = TABLE + 0x3000;
+const LONG_TABLE: u64 = TABLE + 0x8000;
 
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;
@@ -62,18 +65,17 @@ impl RawDriver {
 
     /// Writes descriptors, makes the first one available, and rings.
     pub(super) fn submit(&mut self, descriptors: &[Raw]) {
-        for (at, Raw(address, len, flags, next)) in (0u64..).zip(descriptors) {
-            let mut bytes = address.to_le_bytes().to_vec();
-            bytes.extend(len.to_le_bytes());
-            bytes.extend(flags.to_le_bytes());
-            bytes.extend(next.to_le_bytes());
-            ram().write(&bytes, GuestAddress(TABLE + at * 16)).unwrap();
-        }
+        self.write_descriptors(descriptors);
         self.offer(0);
         self.transport.write(0x50, self.queue.into());
     }
 
-    fn offer(&mut self, head: u16) {
+    pub(super) fn write_descriptors(&self, descriptors: &[Raw]) {
+        write_table(TABLE, descriptors);
+    }
+
+    /// Makes the chain that begins with this descriptor available.
+    pub(super) fn offer(&mut self, head: u16) {
         let slot = AVAIL + 4 + u64::from(self.next % SIZE) * 2;
         ram().write(&head.to_le_bytes(), GuestAddress(slot)).unwrap();
         self.next = self.next.wrapping_add(1);
@@ -82,6 +84,11 @@ impl RawDriver {
 
     pub(super) fn used(&self) -> u16 {
         ram().inner().read_obj(GuestAddress(USED + 2)).unwrap()
+    }
+
+    /// How much was written, by the used ring's element `at`.
+    pub(super) fn used_len(&self, at: u64) -> u32 {
+        ram().inner().read_obj(GuestAddress(USED + 4 + at * 8 + 4)).unwrap()
     }
 
     /// Without EVENT_IDX, what the used ring's flags say.
@@ -115,6 +122,17 @@ impl RawDriver {
     }
 }
 
+/// Writes descriptors to a table.
+fn write_table(table: u64, descriptors: &[Raw]) {
+    for (at, Raw(address, len, flags, next)) in (0u64..).zip(descriptors) {
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        ram().write(&bytes, GuestAddress(table + at * 16)).unwrap();
+    }
+}
+
 pub(super) fn disk() -> Block {
     // The open file outlives its name.
     let image = Image::new("hostile", 1 << 20);
@@ -124,7 +142,7 @@ pub(super) fn disk() -> Block {
 #[test]
 fn chains_that_break_the_rules_stop_the_device_until_it_is_reset() {
     let long: Vec<Raw> = (0..SIZE).map(|at| Raw(BUFFERS, 1, NEXT, (at + 1) % SIZE)).collect();
-    let bad: [(&str, Vec<Raw>); 8] = [
+    let bad: [(&str, Vec<Raw>); 9] = [
         ("a loop of one", vec![Raw(BUFFERS, 16, NEXT, 0)]),
         ("a loop of all", long),
         ("a next outside of the table", vec![Raw(BUFFERS, 16, NEXT, SIZE)]),
@@ -133,13 +151,19 @@ fn chains_that_break_the_rules_stop_the_device_until_it_is_reset() {
         ("a buffer of 4 GiB", vec![Raw(0, u32::MAX, WRITE, 0)]),
         ("reading after writing", vec![Raw(BUFFERS, 16, WRITE | NEXT, 1), Raw(BUFFERS, 16, 0, 0)]),
         ("an indirect table of no descriptors", vec![Raw(BUFFERS, 0, INDIRECT, 0)]),
+        ("more descriptors than the queue has", vec![Raw(LONG_TABLE, 17 * 16, INDIRECT, 0)]),
     ];
+    let table = (1..=17).map(|next| Raw(BUFFERS, 1, if next < 17 { NEXT } else { 0 }, next));
+    write_table(LONG_TABLE, &table.collect::<Vec<_>>());
     for (name, chain) in bad {
-        for device in ["block", "balloon", "rng"] {
+        for device in ["block", "balloon", "rng", "net", "vsock"] {
             let mut driver = match device {
                 "block" => RawDriver::new(disk()),
                 "balloon" => RawDriver::new(Balloon::new(BalloonConfig::default())),
-                _ => RawDriver::new(Rng::new(RateLimit::default()).unwrap()),
+                "rng" => RawDriver::new(Rng::new(RateLimit::default()).unwrap()),
+                // What the guest sends.
+                "net" => RawDriver::over(TestTransport::new(cable(None).0), 1),
+                _ => RawDriver::over(TestTransport::new(vsock()), 1),
             };
             driver.submit(&chain);
             assert!(driver.needs_reset(), "{device}: {name}");
@@ -169,6 +193,44 @@ fn requests_without_room_for_what_they_need_are_answered() {
         assert_eq!(driver.used(), before + 1);
         assert!(!driver.needs_reset());
     }
+}
+
+#[test]
+fn buffers_that_are_for_reading_are_not_written_to() {
+    let fill = [0x5a; 64];
+    let unchanged = |device: &str| {
+        let mut bytes = [0; 64];
+        ram().inner().read_slice(&mut bytes, GuestAddress(BUFFERS)).unwrap();
+        assert_eq!(bytes, fill, "{device}");
+    };
+    ram().write(&fill, GuestAddress(BUFFERS)).unwrap();
+    // A read of a disk, an id, random bytes, an event: there is nothing that they could go to.
+    let mut rng = RawDriver::new(Rng::new(RateLimit::default()).unwrap());
+    rng.submit(&[Raw(BUFFERS, 64, 0, 0)]);
+    assert_eq!(rng.used_len(0), 0);
+    unchanged("rng");
+    let mut vsock = RawDriver::over(TestTransport::new(vsock()), 2);
+    vsock.submit(&[Raw(BUFFERS, 64, 0, 0)]);
+    unchanged("vsock");
+    let mut block = RawDriver::new(disk());
+    for kind in [0u32, 8] {
+        ram().write(&u64::from(kind).to_le_bytes(), GuestAddress(BUFFERS + 0x100)).unwrap();
+        ram().write(&[0; 8], GuestAddress(BUFFERS + 0x108)).unwrap();
+        block.submit(&[
+            Raw(BUFFERS + 0x100, 16, NEXT, 1),
+            Raw(BUFFERS, 64, NEXT, 2),
+            Raw(BUFFERS + 0x200, 1, WRITE, 0),
+        ]);
+        unchanged("block");
+    }
+    let (device, mut peer) = cable(None);
+    let (transport, handle) = TestTransport::with_handle(device);
+    let mut net = RawDriver::over(transport, 0);
+    net.submit(&[Raw(BUFFERS, 64, 0, 0)]);
+    peer.send(&[7; 14]);
+    net::until("the frame is dropped", || net::counters(&handle).rx_dropped == 1);
+    unchanged("net");
+    assert!(![&rng, &vsock, &block, &net].iter().any(|driver| driver.needs_reset()));
 }
 
 #[test]

@@ -11,4 +11,5 @@ mod rng;
 mod state;
 mod tap;
 mod threads;
+mod turns;
 mod vsock;

@@ -44,7 +44,7 @@ pub(super) fn counters(handle: &DeviceHandle<Net>) -> NetMetrics {
 pub(super) struct Peer(UnixStream);
 
 impl Peer {
-    fn send(&mut self, frame: &[u8]) {
+    pub(super) fn send(&mut self, frame: &[u8]) {
         let mut bytes = (frame.len() as u32).to_be_bytes().to_vec();
         bytes.extend(frame);
         self.0.write_all(&bytes).unwrap();

@@ -30,7 +30,7 @@ fn rng() -> Rng {
     Rng::new(RateLimit::default()).unwrap()
 }
 
-fn vsock() -> Vsock {
+pub(super) fn vsock() -> Vsock {
     Vsock::new(&VsockConfig::default(), ExitLatch::default().descriptor().unwrap()).unwrap()
 }
 

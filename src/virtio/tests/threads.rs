@@ -63,15 +63,18 @@ fn a_disk_that_the_host_pauses_and_changes_all_the_time_loses_nothing() {
     assert_eq!(handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap(), 0);
 }
 
-#[test]
-fn a_reset_does_not_wait_for_a_disk_whose_machine_is_over() {
-    let image = Image::new("over", 64 * 512);
-    // The queue's operations are never done: no thread works at them.
+/// A disk whose operations are never done, where they have to wait: no thread works at them.
+pub(super) fn hanging(image: &Image) -> Block {
     let (queue, _workers) = IoQueue::workers().unwrap();
     let config = BlockConfig::new(&image.0).direct(true);
     let io = FileIo::new(&Arc::new(queue)).unwrap();
-    let device = Block::new(Disk::open(&config).unwrap(), io, &config).unwrap();
-    let (transport, handle) = TestTransport::with_handle(device);
+    Block::new(Disk::open(&config).unwrap(), io, &config).unwrap()
+}
+
+#[test]
+fn a_reset_does_not_wait_for_a_disk_whose_machine_is_over() {
+    let image = Image::new("over", 64 * 512);
+    let (transport, handle) = TestTransport::with_handle(hanging(&image));
     let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
     let (mut request, mut response) = (BlkReq::default(), BlkResp::default());
     let mut bytes = vec![0; 4096];

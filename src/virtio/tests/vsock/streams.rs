@@ -116,6 +116,90 @@ fn hundreds_of_connections_at_once_each_get_their_own_bytes() {
     assert_eq!(metrics(&handle).active, 0);
 }
 
+/// Two descriptors a connection, beside those of tests that run meanwhile.
+fn raise_the_limit_of_open_files() {
+    // SAFETY: the calls read and write the one struct.
+    let limit = unsafe {
+        let mut limit = std::mem::zeroed::<libc::rlimit>();
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
+        limit.rlim_cur = 16384.min(limit.rlim_max).max(limit.rlim_cur);
+        libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        limit.rlim_cur
+    };
+    assert!(limit > 6000, "the limit of open files (ulimit -Hn) is {limit}");
+}
+
+#[test]
+fn thousands_of_connections_are_open_at_once_and_none_is_forgotten() {
+    const COUNT: usize = 2500;
+    raise_the_limit_of_open_files();
+    let (transport, handle, vsock) = device(&VsockConfig::default());
+    let mut guest = RawGuest::new(transport);
+    let streams = thread::spawn(move || {
+        let connecting: Vec<_> = (0..COUNT).map(|_| vsock.begin_connect(7).unwrap()).collect();
+        let streams = connecting.into_iter().map(|one| one.finish_timeout(PATIENCE).unwrap());
+        let streams: Vec<_> = streams.collect();
+        for (seed, mut stream) in (0..).zip(&streams) {
+            stream.write_all(&noise(seed, 20)).unwrap();
+        }
+        for (seed, mut stream) in (0..).zip(&streams) {
+            let mut received = [0; 20];
+            stream.read_exact(&mut received).unwrap();
+            assert!(received == noise(seed, 20)[..], "stream {seed}");
+        }
+        streams
+    });
+    let mut echoed = 0;
+    while echoed < COUNT {
+        let packet = guest.receive();
+        match packet.op {
+            REQUEST => guest.send(&Packet::of_guest(7, packet.src_port, RESPONSE)),
+            RW => {
+                guest.send(&Packet::data(7, packet.src_port, &packet.body));
+                echoed += 1;
+            }
+            _ => {}
+        }
+    }
+    let streams = streams.join().unwrap();
+    assert_eq!(metrics(&handle).active, COUNT as u64);
+    drop(streams);
+    let mut ended = 0;
+    while ended < COUNT {
+        let packet = guest.receive();
+        if packet.op == SHUTDOWN {
+            guest.send(&Packet::of_guest(7, packet.src_port, RST));
+            ended += 1;
+        }
+    }
+    until(|| (metrics(&handle).active == 0).then_some(()));
+}
+
+#[test]
+fn connections_with_much_to_say_take_turns() {
+    const COUNT: u32 = 20;
+    let (transport, handle, vsock) = device(&VsockConfig::default());
+    let mut guest = RawGuest::new(transport);
+    let listener = vsock.listen(9).unwrap();
+    let accept = |port| {
+        guest.connect(port, 9);
+        listener.accept().unwrap()
+    };
+    let streams: Vec<_> = (1..=COUNT).map(accept).collect();
+    handle.pause();
+    for mut stream in &streams {
+        stream.write_all(&[5; 40_000]).unwrap();
+    }
+    handle.resume();
+    guest.transport.notify(0);
+    // Nine packets each fill the guest's buffers, and a tenth has the rest.
+    for _ in 0..9 {
+        let mut ports: Vec<u32> = (0..COUNT).map(|_| guest.expect(RW).dst_port).collect();
+        ports.sort_unstable();
+        assert_eq!(ports, (1..=COUNT).collect::<Vec<_>>());
+    }
+}
+
 #[test]
 fn the_guest_connects_and_is_refused_where_nobody_listens_or_the_backlog_is_full() {
     let (mut guest, handle, vsock) = guest();
