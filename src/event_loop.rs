@@ -198,3 +198,65 @@ impl MutEventSubscriber for Subscription {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// Only a failing test waits so long.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// A watch of one doorbell, and how often that was answered.
+    fn watch(gone: &Arc<AtomicBool>) -> (Watch, EventFd, Arc<AtomicUsize>) {
+        let doorbell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let (count, gone) = (Arc::new(AtomicUsize::new(0)), Arc::clone(gone));
+        let (doorbells, counted) = (vec![doorbell.try_clone().unwrap()], Arc::clone(&count));
+        let answer = Box::new(move |wake| {
+            assert_eq!(wake, Wake::Doorbell(0));
+            // A panic would end the thread for all: the count says it.
+            let step = if gone.load(Ordering::SeqCst) { 1 << 32 } else { 1 };
+            counted.fetch_add(step, Ordering::SeqCst);
+            Answered::Done
+        });
+        let watch = Watch::new(Subscription { doorbells, sources: Vec::new(), answer }).unwrap();
+        (watch, doorbell, count)
+    }
+
+    fn ring_until_answered(doorbell: &EventFd, count: &AtomicUsize) {
+        let before = count.load(Ordering::SeqCst);
+        doorbell.write(1).unwrap();
+        let begin = Instant::now();
+        while count.load(Ordering::SeqCst) == before {
+            assert!(begin.elapsed() < PATIENCE, "a doorbell is not answered");
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn watches_come_and_go_while_doorbells_ring_and_none_is_answered_after_its_end() {
+        thread::scope(|scope| {
+            for _ in 0..6 {
+                scope.spawn(|| {
+                    for round in 0..300 {
+                        let gone = Arc::new(AtomicBool::new(false));
+                        let (watch, doorbell, count) = watch(&gone);
+                        ring_until_answered(&doorbell, &count);
+                        // Now and then it still rings when it goes.
+                        if round % 3 == 0 {
+                            doorbell.write(1).unwrap();
+                        }
+                        drop(watch);
+                        gone.store(true, Ordering::SeqCst);
+                        doorbell.write(1).unwrap();
+                        thread::yield_now();
+                        let count = count.load(Ordering::SeqCst);
+                        assert!((1..=2).contains(&count), "answered {count:#x} times");
+                    }
+                });
+            }
+        });
+    }
+}

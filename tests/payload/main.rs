@@ -4,6 +4,7 @@
 mod agent;
 mod bad_input;
 mod crash;
+mod doorbells;
 mod golden;
 mod guest;
 mod hostile;
@@ -14,6 +15,8 @@ mod resources;
 mod seccomp;
 mod sleeper;
 mod snapshot;
+#[allow(dead_code, reason = "benchmarks use more of it")]
+mod virtio_guest;
 mod vsock;
 
 use std::io::{self, Write};
