@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Command;
 
 use dormouse::{BlockConfig, DeviceMetrics, ExitStatus, MicroVm, VmConfig};
 
 use crate::devices::{DISK, Image, config_with};
-use crate::{PATIENCE, Release, Transcript, programs, run};
+use crate::{PATIENCE, Release, Transcript, guest_root, programs, run};
 
 /// The same work on three disks, in three kinds of backing.
 fn three_disks(name: &str, mib: u64) -> ([Image; 3], Vec<BlockConfig>, Image) {
@@ -121,4 +123,101 @@ echo done; sleep 1000"#;
     let config = BlockConfig::new(&image.0).direct(true);
     let vm = MicroVm::create(VmConfig::new(Release::Linux6_12.kernel()).block(config));
     drop(vm.unwrap());
+}
+
+/// A block device of this machine over a file (loop(4)), which goes with it.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &Path) -> Self {
+        let device = losetup(&["-f"]);
+        losetup(&[&device, file.to_str().unwrap()]);
+        Self(device)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        losetup(&["-d", &self.0]);
+    }
+}
+
+fn losetup(arguments: &[&str]) -> String {
+    let busybox = guest_root().join("bin/busybox");
+    let output = Command::new(busybox).arg("losetup").args(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn block_devices_of_the_host_are_disks_filled_and_emptied_by_discards() {
+    let images = ["loop", "loop-direct"].map(|name| Image::new(name, 48));
+    // Made here, not by the guest: a loop device over a tmpfs, which keeps the space of no zeros
+    // (FALLOC_FL_ZERO_RANGE), gives none back any more when it has been asked to, as mke2fs does.
+    for image in &images {
+        let mut mke2fs = programs::command("mke2fs");
+        let made = mke2fs.args(["-q", "-F", "-t", "ext4"]).arg(&image.0).status();
+        assert!(made.unwrap().success());
+    }
+    let devices = [0, 1].map(|at| Loop::new(&images[at].0));
+    let script = r#"
+mkdir -p /mnt; dd if=/dev/urandom of=/pattern bs=1M count=16 2>/dev/null
+for disk in vda vdb; do
+    mount -t ext4 /dev/$disk /mnt && cp /pattern /mnt && umount /mnt
+    mount -t ext4 /dev/$disk /mnt && cmp /pattern /mnt/pattern && echo "$disk kept"; umount /mnt
+done
+sync; echo copied; read line
+for disk in vda vdb; do
+    mount -t ext4 /dev/$disk /mnt; rm /mnt/pattern; sync; fstrim /mnt
+    cp /bin/busybox /mnt; umount /mnt; e2fsck -fn /dev/$disk > /log 2>&1; echo "$disk fsck=$?"
+done
+sync; echo trimmed; read line
+for disk in vda vdb; do
+    for at in 0 16 32; do dd if=/pattern of=/dev/$disk bs=1M seek=$at conv=fsync,notrunc 2>/dev/null; done
+    dd if=/dev/$disk bs=1M skip=32 iflag=direct 2>/dev/null | cmp - /pattern && echo "$disk same"
+done
+echo full; read line
+for disk in vda vdb; do
+    blkdiscard /dev/$disk && echo "$disk others=$(tr -d '\0' < /dev/$disk | wc -c)"
+done
+echo empty; read line
+poweroff -f"#;
+    let script = format!("exec < /dev/ttyS0\n{script}");
+    let config = config_with(Release::Linux6_12, DISK, &script, |initramfs| {
+        programs::add(initramfs, "e2fsck")
+    });
+    let transcript = Transcript::default();
+    let config = config
+        .block(BlockConfig::new(&devices[0].0))
+        .block(BlockConfig::new(&devices[1].0).direct(true))
+        .memory_mib(384)
+        .console(transcript.clone());
+    let used = || [0, 1].map(|at| fs::metadata(&images[at].0).unwrap().blocks() * 512);
+    let vm = MicroVm::create(config).unwrap().start().unwrap();
+    let go_on = || vm.console_input("go\n").unwrap();
+    transcript.wait_for("copied\n");
+    assert!(used().iter().all(|used| *used > 16 << 20), "{:?}", used());
+    go_on();
+    transcript.wait_for("trimmed\n");
+    // The journal and the tables remain.
+    assert!(used().iter().all(|used| *used < 12 << 20), "{:?}", used());
+    for image in &images {
+        let check = programs::command("e2fsck").arg("-fn").arg(&image.0).output().unwrap();
+        assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    }
+    go_on();
+    transcript.wait_for("full\n");
+    assert_eq!(used(), [48 << 20; 2]);
+    go_on();
+    transcript.wait_for("empty\n");
+    assert_eq!(used(), [0; 2], "what was discarded is still there");
+    go_on();
+    let vm = transcript.end_of(vm);
+    let text = transcript.text();
+    assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{text}");
+    for disk in ["vda", "vdb"] {
+        for line in ["kept", "fsck=0", "same", "others=0"] {
+            assert!(text.contains(&format!("{disk} {line}\n")), "{text}");
+        }
+    }
 }
