@@ -13,9 +13,14 @@ pub fn layout() -> PathBuf {
     guest_root().join("images")
 }
 
-/// The image with this tag. It is unpacked once for all tests, since an emulated processor takes its time for it:
-/// the cache stays where it is, in the folder for temporary files.
+/// Where they are unpacked once for all tests, since an emulated processor takes its time for it. It stays there,
+/// in the folder for temporary files.
+pub fn cache() -> PathBuf {
+    env::temp_dir().join("dormouse-test-images")
+}
+
+/// The image with this tag.
 pub async fn unpacked(tag: &str) -> Image {
-    let cache = ImageCache::open(env::temp_dir().join("dormouse-test-images")).unwrap();
+    let cache = ImageCache::open(cache()).unwrap();
     Image::open(layout()).name(tag).unpack(&cache).await.unwrap()
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use dormouse::{AgentConfig, Cmdline, Image, ImageCache, VmConfig};
 
 use crate::agent::{Guest, block_on};
-use crate::{Release, Scratch, guest_root, programs};
+use crate::{Release, Scratch, guest_root, guest_tool, programs};
 
 /// Runs a program of the testbed to its end.
 #[track_caller]
@@ -21,6 +21,13 @@ fn umoci(scratch: &Scratch, args: &[&str]) {
     run(programs::command("umoci").current_dir(&scratch.0).args(args));
 }
 
+/// The capability to bind to any port, of version 2.
+const CAPABILITY: &str = "01000002 00040000 00000000 00000000 00000000";
+
+fn set_xattr(file: &Path, name: &str, hex: &str) {
+    run(Command::new(guest_tool()).arg("set-xattr").arg(file).args([name, hex]));
+}
+
 /// An image of busybox in two layers, made by umoci, in an OCI layout. It is made as root, as an image is.
 fn busybox_image(scratch: &Scratch) -> PathBuf {
     umoci(scratch, &["init", "--layout", "layout"]);
@@ -31,6 +38,7 @@ fn busybox_image(scratch: &Scratch) -> PathBuf {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
     fs::copy(guest_root().join("bin/busybox"), root.join("bin/busybox")).unwrap();
+    fs::copy(guest_tool(), root.join("bin/guest-tool")).unwrap();
     let files = [
         ("etc/passwd", "root:x:0:0::/root:/bin/sh\nweb:x:1000:1001::/var/lib/app:/bin/sh\n"),
         ("etc/group", "root:x:0:\nweb:x:1001:\nlog:x:4:web\n"),
@@ -47,12 +55,20 @@ fn busybox_image(scratch: &Scratch) -> PathBuf {
          $b touch -d '2001-02-03 04:05:06' etc/passwd; $b ln -s /etc/passwd usr/absolute";
     let busybox = guest_root().join("bin/busybox");
     run(Command::new(&busybox).args(["sh", "-c", script, "sh"]).arg(&root));
+    // cap_net_bind_service, as setcap(8) writes it; and rights of one more user, as setfacl(1) does.
+    set_xattr(&root.join("bin/cat"), "security.capability", CAPABILITY);
+    set_xattr(&root.join("usr/share/text"), "security.capability", CAPABILITY);
+    set_xattr(&root.join("var/lib/app"), "user.made-by", "6d65");
+    set_xattr(&root.join("opt/old"), "user.hidden", "00");
+    let access = "02000000 01000600ffffffff 02000400e9030000 04000400ffffffff 10000600ffffffff 20000400ffffffff";
+    set_xattr(&root.join("etc/group"), "system.posix_acl_access", access);
     umoci(scratch, &["repack", "--image", "layout:box", "one"]);
     umoci(scratch, &["unpack", "--image", "layout:box", "two"]);
     let root = scratch.0.join("two/rootfs");
     fs::remove_dir_all(root.join("opt")).unwrap();
     fs::write(root.join("etc/added"), "by the upper layer\n").unwrap();
     fs::write(root.join("usr/share/large"), vec![b'x'; 300_000]).unwrap();
+    set_xattr(&root.join("etc/added"), "user.long", &"a5".repeat(3000));
     umoci(scratch, &["repack", "--image", "layout:box", "two"]);
     umoci(
         scratch,
@@ -80,10 +96,15 @@ const LIST: &str = "cd $ROOT && find . -xdev \\( -path ./proc -o -path ./sys -o 
      if [ -d \"$f\" ]; then stat -c '%n %A %u:%g' \"$f\"; else stat -c '%N %A %u:%g %h %s %Y %t:%T' \"$f\"; fi; \
      if [ -f \"$f\" ] && [ ! -L \"$f\" ]; then sha256sum <\"$f\"; fi; done";
 
-/// What umoci makes of the image, as busybox lists it.
-fn unpacked_by_umoci(scratch: &Scratch) -> String {
+/// Its extended attributes.
+const XATTRS: &str = "/bin/guest-tool xattrs $ROOT proc sys dev run etc/machine-id";
+
+/// What umoci makes of the image, as busybox lists it, and its attributes.
+fn unpacked_by_umoci(scratch: &Scratch) -> (String, String) {
     umoci(scratch, &["unpack", "--image", "layout:box", "bundle"]);
-    list(&scratch.0.join("bundle/rootfs"))
+    let root = scratch.0.join("bundle/rootfs");
+    let tool = Command::new(guest_tool()).arg("xattrs").arg(&root).output().unwrap();
+    (list(&root), String::from_utf8(tool.stdout).unwrap())
 }
 
 fn list(root: &Path) -> String {
@@ -122,7 +143,12 @@ async fn boots(release: Release) {
     assert!(text.contains("MODE=test\n") && text.contains("PWD=/var/lib/app\n"), "{text}");
     guest.sh("busybox rm -f /tmp/who /tmp/env; echo written >/etc/new; cat /etc/new; busybox rm /etc/new").await;
     // What the agent makes, directories of mounts and the machine-id, is left out on both sides.
-    assert_eq!(guest.sh(&LIST.replace("$ROOT", "/")).await, unpacked_by_umoci(&scratch));
+    let (files, attributes) = unpacked_by_umoci(&scratch);
+    assert_eq!(guest.sh(&LIST.replace("$ROOT", "/")).await, files);
+    for name in ["security.capability", "system.posix_acl_access", "user.made-by", "user.long"] {
+        assert!(attributes.contains(name), "{name} in {attributes}");
+    }
+    assert_eq!(guest.sh(&XATTRS.replace("$ROOT", "/")).await, attributes);
     assert!(guest.sh("cat /proc/mounts").await.contains(" / overlay "), "an overlay");
 }
 

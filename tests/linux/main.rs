@@ -7,6 +7,7 @@ mod balloon;
 mod boot;
 mod console;
 mod cpu;
+#[cfg(feature = "registry")]
 mod debian_image;
 mod devices;
 mod disks;
@@ -14,9 +15,12 @@ mod ends;
 mod images;
 mod network;
 mod programs;
+#[cfg(feature = "registry")]
+mod registry;
 #[path = "../payload/resources.rs"]
 #[allow(dead_code, reason = "nothing is counted here")]
 mod resources;
+#[cfg(feature = "registry")]
 mod servers;
 mod snapshots;
 mod vsock;

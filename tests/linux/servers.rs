@@ -1,17 +1,16 @@
 //! Servers in container images, from where images come from to the answer of a guest.
 
-use dormouse::{Cmdline, Image, VmConfig};
+use dormouse::{Cmdline, Image, ImageCache, Ready, TemplateOptions, VmConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::agent::{Guest, block_on};
-use crate::{Release, debian_image};
+use crate::registry::{NAME, Registry, SESAME, skopeo_copy};
+use crate::{PATIENCE, Release, Scratch, debian_image};
 
-/// A guest of this image, in which its program is started.
-async fn guest(release: Release, image: &Image) -> Guest {
-    let config = VmConfig::new(release.kernel())
+fn config(release: Release) -> VmConfig {
+    VmConfig::new(release.kernel())
         .cmdline(Cmdline::default().push("quiet").unwrap())
-        .memory_mib(256);
-    Guest::boot(image.configure(config)).await
+        .memory_mib(256)
 }
 
 /// What the server says about `path`, as soon as there is one.
@@ -25,16 +24,49 @@ async fn get(guest: &Guest, port: u16, path: &str) -> String {
 }
 
 #[test]
-fn pythons_server_answers_from_an_image_of_debians_packages() {
+fn pythons_server_answers_from_an_archive() {
     block_on(async {
-        let image = debian_image::unpacked("python").await;
-        let guest = guest(Release::Linux6_12, &image).await;
+        let scratch = Scratch::new("python");
+        let archive = scratch.0.join("python.tar");
+        let from = format!("oci:{}:python", debian_image::layout().display());
+        skopeo_copy(&from, &format!("oci-archive:{}", archive.display()), &[]);
+        // Of the same layers as others, so that they are unpacked once.
+        let cache = ImageCache::open(debian_image::cache()).unwrap();
+        let image = Image::open(archive).unpack(&cache).await.unwrap();
+        assert_eq!(image.path(), debian_image::unpacked("python").await.path());
+        let guest = Guest::boot(image.configure(config(Release::Linux6_12))).await;
         let answer = get(&guest, 8000, "/").await;
         assert!(answer.starts_with("HTTP/1.0 200 OK\r\n"), "{answer}");
         assert!(answer.ends_with("served by Python\n"), "{answer}");
-        // What other tests want of it.
-        let modules =
-            "python3 -c 'import grpc, websockets; print(grpc.__name__, websockets.__name__)'";
-        assert_eq!(guest.sh(modules).await, "grpc websockets\n");
     });
+}
+
+#[test]
+fn nginx_answers_from_a_registry_and_from_a_template_of_it() {
+    block_on(async {
+        let scratch = Scratch::new("nginx");
+        let registry = Registry::start(&scratch.0.join("registry"), true);
+        registry.push(&format!("oci:{}:nginx", debian_image::layout().display()), "nginx:1", &[]);
+        let cache = ImageCache::open(scratch.0.join("cache")).unwrap();
+        let image = Image::pull(format!("{}/nginx:1", registry.host))
+            .login(NAME, SESAME)
+            .unpack(&cache)
+            .await
+            .unwrap();
+        let guest = Guest::boot(image.configure(config(Release::Linux6_1))).await;
+        let answer = get(&guest, 80, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\nServer: nginx/"), "{answer}");
+        assert!(answer.contains("<h1>Welcome to nginx!</h1>"), "{answer}");
+        let options = TemplateOptions::new(scratch.0.join("templates"))
+            .timeout(PATIENCE)
+            .ready(Ready::Port(80));
+        let template = image.template(config(Release::Linux6_1), &options).await.unwrap();
+        let vm = template.start().await.unwrap();
+        let guest = Guest::of(vm).await;
+        assert_eq!(without_date(&get(&guest, 80, "/").await), without_date(&answer));
+    });
+}
+
+fn without_date(answer: &str) -> Vec<&str> {
+    answer.lines().filter(|line| !line.starts_with("Date:")).collect()
 }

@@ -8,13 +8,18 @@
 //! guest-tool vsock-run PORT PROGRAM        connects to the host's port, and runs a program whose
 //!                                          input and output that connection is
 //! guest-tool vsock-cat PORT                connects to the host's port; its input and output
+//! guest-tool set-xattr FILE NAME HEX       gives a file an extended attribute
+//! guest-tool xattrs DIRECTORY SKIP…        lists the extended attributes of all files below a
+//!                                          directory, but those below the names SKIP in it
 //! ```
 
 use std::env;
-use std::ffi::c_int;
-use std::fs::File;
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
@@ -50,6 +55,15 @@ unsafe extern "C" {
         value: *const [i64; 2],
         len: u32,
     ) -> c_int;
+    fn llistxattr(path: *const c_char, names: *mut u8, size: usize) -> isize;
+    fn lgetxattr(path: *const c_char, name: *const c_char, value: *mut u8, size: usize) -> isize;
+    fn lsetxattr(
+        path: *const c_char,
+        name: *const c_char,
+        value: *const u8,
+        size: usize,
+        flags: c_int,
+    ) -> c_int;
 }
 
 fn main() -> ExitCode {
@@ -60,6 +74,8 @@ fn main() -> ExitCode {
         ["vsock-connect", port, count] => vsock_connect(number(port), number(count)),
         ["vsock-run", port, program] => vsock_run(number(port), program),
         ["vsock-cat", port] => vsock_cat(number(port)),
+        ["set-xattr", file, name, hex] => set_xattr(file, name, hex),
+        ["xattrs", directory, ref skip @ ..] => xattrs(Path::new(directory), skip),
         _ => Err(io::Error::other("see the top of tests/testbed/guest-tool.rs")),
     };
     match result {
@@ -191,6 +207,52 @@ fn address(cid: u32, port: u32) -> SockaddrVm {
 
 fn check(result: c_int) -> io::Result<c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn set_xattr(file: &str, name: &str, hex: &str) -> io::Result<()> {
+    let digits: Vec<u8> = hex.bytes().filter_map(|c| char::from(c).to_digit(16)).map(|d| d as u8).collect();
+    let value: Vec<u8> = digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect();
+    let (file, name) = (CString::new(file)?, CString::new(name)?);
+    check(unsafe { lsetxattr(file.as_ptr(), name.as_ptr(), value.as_ptr(), value.len(), 0) }).map(|_| ())
+}
+
+/// One line for each attribute, in the order of names: the file, the attribute, and its bytes.
+fn xattrs(root: &Path, skip: &[&str]) -> io::Result<()> {
+    let mut lines = Vec::new();
+    let mut left = vec![root.to_owned()];
+    while let Some(path) = left.pop() {
+        let name = path.strip_prefix(root).map_err(io::Error::other)?;
+        if skip.iter().any(|skip| name == Path::new(skip)) {
+            continue;
+        }
+        let file = CString::new(path.as_os_str().as_bytes())?;
+        for attribute in names(&file)?.split_inclusive(|byte| *byte == 0) {
+            let attribute = CStr::from_bytes_with_nul(attribute).map_err(io::Error::other)?;
+            let mut value = vec![0; 64 << 10];
+            let len = check_len(unsafe {
+                lgetxattr(file.as_ptr(), attribute.as_ptr(), value.as_mut_ptr(), value.len())
+            })?;
+            let hex: String = value[..len].iter().map(|byte| format!("{byte:02x}")).collect();
+            lines.push(format!("{} {} {hex}", name.display(), attribute.to_string_lossy()));
+        }
+        if fs::symlink_metadata(&path)?.is_dir() {
+            left.extend(fs::read_dir(&path)?.collect::<io::Result<Vec<_>>>()?.iter().map(|entry| entry.path()));
+        }
+    }
+    lines.sort();
+    lines.iter().for_each(|line| println!("{line}"));
+    Ok(())
+}
+
+fn names(file: &CStr) -> io::Result<Vec<u8>> {
+    let mut names = vec![0; 64 << 10];
+    let len = check_len(unsafe { llistxattr(file.as_ptr(), names.as_mut_ptr(), names.len()) })?;
+    names.truncate(len);
+    Ok(names)
+}
+
+fn check_len(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 type Thread = thread::JoinHandle<io::Result<()>>;

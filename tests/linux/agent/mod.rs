@@ -96,6 +96,12 @@ impl Guest {
         }
     }
 
+    /// One that runs already.
+    pub(crate) async fn of(vm: MicroVm<Running>) -> Self {
+        let agent = vm.agent_within(PATIENCE / 2).await.unwrap();
+        Self { vm, agent, transcript: Transcript::default() }
+    }
+
     /// A stream to this port of the guest's loopback, as soon as something listens there.
     pub(crate) async fn connect(&self, port: u16) -> GuestStream {
         let end = Instant::now() + PATIENCE;
