@@ -62,7 +62,7 @@
 //! | make many of one | [`MicroVm::<Paused>::fork`], [`Snapshot`], [`RestoreOptions`], [`Clock`] |
 //! | have one ready | [`Pool`], [`PoolOptions`], [`PreparedShell`] |
 //! | have an agent in the guest | [`AgentConfig`], [`RootDisk`], [`Entrypoint`], [`Hook`], [`HostService`] |
-//! | have a container image as its root | [`Image`], [`ImageSource`], [`ImageCache`], [`ImageConfig`], [`ImageLimits`] |
+//! | have a container image as its root | [`Image`], [`ImageSource`], [`ImageCache`], [`ImageConfig`], [`ImageLimits`], [`OverlayDisk`] |
 //! | run commands in it, move its files, reach its ports | [`MicroVm::agent`], [`Agent`], [`Command`], [`Process`] |
 //! | talk to its programs by sockets | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
@@ -150,7 +150,7 @@ pub use host::{Host, HostKernel, KvmStatus, Problem, Virtualization};
 #[cfg(feature = "image")]
 pub use image::{
     ExposedPort, Image, ImageCache, ImageConfig, ImageLimits, ImageProgress, ImageSource,
-    ImageStage,
+    ImageStage, OverlayDisk,
 };
 pub use initramfs::{Initramfs, InitramfsBuilder};
 pub use kernel::{BootProtocol, InstalledKernel, Kernel};

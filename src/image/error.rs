@@ -56,6 +56,10 @@ pub(crate) enum ImageError {
     Config { what: &'static str, value: String },
     #[error("cannot use the cache {}", path.display())]
     Cache { path: PathBuf, source: io::Error },
+    #[error("cannot make the disk {}", path.display())]
+    Overlay { path: PathBuf, source: io::Error },
+    #[error("a disk of {bytes} bytes; it takes {min} to {max}")]
+    OverlaySize { bytes: u64, min: u64, max: u64 },
     #[cfg(feature = "registry")]
     #[error(transparent)]
     Registry(#[from] super::registry::RegistryError),
@@ -90,12 +94,12 @@ impl From<ImageError> for Error {
         use ImageError as E;
         let kind = match &error {
             E::Open { source, .. } | E::Directory { source, .. } => ErrorKind::File(source.kind()),
-            E::Cache { source, .. } => ErrorKind::File(source.kind()),
+            E::Cache { source, .. } | E::Overlay { source, .. } => ErrorKind::File(source.kind()),
             E::Layer { fault: LayerFault::Interrupted, .. } | E::Interrupted => {
                 ErrorKind::Interrupted
             }
             E::Layer { fault, .. } | E::Root(fault) | E::Archive(fault) => fault_kind(fault),
-            E::NoRuntime => ErrorKind::Config,
+            E::NoRuntime | E::OverlaySize { .. } => ErrorKind::Config,
             #[cfg(feature = "registry")]
             E::Registry(error) => error.kind(),
             _ => ErrorKind::Image,

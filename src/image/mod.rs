@@ -12,6 +12,7 @@ mod error;
 pub(crate) mod fuzzing;
 mod layer;
 mod manifest;
+mod overlay;
 mod progress;
 #[cfg(feature = "registry")]
 mod registry;
@@ -31,6 +32,7 @@ pub use self::config::{ExposedPort, ImageConfig};
 use self::digest::Digest;
 pub(crate) use self::error::ImageError;
 use self::manifest::Platform;
+pub use self::overlay::OverlayDisk;
 use self::progress::{EndOnDrop, Reporter};
 pub use self::progress::{ImageProgress, ImageStage};
 use self::rootfs::Limits;

@@ -4,6 +4,7 @@
 #[path = "../linux/debian_image.rs"]
 #[expect(dead_code, reason = "each test has a cache of its own")]
 mod debian_image;
+mod overlays;
 mod processes;
 #[path = "../linux/programs.rs"]
 #[expect(dead_code, reason = "nothing is put into a guest")]

@@ -1,6 +1,10 @@
 //! Servers in container images, from where images come from to the answer of a guest.
 
-use dormouse::{Cmdline, Image, ImageCache, Ready, TemplateOptions, VmConfig};
+use std::os::unix::fs::MetadataExt;
+
+use dormouse::{
+    AgentConfig, Cmdline, Image, ImageCache, OverlayDisk, Ready, TemplateOptions, VmConfig,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::agent::{Guest, block_on};
@@ -34,10 +38,19 @@ fn pythons_server_answers_from_an_archive() {
         let cache = ImageCache::open(debian_image::cache()).unwrap();
         let image = Image::open(archive).unpack(&cache).await.unwrap();
         assert_eq!(image.path(), debian_image::unpacked("python").await.path());
-        let guest = Guest::boot(image.configure(config(Release::Linux6_12))).await;
+        // What it writes goes to a disk of its own.
+        let own = OverlayDisk::create(scratch.0.join("own"), 1 << 30).unwrap();
+        let agent = AgentConfig::new().root(image.root(1).overlay_disk(0));
+        let config = config(Release::Linux6_12).block(own).agent(agent);
+        let guest = Guest::boot(image.configure(config)).await;
         let answer = get(&guest, 8000, "/").await;
         assert!(answer.starts_with("HTTP/1.0 200 OK\r\n"), "{answer}");
         assert!(answer.ends_with("served by Python\n"), "{answer}");
+        let room = guest.sh("df -m / | tail -n 1 | busybox awk '{ print $2 }'").await;
+        assert!((900..=1024).contains(&room.trim().parse::<u32>().unwrap()), "{room}");
+        guest.sh("dd if=/dev/zero of=/srv/more bs=1M count=40 && sync").await;
+        let written = std::fs::metadata(scratch.0.join("own")).unwrap().blocks() * 512;
+        assert!((40 << 20..100 << 20).contains(&written), "{written}");
     });
 }
 

@@ -62,7 +62,7 @@ impl RootDisk {
     }
 
     /// What the guest writes goes to another disk, which has an ext4 file system, and lies over this one
-    /// (overlayfs).
+    /// (overlayfs). With the feature `image`, `OverlayDisk::create` makes such a disk.
     #[must_use]
     pub fn overlay_disk(mut self, disk: u32) -> Self {
         self.overlay = Overlay::Disk(disk);

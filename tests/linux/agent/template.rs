@@ -13,11 +13,12 @@ use super::{block_on, busybox, config_of, sh};
 use crate::{PATIENCE, Release, Scratch, Transcript};
 
 /// A server whose state is in its memory, in files in memory, and in a file that it has open; its
-/// child counts.
+/// child counts, and writes to that file when it is asked to.
 const APPLICATION: &str = r#"
 mkdir -p /www /dev/shm; echo up > /www/index.html; echo kept > /dev/shm/note; echo kept > /tmp/note
 exec 7> /tmp/open; echo first >&7
-(n=0; while true; do n=$((n + 1)); echo $n > /tmp/count; sleep 0.1; done) &
+(n=0; while true; do n=$((n + 1)); echo $n > /tmp/count; sleep 0.1
+    test -e /tmp/say && echo second >&7 && rm /tmp/say; done) &
 echo $! > /tmp/child; echo $$ > /tmp/server
 sleep 1; echo the server is up
 exec httpd -f -p 8080 -h /www
@@ -70,6 +71,9 @@ async fn built_and_started(release: Release) -> Result<(), Error> {
             echo alive; ls /tmp/tried 2>/dev/null; cat /proc/sys/kernel/hostname";
         let state = sh(&agent, state).await?;
         assert_eq!(state, format!("kept\nkept\nfirst\nalive\n{name}\n"));
+        let open_file = "echo > /tmp/say; while test -e /tmp/say; do sleep 0.1; done; cat /tmp/open; \
+            busybox readlink /proc/$(cat /tmp/child)/fd/7";
+        assert_eq!(sh(&agent, open_file).await?, "first\nsecond\n/tmp/open\n");
         let goes_on = "n=$(cat /tmp/count); until [ $(cat /tmp/count) -gt $n ]; do sleep 0.1; done; \
             cat /proc/sys/kernel/random/uuid";
         assert!(machines.insert(sh(&agent, goes_on).await?));
