@@ -83,7 +83,7 @@ impl Layout {
     }
 }
 
-fn unpacked(source: ImageSource, cache: &ImageCache) -> Result<Image, Error> {
+pub(super) fn unpacked(source: ImageSource, cache: &ImageCache) -> Result<Image, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(source.unpack(cache))
 }

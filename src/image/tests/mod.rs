@@ -1,5 +1,6 @@
 //! Images made in memory, and what becomes of them.
 
+mod configure;
 mod erofs;
 mod hostile;
 mod images;

@@ -122,10 +122,17 @@ fn a_template_waits_for_a_line_or_a_command_and_says_what_never_came() {
         assert_eq!(error.kind(), &ErrorKind::Timeout);
         let text = format!("{error:?}");
         assert!(text.contains("port 9") && text.contains("the server is up"), "{text}");
-        // A hook that fails in the VM that is tried.
-        let fails = Hook::command(["sh", "-c", "echo no luck >&2; exit 3"]);
-        let agent = AgentConfig::new().hook(HookName::Validate, fails);
-        let config = config_of(Release::Linux6_12, busybox(), agent);
+        // A hook that says "not yet", and then is ready; and one that fails in the VM that is tried.
+        let server = Entrypoint::new(["sh", "-c", "mkdir -p /www; exec httpd -f -p 8080 -h /www"]);
+        let not_yet = "#!/bin/sh\nif test -e /tmp/asked; then echo 'Status: 200 OK'; \
+            else echo 'Status: 503 Later'; fi\necho >/tmp/asked; echo; echo\n";
+        let fails = Hook::command(["sh", "-c", "cat /tmp/asked && echo no luck >&2; exit 3"]);
+        let agent = AgentConfig::new()
+            .entrypoint(server)
+            .hook(HookName::Ready, Hook::http_at(8080, "/cgi-bin/ready").deadline(PATIENCE / 2))
+            .hook(HookName::Validate, fails);
+        let files = busybox().file("www/cgi-bin/ready", 0o755, not_yet);
+        let config = config_of(Release::Linux6_12, files, agent);
         let hook = options(&scratch).ready(Ready::Hook);
         let error = Template::build(config, &hook).await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Template);
