@@ -3,21 +3,25 @@
 //! ```sh
 //! docker save nginx -o nginx.tar
 //! cargo run --example container -- nginx.tar 80
+//! cargo run --features registry --example container -- docker.io/library/nginx:latest 80
 //! ```
 //!
 //! Without arguments it is a web server of busybox, and no image is needed.
 
+use std::collections::HashMap;
 use std::error::Error;
+use std::fmt::Debug;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dormouse::{
     AgentConfig, Cmdline, Entrypoint, Image, ImageCache, ImageSource, Kernel, MicroVm, Ready,
     Running, TemplateOptions, VmConfig,
 };
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// What was made once is found here the next time.
@@ -26,13 +30,14 @@ const CACHE: &str = "target/container";
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
-    let archive = args.next();
+    let image = args.next();
     let port: u16 = args.next().map_or(Ok(8080), |port| port.parse())?;
     // Where a kernel and a static busybox are installed: here, or where the environment says.
     let root = std::env::var_os("DORMOUSE_GUEST_ROOT").map_or("/".into(), PathBuf::from);
     fs::create_dir_all(CACHE)?;
-    let (source, agent) = match archive {
-        Some(archive) => (Image::open(archive), AgentConfig::new()),
+    let (source, agent) = match image {
+        Some(file) if Path::new(&file).exists() => (Image::open(file), AgentConfig::new()),
+        Some(reference) => (registry::pull(reference)?, AgentConfig::new()),
         None => {
             let server = ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"];
             let agent = AgentConfig::new().entrypoint(Entrypoint::new(server));
@@ -40,14 +45,14 @@ async fn main() -> Result<(), Box<dyn Error>> {
         }
     };
 
-    let bar = bar();
-    let also = bar.clone();
+    let bars = Bars::default();
+    let shown = bars.clone();
     let source = source.progress(move |progress| {
-        show(&also, &format!("{:?}", progress.stage), progress.bytes, progress.total_bytes);
+        shown.show(progress.stage, progress.bytes, progress.total_bytes);
         ControlFlow::Continue(())
     });
     let image = source.unpack(&ImageCache::open(Path::new(CACHE).join("images"))?).await?;
-    bar.finish_and_clear();
+    bars.clear();
     println!("root file system: {}", image.path().display());
 
     let config = VmConfig::new(Kernel::installed_in(&root)?)
@@ -61,15 +66,14 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("{}", answer.lines().next().unwrap_or_default());
     let _off = vm.shutdown(Duration::from_secs(1)).await;
 
-    let also = bar.clone();
+    let shown = bars.clone();
     let options = TemplateOptions::new(Path::new(CACHE).join("templates"))
         .ready(Ready::Port(port))
         .progress(move |progress| {
-            show(&also, &format!("{:?}", progress.stage), progress.bytes, progress.total_bytes)
+            shown.show(progress.stage, progress.bytes, progress.total_bytes);
         });
-    bar.reset();
     let template = image.template(config, &options).await?;
-    bar.finish_and_clear();
+    bars.clear();
     let begin = Instant::now();
     let vm = template.start().await?;
     let again = ask(&vm, port).await?;
@@ -113,14 +117,50 @@ async fn ask(vm: &MicroVm<Running>, port: u16) -> Result<String, Box<dyn Error>>
     Ok(body.ok_or("an answer that is not HTTP")?)
 }
 
-fn bar() -> ProgressBar {
-    let bar = ProgressBar::new_spinner();
-    let style = ProgressStyle::with_template("{msg:24} {bar:30} {bytes}/{total_bytes}");
-    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+/// A bar for each stage, in the order in which they begin: layers are brought several at once.
+#[derive(Clone, Default)]
+struct Bars {
+    all: MultiProgress,
+    stages: Arc<Mutex<HashMap<String, ProgressBar>>>,
 }
 
-fn show(bar: &ProgressBar, stage: &str, bytes: u64, total: Option<u64>) {
-    bar.set_message(stage.to_owned());
-    bar.set_length(total.unwrap_or(bytes));
-    bar.set_position(bytes);
+impl Bars {
+    fn show(&self, stage: impl Debug, bytes: u64, total: Option<u64>) {
+        let name = format!("{stage:?}");
+        let mut stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        let bar = stages.entry(name.clone()).or_insert_with(|| {
+            let style = ProgressStyle::with_template("{msg:14} {bar:40} {bytes:>10} {elapsed}");
+            let bar = ProgressBar::no_length().with_message(name);
+            self.all.add(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())))
+        });
+        if let Some(total) = total {
+            bar.set_length(total);
+        }
+        bar.set_position(bytes);
+    }
+
+    fn clear(&self) {
+        self.stages.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        // A terminal that does not do as it is told is no reason to end.
+        let _cleared = self.all.clear();
+    }
+}
+
+/// Images by reference.
+#[cfg(feature = "registry")]
+mod registry {
+    use dormouse::{Image, ImageSource};
+
+    pub(super) fn pull(reference: String) -> Result<ImageSource, &'static str> {
+        Ok(Image::pull(reference))
+    }
+}
+
+#[cfg(not(feature = "registry"))]
+mod registry {
+    use dormouse::ImageSource;
+
+    pub(super) fn pull(_: String) -> Result<ImageSource, &'static str> {
+        Err("there is no such file, and references need `--features registry`")
+    }
 }

@@ -27,7 +27,7 @@ pub enum ImageStage {
     Find,
     /// Bringing a layer from its registry. Several are brought at once.
     Download(usize),
-    /// Unpacking a layer: bytes are those that come out of it.
+    /// Unpacking a layer: bytes are those of the layer as it is packed.
     Layer(usize),
     /// Copying the files of a directory.
     Copy,
@@ -63,9 +63,9 @@ impl Reporter {
         }
     }
 
-    /// The same, for the work on a layer.
-    pub(super) fn layer(&self, stage: ImageStage, bytes: u64) -> Result<(), LayerFault> {
-        self.report(stage, bytes, None).map_err(|_| LayerFault::Interrupted)
+    /// The same, for the work on a layer or a directory of this size.
+    pub(super) fn part(&self, stage: ImageStage, bytes: u64, size: u64) -> Result<(), LayerFault> {
+        self.report(stage, bytes, Some(size)).map_err(|_| LayerFault::Interrupted)
     }
 }
 

@@ -38,9 +38,9 @@ impl Work {
             let count = layers.len();
             for (index, layer) in layers.into_iter().enumerate() {
                 let (blob, digest) = (layer.blob, layer.digest);
+                let (stage, size) = (ImageStage::Layer(index), blob.len());
                 let packed = Packed { blob, digest, max_ratio: self.limits.ratio };
-                let stage = ImageStage::Layer(index);
-                let unpacked = build.layer(packed, &mut |bytes| reporter.layer(stage, bytes));
+                let unpacked = build.layer(packed, &mut |bytes| reporter.part(stage, bytes, size));
                 let unpacked = unpacked.and_then(|found| same(layer.diff_id, found));
                 let number = index + 1;
                 unpacked.map_err(|fault| ImageError::Layer { number, count, fault })?;
@@ -55,10 +55,10 @@ impl Work {
         self.reporter.report(ImageStage::Find, 0, None)?;
         let directory = Directory::open(path, &self.limits)?;
         let root = self.root(&directory.key(), |build, reporter| {
-            let mut sum = 0;
+            let (mut sum, size) = (0, directory.bytes());
             directory.build(build, &mut |bytes| {
                 sum += bytes;
-                reporter.layer(ImageStage::Copy, sum)
+                reporter.part(ImageStage::Copy, sum, size)
             })
         })?;
         self.ready(ImageConfig::default(), None, root)

@@ -1,6 +1,8 @@
 //! The bytes of a layer: read, unpacked and hashed, on a thread beside the one that takes them.
 
 use std::io::{self, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{self, Scope};
 
@@ -39,6 +41,8 @@ pub(in crate::image) struct LayerStream {
     at: usize,
     unpacked: Sha256,
     count: u64,
+    /// Packed bytes that the thread has read.
+    packed: Arc<AtomicU64>,
     max_bytes: u64,
     fault: Option<LayerFault>,
 }
@@ -52,22 +56,38 @@ impl LayerStream {
     ) -> Result<Self, LayerFault> {
         let (sender, chunks) = sync_channel(CHUNKS);
         let (empty, returned) = channel();
+        let read = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&read);
         thread::Builder::new()
             .name("dormouse-image".to_owned())
             .spawn_scoped(scope, move || {
-                if let Err(fault) = unpack(packed, &sender, &returned) {
+                if let Err(fault) = unpack(packed, &count, &sender, &returned) {
                     // Nobody hears it where the stream was dropped.
                     let _ = sender.send(Err(fault));
                 }
             })
             .map_err(LayerFault::Thread)?;
-        let (chunk, unpacked) = (Vec::new(), Sha256::new());
-        Ok(Self { chunks, empty, chunk, at: 0, unpacked, count: 0, max_bytes, fault: None })
+        Ok(Self {
+            chunks,
+            empty,
+            chunk: Vec::new(),
+            at: 0,
+            unpacked: Sha256::new(),
+            count: 0,
+            packed: read,
+            max_bytes,
+            fault: None,
+        })
     }
 
     /// Unpacked bytes up to here.
     pub(in crate::image) fn count(&self) -> u64 {
         self.count
+    }
+
+    /// Packed bytes that were read: somewhat ahead.
+    pub(in crate::image) fn packed(&self) -> u64 {
+        self.packed.load(Ordering::Relaxed)
     }
 
     /// What went wrong where `read` failed.
@@ -158,6 +178,7 @@ impl Skip for LayerStream {
 /// Sends the unpacked bytes of a blob, until all are sent or nobody takes them.
 fn unpack(
     packed: Packed,
+    count: &AtomicU64,
     sender: &SyncSender<Result<Vec<u8>, LayerFault>>,
     returned: &Receiver<Vec<u8>>,
 ) -> Result<(), LayerFault> {
@@ -165,7 +186,8 @@ fn unpack(
     let mut head = packed.blob.clone();
     let mut magic = Vec::new();
     Read::by_ref(&mut head).take(6).read_to_end(&mut magic)?;
-    let mut source = Hashed { blob: packed.blob, hasher: packed.digest.map(|_| Sha256::new()) };
+    let hasher = packed.digest.map(|_| Sha256::new());
+    let mut source = Hashed { blob: packed.blob, hasher, count };
     let allowed = FREE_BYTES.max(size.saturating_mul(max_ratio));
     let budget = Budget { allowed, max_ratio };
     let pumped = match magic[..] {
@@ -238,18 +260,20 @@ fn pump(
     }
 }
 
-/// A blob that is hashed while it is read.
-struct Hashed {
+/// A blob that is hashed while it is read, and how far that is.
+struct Hashed<'c> {
     blob: Blob,
     hasher: Option<Sha256>,
+    count: &'c AtomicU64,
 }
 
-impl Read for Hashed {
+impl Read for Hashed<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.blob.read(buffer)?;
         if let Some(hasher) = &mut self.hasher {
             hasher.update(&buffer[..read]);
         }
+        self.count.store(self.blob.position(), Ordering::Relaxed);
         Ok(read)
     }
 }

@@ -26,7 +26,7 @@ const MAX_XATTRS_BYTES: usize = 128 << 10;
 /// How the kernel numbers devices.
 const MAX_MAJOR: u32 = (1 << 12) - 1;
 const MAX_MINOR: u32 = (1 << 20) - 1;
-/// The caller hears of progress so often.
+/// The caller hears of progress so often, in unpacked bytes.
 const REPORT_BYTES: u64 = 1 << 20;
 const COPY_BYTES: usize = 64 << 10;
 
@@ -43,8 +43,11 @@ pub(in crate::image) struct Limits {
     pub(in crate::image) ratio: u64,
 }
 
-/// Who hears of unpacked bytes, and may end it.
+/// Who hears of bytes that were read, and may end it.
 pub(in crate::image) type OnBytes<'a> = dyn FnMut(u64) -> Result<(), LayerFault> + 'a;
+
+/// The same, while an entry is read.
+type OnStream<'a> = dyn FnMut(&LayerStream) -> Result<(), LayerFault> + 'a;
 
 /// A root file system that is being made.
 pub(in crate::image) struct Build {
@@ -72,13 +75,14 @@ impl Build {
         }
     }
 
-    /// Lays a layer over those before. Returns the digest of its unpacked bytes.
+    /// Lays a layer over those before. Returns the digest of its unpacked bytes; `on_bytes` hears of packed ones.
     pub(in crate::image) fn layer(
         &mut self,
         packed: Packed,
         on_bytes: &mut OnBytes<'_>,
     ) -> Result<Digest, LayerFault> {
         self.layer += 1;
+        let size = packed.blob.len();
         thread::scope(|scope| {
             let budget = self.limits.bytes.saturating_sub(self.unpacked);
             let mut tar = TarReader::new(LayerStream::start(scope, packed, budget)?);
@@ -89,7 +93,7 @@ impl Build {
             }
             let (digest, count) = tar.into_source().finish()?;
             self.unpacked += count;
-            on_bytes(count)?;
+            on_bytes(size)?;
             Ok(digest)
         })
     }
@@ -106,10 +110,10 @@ impl Build {
             if self.entries > self.limits.entries {
                 return Err(LayerFault::Limit { what: "entries", limit: self.limits.entries });
             }
-            self.entry(entry, tar, &mut |count| {
-                if count >= reported + REPORT_BYTES {
-                    reported = count;
-                    on_bytes(count)?;
+            self.entry(entry, tar, &mut |stream| {
+                if stream.count() >= reported + REPORT_BYTES {
+                    reported = stream.count();
+                    on_bytes(stream.packed())?;
                 }
                 Ok(())
             })?;
@@ -121,7 +125,7 @@ impl Build {
         &mut self,
         entry: Entry,
         tar: &mut TarReader<LayerStream>,
-        on_bytes: &mut OnBytes<'_>,
+        on_stream: &mut OnStream<'_>,
     ) -> Result<(), LayerFault> {
         let trimmed =
             entry.path.len() - entry.path.iter().rev().take_while(|&&b| b == b'/').count();
@@ -144,7 +148,7 @@ impl Build {
                 return self.tree.link(&entry.path, target, self.layer);
             }
             EntryKind::File { size, extents } => {
-                let content = self.content(*size, extents.as_deref(), tar, on_bytes);
+                let content = self.content(*size, extents.as_deref(), tar, on_stream);
                 Kind::File(content?)
             }
             EntryKind::Directory => Kind::Directory(std::collections::BTreeMap::new()),
@@ -153,7 +157,7 @@ impl Build {
             EntryKind::Block(device) => Kind::Block(checked(&entry.path, *device)?),
             EntryKind::Fifo => Kind::Fifo,
         };
-        on_bytes(tar.source().count())?;
+        on_stream(tar.source())?;
         let Entry { path, mode, uid, gid, mtime, xattrs, .. } = entry;
         let xattrs = kept_xattrs(&path, xattrs)?;
         let node = Node { kind, mode, uid, gid, mtime, xattrs, names: 0 };
@@ -166,7 +170,7 @@ impl Build {
         size: u64,
         extents: Option<&[Extent]>,
         tar: &mut TarReader<LayerStream>,
-        on_bytes: &mut OnBytes<'_>,
+        on_stream: &mut OnStream<'_>,
     ) -> Result<Content, LayerFault> {
         let content = self.begin_file(size)?;
         let begin = self.data.position();
@@ -183,7 +187,7 @@ impl Build {
                 }
                 self.data.write(&self.buffer[..read]).map_err(LayerFault::Write)?;
                 left -= read as u64;
-                on_bytes(tar.source().count())?;
+                on_stream(tar.source())?;
             }
         }
         let rest = begin + size - self.data.position();

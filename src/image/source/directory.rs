@@ -1,6 +1,6 @@
 //! A directory of the host as a root file system.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -84,6 +84,15 @@ impl Directory {
             hasher.update(now.as_nanos().to_le_bytes());
         }
         Digest::end(hasher)
+    }
+
+    /// Bytes of all files, which [`build`](Self::build) copies.
+    pub(in crate::image) fn bytes(&self) -> u64 {
+        let mut seen = BTreeSet::new();
+        let files = self.files.iter().map(|(_, metadata)| metadata);
+        let once = files
+            .filter(|metadata| metadata.is_file() && seen.insert((metadata.dev(), metadata.ino())));
+        once.fold(0, |sum, metadata| sum.saturating_add(metadata.size()))
     }
 
     /// Makes it the root file system. What belongs to the owner of the directory itself belongs to root there.
@@ -240,6 +249,7 @@ fn content(
         let end =
             rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(begin)).unwrap_or(size).min(size);
         build.zeros(begin - at).map_err(ImageError::Root)?;
+        on_bytes(begin - at).map_err(ImageError::Root)?;
         file.seek(SeekFrom::Start(begin)).map_err(fault)?;
         at = begin;
         while at < end {

@@ -111,6 +111,9 @@ fn a_layout_becomes_a_root_that_is_made_once() {
     let source = || {
         let stages = std::sync::Arc::clone(&stages);
         Image::open(layout.path()).progress(move |progress| {
+            if matches!(progress.stage, ImageStage::Layer(_)) {
+                assert!(progress.total_bytes.is_some_and(|total| progress.bytes <= total));
+            }
             stages.lock().unwrap().push(progress.stage);
             ControlFlow::Continue(())
         })
@@ -412,7 +415,17 @@ fn a_directory_is_a_root_too() {
     std::os::unix::fs::FileExt::write_all_at(&sparse, b"in the middle", 2 << 20).unwrap();
     let _socket = std::os::unix::net::UnixListener::bind(tree.join("socket")).unwrap();
     let cache = ImageCache::open(scratch.0.join("cache")).unwrap();
-    let image = unpacked(Image::directory(&tree), &cache).unwrap();
+    let last = std::sync::Arc::new(Mutex::new(None));
+    let seen = std::sync::Arc::clone(&last);
+    let source = Image::directory(&tree).progress(move |progress| {
+        if progress.stage == ImageStage::Copy {
+            *seen.lock().unwrap() = Some((progress.bytes, progress.total_bytes));
+        }
+        ControlFlow::Continue(())
+    });
+    let image = unpacked(source, &cache).unwrap();
+    let bytes = (3 << 20) + 6;
+    assert_eq!(*last.lock().unwrap(), Some((bytes, Some(bytes))));
     let root = Listing::read(&std::fs::read(image.path()).unwrap());
     assert_eq!(root.paths(), ["hard", "sparse", "sub", "sub/file", "sub/link", "text"]);
     assert_eq!((root.text("text"), root.text("sub/link")), ("first", "../text"));
