@@ -4,6 +4,9 @@
 #[path = "../linux/debian_image.rs"]
 #[expect(dead_code, reason = "each test has a cache of its own")]
 mod debian_image;
+#[path = "../../src/image/tests/erofs.rs"]
+#[expect(dead_code, reason = "whole listings are compared")]
+mod erofs;
 mod overlays;
 mod processes;
 #[path = "../linux/programs.rs"]
@@ -12,6 +15,7 @@ mod programs;
 #[path = "../linux/registry.rs"]
 mod registry;
 mod sources;
+mod umoci;
 
 use std::env;
 use std::fs;
