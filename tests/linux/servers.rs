@@ -1,6 +1,8 @@
 //! Servers in container images, from where images come from to the answer of a guest.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Output;
 
 use dormouse::{
     AgentConfig, Cmdline, Image, ImageCache, OverlayDisk, Ready, TemplateOptions, VmConfig,
@@ -9,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::agent::{Guest, block_on};
 use crate::registry::{NAME, Registry, SESAME, skopeo_copy};
-use crate::{PATIENCE, Release, Scratch, debian_image};
+use crate::{PATIENCE, Release, Scratch, debian_image, programs};
 
 fn config(release: Release) -> VmConfig {
     VmConfig::new(release.kernel())
@@ -25,6 +27,10 @@ async fn get(guest: &Guest, port: u16, path: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     answer
+}
+
+fn e2fsck(disk: &Path, options: &[&str]) -> Output {
+    programs::command("e2fsck").args(options).arg(disk).output().unwrap()
 }
 
 #[test]
@@ -49,8 +55,17 @@ fn pythons_server_answers_from_an_archive() {
         let room = guest.sh("df -m / | tail -n 1 | busybox awk '{ print $2 }'").await;
         assert!((900..=1024).contains(&room.trim().parse::<u32>().unwrap()), "{room}");
         guest.sh("dd if=/dev/zero of=/srv/more bs=1M count=40 && sync").await;
-        let written = std::fs::metadata(scratch.0.join("own")).unwrap().blocks() * 512;
+        let own = scratch.0.join("own");
+        let written = std::fs::metadata(&own).unwrap().blocks() * 512;
         assert!((40 << 20..100 << 20).contains(&written), "{written}");
+        // One that is ended in the middle leaves a journal, which makes the disk right again.
+        guest.sh("(while true; do echo more >>/srv/log; done) & sleep 1; sync").await;
+        guest.kill();
+        let replayed = e2fsck(&own, &["-p"]);
+        assert!(matches!(replayed.status.code(), Some(0 | 1)), "{replayed:?}");
+        assert!(String::from_utf8_lossy(&replayed.stdout).contains("recovering journal"));
+        let checked = e2fsck(&own, &["-f", "-n"]);
+        assert!(checked.status.success(), "{checked:?}");
     });
 }
 

@@ -114,6 +114,11 @@ impl Guest {
         }
     }
 
+    /// Ends it in the middle of what it does.
+    pub(crate) fn kill(self) {
+        drop(self.vm.terminate());
+    }
+
     /// What a shell writes that does this.
     pub(crate) async fn sh(&self, script: &str) -> String {
         sh(&self.agent, script).await.unwrap_or_else(|error| {
