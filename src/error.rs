@@ -62,6 +62,14 @@ pub enum ErrorKind {
     /// A template cannot be made of the configuration, was deactivated, or its VMs are not as they
     /// should be.
     Template,
+    /// The sessions are another process's, the name of one is taken or unknown, or its record is damaged.
+    Session,
+    /// The session sleeps, and is not to be woken by this.
+    SessionSuspended,
+    /// The session is over, or about to be.
+    SessionEnded,
+    /// A program in the guest does not answer as HTTP asks.
+    Http,
     /// A file of the guest, or of the host, cannot be read or written.
     File(std::io::ErrorKind),
 }
@@ -115,6 +123,29 @@ impl Error {
         self
     }
 
+    /// The same, for another who waits for what failed. Its causes are text.
+    #[cfg(feature = "session")]
+    pub(crate) fn again(&self) -> Self {
+        Self(Box::new(Inner {
+            kind: self.0.kind.clone(),
+            phase: self.0.phase,
+            cause: self.causes().into(),
+            fix: self.0.fix.clone(),
+            console_tail: self.0.console_tail.clone(),
+        }))
+    }
+
+    /// What was attempted, and why it failed.
+    fn causes(&self) -> String {
+        let mut text = self.0.cause.to_string();
+        let mut cause = self.0.cause.source();
+        while let Some(next) = cause {
+            text = format!("{text}: {next}");
+            cause = next.source();
+        }
+        text
+    }
+
     /// What went wrong, to match on.
     pub fn kind(&self) -> &ErrorKind {
         &self.0.kind
@@ -138,12 +169,7 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0.cause)?;
-        let mut cause = self.0.cause.source();
-        while let Some(next) = cause {
-            write!(f, ": {next}")?;
-            cause = next.source();
-        }
+        f.write_str(&self.causes())?;
         match &self.0.fix {
             Some(fix) => write!(f, "; {fix}"),
             None => Ok(()),
@@ -197,6 +223,15 @@ mod tests {
             denied().to_string(),
             "cannot open /dev/kvm: Permission denied (os error 13); add your user to the group kvm"
         );
+    }
+
+    #[test]
+    #[cfg(feature = "session")]
+    fn an_error_is_told_to_several_in_the_same_words() {
+        let error = denied().at(Phase::Kvm).console("one\n".into());
+        let again = error.again();
+        assert_eq!(format!("{again:?}"), format!("{error:?}"));
+        assert_eq!((again.kind(), again.how_to_fix()), (error.kind(), error.how_to_fix()));
     }
 
     #[test]

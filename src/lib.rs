@@ -64,6 +64,7 @@
 //! | have an agent in the guest | [`AgentConfig`], [`RootDisk`], [`Entrypoint`], [`Hook`], [`HostService`] |
 //! | have a container image as its root | [`Image`], [`ImageSource`], [`ImageCache`], [`ImageConfig`], [`ImageLimits`], [`OverlayDisk`] |
 //! | run commands in it, move its files, reach its ports | [`MicroVm::agent`], [`Agent`], [`Command`], [`Process`] |
+//! | have it sleep when nobody needs it, and wake for a request | [`Sessions`], [`Session`], [`SessionPolicy`], [`Metering`] |
 //! | talk to its programs by sockets | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
@@ -84,6 +85,7 @@
 //! - `agent` (default): the agent in the guest, on tokio.
 //! - `image` (default): [`Image`], container images as root file systems, and [`Template`], guests that are booted
 //!   once and start with their application up.
+//! - `session` (default): [`Session`], VMs that sleep when nobody needs them, and wake when somebody does.
 //! - `registry`: `Image::pull`, images from registries. It brings TLS (rustls, ring), and so is not there by default.
 
 #![warn(missing_docs, unreachable_pub)]
@@ -121,6 +123,8 @@ mod phase;
 mod pool;
 mod protocol;
 mod seccomp;
+#[cfg(feature = "session")]
+mod session;
 mod snapshot;
 mod tap;
 #[cfg(feature = "image")]
@@ -164,6 +168,11 @@ pub use microvm::{
 };
 pub use phase::Phase;
 pub use pool::{Pool, PoolOptions};
+#[cfg(feature = "session")]
+pub use session::{
+    KeepAwake, Lost, Metering, Session, SessionBody, SessionEvent, SessionEvents, SessionOptions,
+    SessionPolicy, SessionReason, SessionState, SessionStream, SessionWatch, Sessions,
+};
 pub use snapshot::{SaveProgress, SaveStage, Snapshot, SnapshotFacts, SnapshotOptions};
 #[cfg(feature = "image")]
 pub use template::{Ready, Template, TemplateOptions, TemplateProgress, TemplateStage};

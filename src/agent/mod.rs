@@ -5,7 +5,10 @@
 //! make the host keep is bounded by the windows of the streams that are open. The next call takes the
 //! connection of one that is over.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "for what decides when a VM sleeps"))]
+#[cfg_attr(
+    all(not(test), not(feature = "session")),
+    expect(dead_code, reason = "for what decides when a VM sleeps")
+)]
 mod activity;
 mod calls;
 mod command;
@@ -27,6 +30,8 @@ mod tree;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "session")]
+pub(crate) use self::activity::{Activity, Ongoing};
 pub use self::command::{Command, Output};
 pub(crate) use self::error::AgentError;
 pub use self::files::{DirEntry, FileType, Metadata, WriteOptions};

@@ -269,6 +269,12 @@ impl Machine {
         Some(self.console.explain(self.exit.get()?.clone()))
     }
 
+    /// A descriptor that is readable once the guest has ended.
+    #[cfg(feature = "session")]
+    pub(crate) fn ended(&self) -> std::io::Result<std::os::fd::OwnedFd> {
+        self.exit.descriptor()
+    }
+
     /// Ends the guest from the host's side; a guest that ended before did so first.
     pub(crate) fn end(&self) {
         self.exit.report(ExitStatus::Terminated);

@@ -93,6 +93,12 @@ impl MicroVm<Running> {
         self.state.machine.exit_status()
     }
 
+    /// A descriptor that is readable once the guest has ended: for whoever waits for many at once.
+    #[cfg(feature = "session")]
+    pub(crate) fn ended(&self) -> std::io::Result<std::os::fd::OwnedFd> {
+        self.state.machine.ended()
+    }
+
     /// How much processor time of the host the guest has used since the VM was made: that of its vCPUs'
     /// threads, with what the host's kernel and the devices do on them. A guest that waits uses next to
     /// none; one that computes, a second each second on every vCPU. What the device thread does, which all

@@ -14,6 +14,8 @@ mod network;
 mod rate_limits;
 mod resources;
 mod seccomp;
+#[cfg(feature = "session")]
+mod session;
 mod sleeper;
 mod snapshot;
 #[allow(dead_code, reason = "benchmarks use more of it")]

@@ -1,0 +1,110 @@
+//! The directory of sessions: a directory for each, and a lock that one process has.
+//!
+//! For a session named ID there are `ID/session.json`, its record; and `ID/asleep`, the files that it sleeps in.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::error::SessionError;
+use super::state::Listeners;
+
+/// A directory of sessions that is this process's, until the last session of it is dropped.
+#[derive(Debug)]
+pub(super) struct Home {
+    path: PathBuf,
+    /// Locked (flock), so that it goes with the process, however that ends.
+    _lock: File,
+    /// Who is told of the events of all sessions.
+    pub(super) listeners: Arc<Listeners>,
+}
+
+impl Home {
+    pub(super) fn open(path: &Path) -> Result<Self, SessionError> {
+        // Absolute, so that it means the same when the process goes elsewhere.
+        let path = std::path::absolute(path).map_err(SessionError::io("find", path))?;
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.map_err(SessionError::io("make the directory", &path))?;
+        let lock = path.join("lock");
+        let file = File::options().create(true).append(true).mode(0o600).open(&lock);
+        let file = file.map_err(SessionError::io("open", &lock))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(SessionError::InUse { path }),
+            Err(TryLockError::Error(error)) => {
+                return Err(SessionError::io("lock", &lock)(error));
+            }
+        }
+        Ok(Self { path, _lock: file, listeners: Arc::default() })
+    }
+
+    /// The directory of a session.
+    pub(super) fn session(&self, id: &str) -> PathBuf {
+        self.path.join(id)
+    }
+
+    /// Makes the directory of a session that is new.
+    pub(super) fn make(&self, id: &str) -> Result<(), SessionError> {
+        let path = self.session(id);
+        match fs::DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(SessionError::Exists { id: id.to_owned() })
+            }
+            made => made.map_err(SessionError::io("make the directory", &path)),
+        }
+    }
+
+    /// Removes all that there is of a session.
+    pub(super) fn remove(&self, id: &str) -> Result<(), SessionError> {
+        let path = self.session(id);
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(SessionError::io("remove", &path)),
+        }
+    }
+
+    /// The names of all sessions that there is something of.
+    pub(super) fn ids(&self) -> Result<Vec<String>, SessionError> {
+        let entries = fs::read_dir(&self.path).map_err(SessionError::io("read", &self.path))?;
+        let mut ids = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(SessionError::io("read", &self.path))?;
+            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            if let Ok(name) = entry.file_name().into_string()
+                && is_directory
+                && check_id(&name).is_ok()
+            {
+                ids.push(name);
+            }
+        }
+        ids.sort();
+        Ok(ids)
+    }
+}
+
+/// A session's name is a label of a host's name (RFC 1123), in lower case.
+pub(super) fn check_id(id: &str) -> Result<(), SessionError> {
+    let is_good = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    let ends = id.starts_with('-') || id.ends_with('-');
+    match (1..=63).contains(&id.len()) && id.bytes().all(is_good) && !ends {
+        true => Ok(()),
+        false => Err(SessionError::Id { id: id.chars().take(80).collect() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_a_label_of_a_hosts_name() {
+        for good in ["a", "0", "a-b", "7f3a", &"x".repeat(63)] {
+            check_id(good).unwrap();
+        }
+        for bad in ["", "-a", "a-", "A", "a.b", "..", "a/b", "ä", "a b", &"x".repeat(64)] {
+            check_id(bad).unwrap_err();
+        }
+    }
+}

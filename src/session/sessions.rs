@@ -1,0 +1,316 @@
+//! The sessions of a directory: starting them, finding them again.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use tokio::sync::{mpsc, oneshot};
+
+use super::clock::Stamp;
+use super::error::SessionError;
+use super::home::{Home, check_id};
+use super::keeper::{Body, Call, Keeper, blocking};
+use super::metering::{Counts, Meter, Metering};
+use super::policy::{Lost, SessionPolicy};
+use super::record::{Lasting, Record};
+use super::shared::Shared;
+use super::start::Start;
+use super::state::{SessionEvent, SessionEvents, SessionReason, SessionState};
+use super::{Session, SessionOptions};
+use crate::error::Error;
+use crate::microvm::{AnyMicroVm, MicroVm, Suspended};
+use crate::snapshot::Snapshot;
+
+/// The sessions of a directory, which one process has at a time: a handle that clones.
+///
+/// What is suspended costs files and some KiB of memory, and outlives this process, however it ends. See [`Session`]
+/// for an example.
+#[derive(Clone)]
+pub struct Sessions(Arc<Inner>);
+
+struct Inner {
+    home: Arc<Home>,
+    sessions: Mutex<BTreeMap<String, Session>>,
+}
+
+impl Sessions {
+    /// Opens a directory of sessions, which is made where there is none, and finds those that are there: suspended
+    /// ones as they were, others as [`SessionPolicy::lost`](field@SessionPolicy::lost) says. One whose record is
+    /// damaged is over, with [`SessionReason::Damaged`]; whether what a session sleeps in is sound is seen when it is
+    /// woken. Reads a file for each session.
+    ///
+    /// Nothing is woken by this. Sessions are kept by tasks of the runtime that this is called on. Whoever can write to
+    /// the directory decides what VMs run, and with which files of this host.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Session`](crate::ErrorKind::Session) where another process has the directory,
+    /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be made or read.
+    pub async fn open(directory: impl AsRef<Path>) -> Result<Self, Error> {
+        if tokio::runtime::Handle::try_current().is_err() {
+            return Err(SessionError::NoRuntime.into());
+        }
+        let directory = directory.as_ref().to_owned();
+        let found = blocking(move || {
+            let home = Arc::new(Home::open(&directory)?);
+            let ids = home.ids()?;
+            let found: Vec<_> = ids.iter().map(|id| find(&home, id)).collect();
+            Ok::<_, SessionError>((home, found))
+        });
+        let (home, found) = found.await?;
+        let mut sessions = BTreeMap::new();
+        for shared in found {
+            let shared = Arc::new(shared);
+            let (sender, calls) = mpsc::unbounded_channel();
+            if shared.state() == SessionState::Suspended {
+                let keeper = Keeper::new(Arc::clone(&shared), calls, Body::Asleep(None));
+                tokio::spawn(keeper.keep());
+            }
+            sessions.insert(shared.id.clone(), Session { shared, calls: sender });
+        }
+        Ok(Self(Arc::new(Inner { home, sessions: Mutex::new(sessions) })))
+    }
+
+    /// Makes a VM a session, in whatever state it is, and waits until it is reached: it is started or woken, its agent
+    /// is ready, and its hook `run` done. A VM without an agent has no hooks and no ports, and is
+    /// ready at once.
+    ///
+    /// The VM's disks, and what else its configuration names of the host, stay where they are, and have to be there
+    /// when it wakes. Where the future is dropped, the session starts all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Session`](crate::ErrorKind::Session) where the name is taken,
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where it, the policy or the payload is refused: the VM is
+    /// ended. Those of starting and waking a VM, of [`MicroVm::agent`], and [`ErrorKind::Hook`](crate::ErrorKind::Hook):
+    /// the session is over, with that as its reason.
+    pub async fn start(
+        &self,
+        vm: impl Into<AnyMicroVm>,
+        options: SessionOptions,
+    ) -> Result<Session, Error> {
+        let id = options.id.clone().map_or_else(random_id, Ok)?;
+        check_id(&id)?;
+        options.policy.check()?;
+        let payload = options.run_body(&id)?;
+        let session = self.make(id, &options).await?;
+        let (started, has_started) = oneshot::channel();
+        let start = Start { vm: vm.into(), payload, within: options.within, started };
+        let (session, calls) = session;
+        let keeper = Keeper::new(Arc::clone(&session.shared), calls, Body::Over);
+        tokio::spawn(keeper.start(start));
+        match has_started.await {
+            Ok(started) => started.map(|()| session),
+            Err(_) => Err(SessionError::RuntimeOver { id: session.id().to_owned() }.into()),
+        }
+    }
+
+    /// As [`start`](Self::start), with a name: see [`SessionOptions::id`].
+    ///
+    /// # Errors
+    ///
+    /// As that one.
+    pub async fn start_with_id(
+        &self,
+        id: impl Into<String>,
+        vm: impl Into<AnyMicroVm>,
+        options: SessionOptions,
+    ) -> Result<Session, Error> {
+        self.start(vm, options.id(id)).await
+    }
+
+    /// The session of this name.
+    pub fn get(&self, id: &str) -> Option<Session> {
+        self.sessions().get(id).cloned()
+    }
+
+    /// All sessions, by their names; also those that are over, until they are [removed](Self::remove).
+    pub fn list(&self) -> Vec<Session> {
+        self.sessions().values().cloned().collect()
+    }
+
+    /// The events of all sessions from now on.
+    pub fn events(&self) -> SessionEvents {
+        self.0.home.listeners.subscribe()
+    }
+
+    /// Puts all sessions to sleep that run, side by side, as a process does before it ends.
+    ///
+    /// # Errors
+    ///
+    /// That of the first that could not be: all others sleep.
+    pub async fn suspend_all(&self) -> Result<(), Error> {
+        let running = self.list().into_iter().filter(|session| {
+            !matches!(session.state(), SessionState::Terminating | SessionState::Terminated)
+        });
+        let asked: Vec<_> =
+            running.map(|session| tokio::spawn(async move { session.suspend().await })).collect();
+        let mut first = Ok(());
+        for asked in asked {
+            // One that is over by now needs no sleep.
+            let is_over = |error: &Error| error.kind() == &crate::ErrorKind::SessionEnded;
+            if let Ok(Err(error)) = asked.await
+                && !is_over(&error)
+                && first.is_ok()
+            {
+                first = Err(error);
+            }
+        }
+        first
+    }
+
+    /// Forgets a session that is over, and removes all that is left of it. Its name is free again.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Session`](crate::ErrorKind::Session) where there is none, or it is not over;
+    /// [`ErrorKind::File`](crate::ErrorKind::File) where its files cannot be removed.
+    pub async fn remove(&self, id: &str) -> Result<(), Error> {
+        let session = self.get(id).ok_or_else(|| SessionError::Unknown { id: id.to_owned() })?;
+        if session.state() != SessionState::Terminated {
+            return Err(SessionError::NotOver { id: id.to_owned() }.into());
+        }
+        let (home, name) = (Arc::clone(&self.0.home), id.to_owned());
+        blocking(move || home.remove(&name)).await?;
+        self.sessions().remove(id);
+        Ok(())
+    }
+
+    /// A session that is to be: its directory, its record, its name in the list.
+    async fn make(
+        &self,
+        id: String,
+        options: &SessionOptions,
+    ) -> Result<(Session, mpsc::UnboundedReceiver<Call>), Error> {
+        let event = event(&id, 1, SessionState::Pending, SessionReason::Started, None);
+        let meter = Meter::new(Metering::default(), Counts::Nothing, Default::default());
+        let lasting = Lasting { grace: options.grace, ..Lasting::default() };
+        let (home, policy) = (Arc::clone(&self.0.home), options.policy.clone());
+        let shared = Arc::new(Shared::new(home, event.clone(), policy, meter, lasting));
+        let made = Arc::clone(&shared);
+        blocking(move || {
+            made.home.make(&made.id)?;
+            made.write(SessionState::Pending).inspect_err(|_| {
+                let _ = made.home.remove(&made.id);
+            })
+        })
+        .await?;
+        let (sender, calls) = mpsc::unbounded_channel();
+        let session = Session { shared, calls: sender };
+        self.sessions().insert(id, session.clone());
+        session.shared.audience.tell(&event);
+        Ok((session, calls))
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, BTreeMap<String, Session>> {
+        self.0.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Sessions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.list()).finish()
+    }
+}
+
+/// A session that another process left here.
+fn find(home: &Arc<Home>, id: &str) -> Shared {
+    match Record::read(&home.session(id), id) {
+        Ok(record) => found(home, id, record),
+        Err(error) => {
+            let message = Some(error.to_string());
+            let event = event(id, 1, SessionState::Terminated, SessionReason::Damaged, message);
+            let meter = Meter::new(Metering::default(), Counts::Nothing, Default::default());
+            let (policy, lasting) = (SessionPolicy::default(), Lasting::default());
+            Shared::new(Arc::clone(home), event, policy, meter, lasting)
+        }
+    }
+}
+
+/// What has become of it since its record was written.
+fn found(home: &Arc<Home>, id: &str, record: Record) -> Shared {
+    let passed = record.stamp.until(&Stamp::now());
+    let number = record.event.number.saturating_add(1);
+    let (state, event) = match record.state {
+        SessionState::Terminated => (SessionState::Terminated, record.event.clone()),
+        SessionState::Suspended => {
+            // The last event may be that of an attempt to wake it, or of the way to here.
+            let last = record.event.clone();
+            (SessionState::Suspended, SessionEvent { state: SessionState::Suspended, ..last })
+        }
+        before => {
+            let (state, reason, message) = lost(home, id, &record, before);
+            (state, self::event(id, number, state, reason, message))
+        }
+    };
+    let slept = record.state == SessionState::Suspended;
+    let mut metering = record.metering;
+    let (counts, for_how_long) = match state {
+        SessionState::Suspended if slept => {
+            metering.suspended = metering.suspended.saturating_add(passed);
+            (Counts::Suspended, record.for_how_long.saturating_add(passed))
+        }
+        SessionState::Suspended => (Counts::Suspended, Default::default()),
+        _ => (Counts::Nothing, Default::default()),
+    };
+    let meter = Meter::new(metering, counts, for_how_long);
+    let is_news = state != record.state;
+    let before = Shared::new(Arc::clone(home), event, record.policy, meter, record.lasting);
+    if is_news {
+        before.note_found(state);
+    }
+    before
+}
+
+/// What becomes of one that ran when its process ended.
+fn lost(
+    home: &Home,
+    id: &str,
+    record: &Record,
+    before: SessionState,
+) -> (SessionState, SessionReason, Option<String>) {
+    let asleep = home.session(id).join("asleep");
+    let snapshot = Snapshot::open(&asleep).ok().map(|snapshot| snapshot.id());
+    // Its files were finished, and nobody was there to write that down.
+    if before == SessionState::Suspending
+        && snapshot.is_some()
+        && snapshot != record.lasting.snapshot
+    {
+        return (SessionState::Suspended, record.event.reason, None);
+    }
+    let ran = matches!(before, SessionState::Running | SessionState::Suspending);
+    if ran && record.policy.lost == Lost::Restore && snapshot.is_some() {
+        return match MicroVm::<Suspended>::open(&asleep) {
+            Ok(_) => (SessionState::Suspended, SessionReason::Restored, None),
+            Err(error) => (SessionState::Terminated, SessionReason::Lost, Some(error.to_string())),
+        };
+    }
+    let message = Some(format!("the process ended while the session was {before}"));
+    (SessionState::Terminated, SessionReason::Lost, message)
+}
+
+fn event(
+    id: &str,
+    number: u64,
+    state: SessionState,
+    reason: SessionReason,
+    message: Option<String>,
+) -> SessionEvent {
+    let (session, at) = (id.to_owned(), SystemTime::now());
+    SessionEvent { session, number, state, reason, message, at, took: None }
+}
+
+fn random_id() -> Result<String, SessionError> {
+    let mut bytes = [0; 12];
+    let filled = getrandom(&mut bytes, GetRandomFlags::empty());
+    match filled {
+        Ok(count) if count == bytes.len() => {
+            Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+        }
+        Ok(_) => Err(SessionError::Random(std::io::ErrorKind::UnexpectedEof.into())),
+        Err(errno) => Err(SessionError::Random(errno.into())),
+    }
+}

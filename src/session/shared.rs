@@ -1,0 +1,211 @@
+//! What the handles of a session and its keeper share.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
+
+use super::error::SessionError;
+use super::home::Home;
+use super::metering::{Meter, Metering};
+use super::policy::SessionPolicy;
+use super::record::{Lasting, MAX_MESSAGE_CHARS, Record};
+use super::state::{Audience, SessionEvent, SessionReason, SessionState, Status};
+use crate::agent::{Activity, Agent};
+use crate::console::Console;
+use crate::error::Error;
+use crate::microvm::{MicroVm, Running};
+
+/// What is known of a session, for whoever asks. Its keeper alone changes its state.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) id: String,
+    /// Keeps the lock of the directory of sessions.
+    pub(super) home: Arc<Home>,
+    pub(super) status: watch::Sender<Status>,
+    pub(super) activity: Activity,
+    pub(super) audience: Audience,
+    policy: Mutex<SessionPolicy>,
+    meter: Mutex<Meter>,
+    lasting: Mutex<Lasting>,
+    vm: Mutex<Option<MicroVm<Running>>>,
+    console: Mutex<Option<Console>>,
+    /// The state that is written down, held while something is written.
+    written: Mutex<SessionState>,
+}
+
+impl Shared {
+    pub(super) fn new(
+        home: Arc<Home>,
+        event: SessionEvent,
+        policy: SessionPolicy,
+        meter: Meter,
+        lasting: Lasting,
+    ) -> Self {
+        let audience = Audience { all: Arc::clone(&home.listeners), ..Audience::default() };
+        Self {
+            id: event.session.clone(),
+            home,
+            written: Mutex::new(event.state),
+            status: watch::Sender::new(Status { event, agent: None }),
+            activity: Activity::new(),
+            audience,
+            policy: Mutex::new(policy),
+            meter: Mutex::new(meter),
+            lasting: Mutex::new(lasting),
+            vm: Mutex::default(),
+            console: Mutex::default(),
+        }
+    }
+
+    /// The session's own directory.
+    pub(super) fn directory(&self) -> PathBuf {
+        self.home.session(&self.id)
+    }
+
+    /// Where it sleeps.
+    pub(super) fn asleep(&self) -> PathBuf {
+        self.directory().join("asleep")
+    }
+
+    pub(super) fn state(&self) -> SessionState {
+        self.status.borrow().event.state
+    }
+
+    pub(super) fn policy(&self) -> MutexGuard<'_, SessionPolicy> {
+        lock(&self.policy)
+    }
+
+    pub(super) fn meter(&self) -> MutexGuard<'_, Meter> {
+        lock(&self.meter)
+    }
+
+    pub(super) fn lasting(&self) -> MutexGuard<'_, Lasting> {
+        lock(&self.lasting)
+    }
+
+    pub(super) fn vm(&self) -> MutexGuard<'_, Option<MicroVm<Running>>> {
+        lock(&self.vm)
+    }
+
+    pub(super) fn console(&self) -> MutexGuard<'_, Option<Console>> {
+        lock(&self.console)
+    }
+
+    /// The processor time that its VM says it has used, where there is one that runs.
+    pub(super) fn cpu_time(&self) -> Option<Duration> {
+        self.vm().as_ref().map(MicroVm::<Running>::cpu_time)
+    }
+
+    /// What it has used up to now.
+    pub(super) fn settle(&self) -> Metering {
+        let cpu = self.cpu_time();
+        self.meter().settle(cpu)
+    }
+
+    /// What it has used, written down before it is said: so nobody who was told sees less after a restart.
+    pub(super) fn metering(&self) -> Metering {
+        let metering = self.settle();
+        // A disk that is full does not make it unknown.
+        let _ = self.write_as(None, metering);
+        metering
+    }
+
+    /// An event that nobody has been told of yet.
+    pub(super) fn event(
+        &self,
+        state: SessionState,
+        reason: SessionReason,
+        message: Option<String>,
+        took: Option<Duration>,
+    ) -> SessionEvent {
+        let number = self.status.borrow().event.number.saturating_add(1);
+        let message = message.map(|message| message.chars().take(MAX_MESSAGE_CHARS).collect());
+        let (session, at) = (self.id.clone(), SystemTime::now());
+        SessionEvent { session, number, state, reason, message, at, took }
+    }
+
+    /// Tells everybody. The agent is that of a session that runs.
+    pub(super) fn publish(&self, event: SessionEvent, agent: Option<Agent>) {
+        tracing::info!(
+            session = %event.session, state = %event.state, reason = %event.reason,
+            message = event.message.as_deref(), took = event.took.map(|took| took.as_secs_f64()),
+            "session"
+        );
+        self.audience.tell(&event);
+        self.status.send_modify(|status| *status = Status { event, agent });
+    }
+
+    /// Writes down in which state its guest may be from now on.
+    pub(super) fn write(&self, state: SessionState) -> Result<(), SessionError> {
+        let metering = self.settle();
+        self.write_as(Some(state), metering)
+    }
+
+    /// Writes down what is known now.
+    pub(super) fn note(&self) {
+        let metering = self.settle();
+        if let Err(error) = self.write_as(None, metering) {
+            tracing::warn!(session = %self.id, %error, "cannot write down the session");
+        }
+    }
+
+    /// As [`note`](Self::note), for what must not be lost.
+    pub(super) fn note_or_fail(&self) -> Result<(), Error> {
+        if matches!(self.state(), SessionState::Terminating | SessionState::Terminated) {
+            return Err(self.ended());
+        }
+        let metering = self.settle();
+        Ok(self.write_as(None, metering)?)
+    }
+
+    /// Writes down what became of it while no process had it.
+    pub(super) fn note_found(&self, state: SessionState) {
+        *lock(&self.written) = SessionState::Pending;
+        if let Err(error) = self.write(state) {
+            tracing::warn!(session = %self.id, %error, "cannot write down the session");
+            *lock(&self.written) = state;
+        }
+    }
+
+    /// A request was given to it.
+    pub(super) fn count_request(&self) {
+        let mut meter = self.meter();
+        meter.totals.requests = meter.totals.requests.saturating_add(1);
+    }
+
+    fn write_as(
+        &self,
+        state: Option<SessionState>,
+        metering: Metering,
+    ) -> Result<(), SessionError> {
+        let mut written = lock(&self.written);
+        // Of one that is over nothing changes; what is damaged is left as it is.
+        if *written == SessionState::Terminated {
+            return Ok(());
+        }
+        let state = state.unwrap_or(*written);
+        let policy = self.policy().clone();
+        // While it goes to sleep the snapshot is what counts.
+        let sync = policy.sync && state != SessionState::Running;
+        let for_how_long = self.meter().for_how_long();
+        let event = self.status.borrow().event.clone();
+        let lasting = self.lasting().clone();
+        Record::new(state, event, policy, (metering, for_how_long), lasting)
+            .write(&self.directory(), sync)?;
+        *written = state;
+        Ok(())
+    }
+
+    /// Why nothing is to be had of a session that is over, or about to be.
+    pub(super) fn ended(&self) -> Error {
+        let status = self.status.borrow();
+        let (reason, message) = (status.event.reason, status.event.message.clone());
+        SessionError::Ended { id: self.id.clone(), reason, message }.into()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,216 @@
+//! Sessions that are found again: by who opens their directory, after a process that ended in any way.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use dormouse::Metering;
+
+use super::*;
+
+const DIRECTORY: &str = "DORMOUSE_TEST_SESSIONS";
+
+/// Keeps sessions in each way in which a process may leave them, says so, and waits to be killed.
+async fn other_process(directory: &Path) {
+    let sessions = Sessions::open(directory).await.unwrap();
+    let start = |id: &'static str, policy: SessionPolicy| {
+        let sessions = sessions.clone();
+        async move {
+            let vm = MicroVm::create(config(&Program::Heartbeat)).unwrap();
+            let options = SessionOptions::new().id(id).policy(policy);
+            sessions.start(vm, options).await.unwrap()
+        }
+    };
+    let asleep = start("asleep", SessionPolicy::new().auto_resume(false)).await;
+    asleep.suspend().await.unwrap();
+    let running = start("running", SessionPolicy::new()).await;
+    running.suspend().await.unwrap();
+    running.resume().await.unwrap();
+    let restored = start("restored", SessionPolicy::new().lost(Lost::Restore)).await;
+    restored.suspend().await.unwrap();
+    restored.resume().await.unwrap();
+    let _fresh = start("fresh", SessionPolicy::new().lost(Lost::Restore)).await;
+    start("over", SessionPolicy::new()).await.terminate().await.unwrap();
+    tokio::time::sleep(SHORT).await;
+    for session in sessions.list() {
+        let metering = serde_json::to_string(&session.metering()).unwrap();
+        println!("session {} {metering}", session.id());
+    }
+    println!("kept");
+    std::future::pending().await
+}
+
+/// A process that keeps sessions in this directory, and what it says that they have used.
+fn elsewhere(directory: &Path) -> (Child, Vec<(String, Metering)>) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--test-threads=1", "--nocapture", "sessions_of_a_process_that_was_killed"])
+        .env(DIRECTORY, directory)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut used = Vec::new();
+    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if line.ends_with("kept") {
+            return (child, used);
+        }
+        if let Some((_, session)) = line.split_once("session ") {
+            let (id, metering) = session.split_once(' ').unwrap();
+            used.push((id.to_owned(), serde_json::from_str(metering).unwrap()));
+        }
+    }
+    panic!("the other process has ended");
+}
+
+#[test]
+fn sessions_of_a_process_that_was_killed_are_found_as_their_policy_says() {
+    use SessionReason::{Lost, Requested, Restored};
+    use SessionState::{Running, Suspended, Terminated};
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return block_on(other_process(Path::new(&directory)));
+    }
+    block_on(async {
+        let scratch = Scratch::new();
+        let directory = scratch.join("sessions");
+        let (mut child, used) = elsewhere(&directory);
+        assert_eq!(used.len(), 5);
+        // One process has them at a time.
+        assert_eq!(kind(Sessions::open(&directory).await), ErrorKind::Session);
+        child.kill().unwrap();
+        child.wait().unwrap();
+
+        let sessions = Sessions::open(&directory).await.unwrap();
+        let get = |id: &str| sessions.get(id).unwrap();
+        let found = |id: &str| {
+            let event = get(id).watch().event();
+            (event.state, event.reason)
+        };
+        assert_eq!(found("asleep"), (Suspended, Requested));
+        assert_eq!(found("running"), (Terminated, Lost));
+        assert_eq!(found("restored"), (Suspended, Restored));
+        assert_eq!(found("fresh"), (Terminated, Lost));
+        assert_eq!(found("over"), (Terminated, Requested));
+        assert!(!get("asleep").policy().auto_resume);
+        for (id, before) in &used {
+            let now = get(id).metering();
+            assert!(now.running >= before.running && now.vcpu >= before.vcpu, "{id}");
+            assert!(now.suspended >= before.suspended && before.vcpu > Duration::ZERO, "{id}");
+            assert_eq!(now.snapshot_bytes, before.snapshot_bytes, "{id}");
+        }
+        for id in ["asleep", "restored"] {
+            get(id).resume().await.unwrap();
+            assert_eq!(get(id).state(), Running);
+        }
+        // The guests go on.
+        tokio::time::sleep(SHORT).await;
+        assert!(get("asleep").console().unwrap().tail().contains('.'));
+        sessions.suspend_all().await.unwrap();
+        drop(sessions);
+        // Its keepers are tasks, and end a little later.
+        let sessions = reopened(&directory).await;
+        let asleep = sessions.list().into_iter().filter(|session| session.state() == Suspended);
+        assert_eq!(asleep.count(), 2);
+        // The events go on counting, too.
+        assert!(sessions.get("asleep").unwrap().watch().event().number >= 6);
+    });
+}
+
+async fn reopened(directory: &Path) -> Sessions {
+    loop {
+        match Sessions::open(directory).await {
+            Ok(sessions) => return sessions,
+            Err(error) => assert_eq!(error.kind(), &ErrorKind::Session, "{error:?}"),
+        }
+        tokio::time::sleep(SHORT / 10).await;
+    }
+}
+
+#[test]
+fn what_runs_ends_with_the_last_handle_and_what_sleeps_does_not() {
+    block_on(async {
+        let house = House::new().await;
+        let path = house.path();
+        let running = house.halted(SessionPolicy::new()).await;
+        let asleep = house.halted(SessionPolicy::new()).await;
+        asleep.suspend().await.unwrap();
+        let ids = [running.id().to_owned(), asleep.id().to_owned()];
+        let House { scratch: _scratch, sessions } = house;
+        drop((sessions, asleep));
+        assert_eq!(kind(Sessions::open(&path).await), ErrorKind::Session);
+        assert_eq!(running.state(), SessionState::Running);
+        drop(running);
+        let sessions = reopened(&path).await;
+        let states = ids.map(|id| sessions.get(&id).unwrap().state());
+        assert_eq!(states, [SessionState::Terminated, SessionState::Suspended]);
+    });
+}
+
+#[test]
+fn a_session_that_was_suspended_for_too_long_while_nobody_looked_ends_and_a_clock_set_back_keeps_none()
+ {
+    block_on(async {
+        let house = House::new().await;
+        let path = house.path();
+        let policy = SessionPolicy::new().suspended_at_most(Duration::from_secs(3600));
+        let (old, young) = (house.halted(policy.clone()).await, house.halted(policy).await);
+        house.sessions.suspend_all().await.unwrap();
+        let ids = [old.id().to_owned(), young.id().to_owned()];
+        let House { scratch: _scratch, sessions } = house;
+        drop((sessions, old, young));
+        drop(reopened(&path).await);
+        // As if it had been written in another boot, and the clock been set: two hours back, and two hours on.
+        let two_hours = Duration::from_secs(7200).as_secs() as i64;
+        for (id, jump) in ids.iter().zip([-two_hours, two_hours]) {
+            let file = path.join(id).join("session.json");
+            let mut record: serde_json::Value =
+                serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+            let stamp = &mut record["stamp"];
+            stamp["boot"] = "another".into();
+            let wall = stamp["wall"]["secs"].as_i64().unwrap();
+            stamp["wall"]["secs"] = (wall + jump).into();
+            fs::write(&file, serde_json::to_vec(&record).unwrap()).unwrap();
+        }
+        let sessions = reopened(&path).await;
+        let [old, young] = ids.map(|id| sessions.get(&id).unwrap());
+        until(&old, SessionState::Terminated).await;
+        assert_eq!(old.watch().event().reason, SessionReason::SuspendedAtMost);
+        assert_eq!(young.state(), SessionState::Suspended);
+        let metering = young.metering();
+        assert!(metering.suspended < Duration::from_secs(3600), "{metering:?}");
+        young.resume().await.unwrap();
+    });
+}
+
+#[test]
+fn one_that_is_killed_between_its_files_and_its_record_is_asleep() {
+    block_on(async {
+        let house = House::new().await;
+        let path = house.path();
+        let session = house.halted(SessionPolicy::new()).await;
+        let id = session.id().to_owned();
+        session.suspend().await.unwrap();
+        let file = path.join(&id).join("session.json");
+        let House { scratch: _scratch, sessions } = house;
+        drop((sessions, session));
+        drop(reopened(&path).await);
+        let record: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        let found = async |snapshot: serde_json::Value| {
+            let mut record = record.clone();
+            record["state"] = "suspending".into();
+            record["lasting"]["snapshot"] = snapshot;
+            fs::write(&file, serde_json::to_vec(&record).unwrap()).unwrap();
+            let sessions = reopened(&path).await;
+            let session = sessions.get(&id).unwrap();
+            if session.state() == SessionState::Suspended {
+                session.resume().await.unwrap();
+            }
+            session.watch().event().reason
+        };
+        // There was no snapshot before, and now there is.
+        assert_eq!(found(serde_json::Value::Null).await, SessionReason::Requested);
+        // It is that of before: what came after is lost.
+        let same = record["lasting"]["snapshot"].clone();
+        assert_eq!(found(same).await, SessionReason::Lost);
+    });
+}
