@@ -20,7 +20,7 @@ use super::shared::Shared;
 use super::start::Start;
 use super::state::{SessionEvent, SessionEvents, SessionReason, SessionState};
 use super::{Session, SessionOptions};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::microvm::{AnyMicroVm, MicroVm, Suspended};
 use crate::snapshot::Snapshot;
 
@@ -151,7 +151,7 @@ impl Sessions {
         let mut first = Ok(());
         for asked in asked {
             // One that is over by now needs no sleep.
-            let is_over = |error: &Error| error.kind() == &crate::ErrorKind::SessionEnded;
+            let is_over = |error: &Error| error.kind() == &ErrorKind::SessionEnded;
             if let Ok(Err(error)) = asked.await
                 && !is_over(&error)
                 && first.is_ok()

@@ -22,6 +22,8 @@ mod registry;
 mod resources;
 #[cfg(feature = "registry")]
 mod servers;
+#[cfg(feature = "session")]
+mod session;
 mod snapshots;
 mod vsock;
 

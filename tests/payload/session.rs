@@ -5,7 +5,7 @@ mod faults;
 mod recovery;
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dormouse::{
@@ -73,6 +73,17 @@ async fn until(session: &Session, state: SessionState) {
     let there = tokio::time::timeout(PATIENCE, watch.wait_for(state)).await;
     let event = there.unwrap_or_else(|_| panic!("{session:?} never is {state}"));
     assert!(event.is_some(), "{:?}", watch.event());
+}
+
+/// The sessions of a directory whose last handles were dropped: their keepers are tasks, and end a little later.
+async fn reopened(directory: &Path) -> Sessions {
+    loop {
+        match Sessions::open(directory).await {
+            Ok(sessions) => return sessions,
+            Err(error) => assert_eq!(error.kind(), &ErrorKind::Session, "{error:?}"),
+        }
+        tokio::time::sleep(SHORT / 10).await;
+    }
 }
 
 fn kind<T>(result: Result<T, Error>) -> ErrorKind {

@@ -25,7 +25,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// Files for the guest: busybox, under the names of all that it does.
-fn busybox() -> InitramfsBuilder {
+pub(crate) fn busybox() -> InitramfsBuilder {
     let links = [
         "sh",
         "cat",
@@ -68,7 +68,11 @@ fn busybox() -> InitramfsBuilder {
         .fold(archive, |archive, name| archive.symlink(&format!("bin/{name}"), "busybox"))
 }
 
-fn config_of(release: Release, archive: InitramfsBuilder, agent: AgentConfig) -> VmConfig {
+pub(crate) fn config_of(
+    release: Release,
+    archive: InitramfsBuilder,
+    agent: AgentConfig,
+) -> VmConfig {
     VmConfig::new(release.kernel())
         .initramfs(archive.build().unwrap())
         .cmdline(Cmdline::default().push("quiet").unwrap())

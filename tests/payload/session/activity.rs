@@ -88,8 +88,8 @@ fn a_lifetime_counts_running_and_suspended_time_and_nothing_holds_it() {
         let (held, asleep) = (house.halted(policy.clone()).await, house.halted(policy).await);
         let _awake = held.keep_awake();
         asleep.suspend().await.unwrap();
-        for session in [held, asleep] {
-            let mut events = session.events();
+        let all = [held, asleep].map(|session| (session.events(), session));
+        for (mut events, session) in all {
             until(&session, SessionState::Terminated).await;
             use SessionState::{Terminated, Terminating};
             let ends = [Terminating, Terminated].map(|state| (state, SessionReason::Lifetime));

@@ -1,7 +1,6 @@
 //! What goes wrong: guests that end, files that are damaged, disks that are full.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use super::*;
@@ -44,18 +43,14 @@ fn damage_is_its_sessions_own_and_says_what_it_is() {
         let [files, record, gone, sound] = all.map(|session| session.id().to_owned());
         let House { scratch: _scratch, sessions } = house;
         drop(sessions);
+        drop(reopened(&path).await);
         fs::write(path.join(&files).join("asleep/state"), "nonsense").unwrap();
         fs::write(path.join(&record).join("session.json"), "{}").unwrap();
         fs::remove_file(path.join(&gone).join("session.json")).unwrap();
         // What is no session is left alone.
         fs::create_dir(path.join("Not a session")).unwrap();
         fs::write(path.join("file"), "").unwrap();
-        let sessions = loop {
-            match Sessions::open(&path).await {
-                Ok(sessions) => break sessions,
-                Err(_) => tokio::time::sleep(SHORT / 10).await,
-            }
-        };
+        let sessions = reopened(&path).await;
         assert_eq!(sessions.list().len(), 4);
         let get = |id: &str| sessions.get(id).unwrap();
         for (id, why) in [(&record, "missing field"), (&gone, "session.json")] {
@@ -122,7 +117,7 @@ fn a_disk_that_is_full_leaves_it_running_and_it_is_tried_again() {
         let scratch = Scratch::new();
         let small = scratch.join("small");
         fs::create_dir(&small).unwrap();
-        mount(&small, "size=1m");
+        mount(&small, "size=2m");
         let sessions = Sessions::open(small.join("sessions")).await.unwrap();
         let (writer, output) = output();
         let vm = MicroVm::create(config(&Program::Memory).console(writer)).unwrap();
@@ -130,7 +125,10 @@ fn a_disk_that_is_full_leaves_it_running_and_it_is_tried_again() {
         let session = sessions.start(vm, SessionOptions::new().policy(policy)).await.unwrap();
         let awake = session.wake().await.unwrap();
         assert_eq!([output.next(), output.next()], *b"B>");
-        fs::write(small.join("ballast"), vec![1; 900 << 10]).unwrap();
+        // Two hundred pages are 800 KiB.
+        type_in(&session, b"w\xc8\x05");
+        assert_eq!(output.next(), b'w');
+        fs::write(small.join("ballast"), vec![1; 1600 << 10]).unwrap();
         let mut events = session.events();
         drop(awake);
         use SessionState::{Running, Suspended, Suspending};
@@ -156,6 +154,7 @@ fn a_disk_that_is_full_leaves_it_running_and_it_is_tried_again() {
         let refused = session.wake().await.unwrap_err();
         assert_eq!(refused.kind(), &ErrorKind::File(std::io::ErrorKind::StorageFull));
         assert!(refused.to_string().contains("session.json"), "{refused}");
+        drop(file);
         fs::remove_file(small.join("ballast")).unwrap();
         session.resume().await.unwrap();
         session.terminate().await.unwrap();

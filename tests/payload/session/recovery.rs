@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+
 use std::process::{Child, Command, Stdio};
 
 use dormouse::Metering;
@@ -95,7 +95,10 @@ fn sessions_of_a_process_that_was_killed_are_found_as_their_policy_says() {
         for (id, before) in &used {
             let now = get(id).metering();
             assert!(now.running >= before.running && now.vcpu >= before.vcpu, "{id}");
-            assert!(now.suspended >= before.suspended && before.vcpu > Duration::ZERO, "{id}");
+            assert!(now.suspended >= before.suspended, "{id}");
+            // Others slept or ended at once, and may not have run at all.
+            let ran = ["running", "restored", "fresh"].contains(&id.as_str());
+            assert!(before.vcpu > Duration::ZERO || !ran, "{id}");
             assert_eq!(now.snapshot_bytes, before.snapshot_bytes, "{id}");
         }
         for id in ["asleep", "restored"] {
@@ -114,16 +117,6 @@ fn sessions_of_a_process_that_was_killed_are_found_as_their_policy_says() {
         // The events go on counting, too.
         assert!(sessions.get("asleep").unwrap().watch().event().number >= 6);
     });
-}
-
-async fn reopened(directory: &Path) -> Sessions {
-    loop {
-        match Sessions::open(directory).await {
-            Ok(sessions) => return sessions,
-            Err(error) => assert_eq!(error.kind(), &ErrorKind::Session, "{error:?}"),
-        }
-        tokio::time::sleep(SHORT / 10).await;
-    }
 }
 
 #[test]
