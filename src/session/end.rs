@@ -56,10 +56,10 @@ impl Keeper {
         let shared = Arc::clone(&self.shared);
         blocking(move || {
             remove_files(&shared);
-            shared.publish(event, None);
-            if let Err(error) = shared.write(SessionState::Terminated) {
+            if let Err(error) = shared.write_over(&event) {
                 tracing::warn!(session = %shared.id, %error, "cannot write down the session");
             }
+            shared.publish(event, None);
         })
         .await;
     }

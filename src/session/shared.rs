@@ -100,15 +100,17 @@ impl Shared {
 
     /// What it has used up to now.
     pub(super) fn settle(&self) -> Metering {
-        let cpu = self.cpu_time();
+        // Held, so that the time is not counted once more when the VM has gone to sleep meanwhile.
+        let vm = self.vm();
+        let cpu = vm.as_ref().map(MicroVm::<Running>::cpu_time);
         self.meter().settle(cpu)
     }
 
     /// What it has used, written down before it is said: so nobody who was told sees less after a restart.
     pub(super) fn metering(&self) -> Metering {
-        let metering = self.settle();
+        let (metering, written) = self.write_as(None, None);
         // A disk that is full does not make it unknown.
-        let _ = self.write_as(None, metering);
+        drop(written);
         metering
     }
 
@@ -139,14 +141,17 @@ impl Shared {
 
     /// Writes down in which state its guest may be from now on.
     pub(super) fn write(&self, state: SessionState) -> Result<(), SessionError> {
-        let metering = self.settle();
-        self.write_as(Some(state), metering)
+        self.write_as(Some(state), None).1
+    }
+
+    /// Writes down that it is over, and why; to be told after that, since whoever was told may remove it.
+    pub(super) fn write_over(&self, event: &SessionEvent) -> Result<(), SessionError> {
+        self.write_as(Some(SessionState::Terminated), Some(event)).1
     }
 
     /// Writes down what is known now.
     pub(super) fn note(&self) {
-        let metering = self.settle();
-        if let Err(error) = self.write_as(None, metering) {
+        if let Err(error) = self.write_as(None, None).1 {
             tracing::warn!(session = %self.id, %error, "cannot write down the session");
         }
     }
@@ -156,8 +161,7 @@ impl Shared {
         if matches!(self.state(), SessionState::Terminating | SessionState::Terminated) {
             return Err(self.ended());
         }
-        let metering = self.settle();
-        Ok(self.write_as(None, metering)?)
+        Ok(self.write_as(None, None).1?)
     }
 
     /// Writes down what became of it while no process had it.
@@ -175,27 +179,32 @@ impl Shared {
         meter.totals.requests = meter.totals.requests.saturating_add(1);
     }
 
+    /// Writes down what is known now, what it has used included.
     fn write_as(
         &self,
         state: Option<SessionState>,
-        metering: Metering,
-    ) -> Result<(), SessionError> {
+        event: Option<&SessionEvent>,
+    ) -> (Metering, Result<(), SessionError>) {
+        // One after the other, so that what is written never is less than before.
         let mut written = lock(&self.written);
+        let metering = self.settle();
         // Of one that is over nothing changes; what is damaged is left as it is.
         if *written == SessionState::Terminated {
-            return Ok(());
+            return (metering, Ok(()));
         }
         let state = state.unwrap_or(*written);
         let policy = self.policy().clone();
         // While it goes to sleep the snapshot is what counts.
         let sync = policy.sync && state != SessionState::Running;
         let for_how_long = self.meter().for_how_long();
-        let event = self.status.borrow().event.clone();
+        let event = event.cloned().unwrap_or_else(|| self.status.borrow().event.clone());
         let lasting = self.lasting().clone();
-        Record::new(state, event, policy, (metering, for_how_long), lasting)
-            .write(&self.directory(), sync)?;
-        *written = state;
-        Ok(())
+        let record = Record::new(state, event, policy, (metering, for_how_long), lasting);
+        let done = record.write(&self.directory(), sync);
+        if done.is_ok() {
+            *written = state;
+        }
+        (metering, done)
     }
 
     /// Why nothing is to be had of a session that is over, or about to be.
