@@ -75,8 +75,8 @@ impl Sessions {
     }
 
     /// Makes a VM a session, in whatever state it is, and waits until it is reached: it is started or woken, its agent
-    /// is ready, and its hook `run` done. A VM without an agent has no hooks and no ports, and is
-    /// ready at once.
+    /// is ready, where it boots its hook `ready` is done, and then its hook `run`. A VM without an agent has no hooks and no
+    /// ports, and is ready at once.
     ///
     /// The VM's disks, and what else its configuration names of the host, stay where they are, and have to be there
     /// when it wakes. Where the future is dropped, the session starts all the same.

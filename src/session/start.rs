@@ -24,6 +24,14 @@ pub(super) struct Start {
     pub(super) started: oneshot::Sender<Result<(), Error>>,
 }
 
+/// What is to be done with a guest until it is reached.
+struct Guest {
+    /// It has just been started, so its application may not be up.
+    boots: bool,
+    payload: String,
+    within: Option<Duration>,
+}
+
 impl Keeper {
     /// Makes the VM a session that runs, or ends it.
     pub(super) async fn begin(&mut self, start: Start) {
@@ -31,7 +39,10 @@ impl Keeper {
         let begin = Instant::now();
         let shared = Arc::clone(&self.shared);
         let done = match blocking(move || run(vm, &shared)).await {
-            Ok(vm) => self.begin_with(vm, &payload, within).await,
+            Ok((vm, boots)) => {
+                let guest = Guest { boots, payload, within };
+                self.begin_with(vm, guest).await
+            }
             Err(error) => Err(error),
         };
         let done = match done {
@@ -56,16 +67,11 @@ impl Keeper {
         let _ = started.send(done);
     }
 
-    async fn begin_with(
-        &mut self,
-        vm: MicroVm<Running>,
-        payload: &str,
-        within: Option<Duration>,
-    ) -> Result<(), Error> {
+    async fn begin_with(&mut self, vm: MicroVm<Running>, guest: Guest) -> Result<(), Error> {
         self.shared.meter().begin(Counts::Running, vm.cpu_time());
         let id = self.shared.id.clone();
         let agent = tokio::select! {
-            agent = ready(&vm, payload, within) => agent,
+            agent = ready(&vm, guest) => agent,
             () = self.calls.until_terminate() => Err(SessionError::Interrupted { id }.into()),
         };
         let (agent, failed) = match agent {
@@ -82,24 +88,25 @@ impl Keeper {
 }
 
 /// Waits until the guest is ready, and does its hook `run`.
-async fn ready(
-    vm: &MicroVm<Running>,
-    payload: &str,
-    within: Option<Duration>,
-) -> Result<Option<Agent>, Error> {
+async fn ready(vm: &MicroVm<Running>, guest: Guest) -> Result<Option<Agent>, Error> {
     if vm.agent_config().is_none() {
         return Ok(None);
     }
-    let agent = match within {
+    let agent = match guest.within {
         Some(within) => vm.agent_within(within).await?,
         None => vm.agent().await?,
     };
-    agent.run_hook(HookName::Run, payload).await?;
+    // What comes from a template, or ran before, has been asked.
+    if guest.boots {
+        agent.run_hook(HookName::Ready, "").await?;
+    }
+    agent.run_hook(HookName::Run, &guest.payload).await?;
     Ok(Some(agent))
 }
 
-/// Has the VM run, in whatever state it is.
-fn run(vm: AnyMicroVm, shared: &Shared) -> Result<MicroVm<Running>, Error> {
+/// Has the VM run, in whatever state it is, and says whether it boots.
+fn run(vm: AnyMicroVm, shared: &Shared) -> Result<(MicroVm<Running>, bool), Error> {
+    let boots = matches!(vm, AnyMicroVm::Created(_));
     let vm = match vm {
         AnyMicroVm::Created(vm) => vm.start()?,
         AnyMicroVm::Running(vm) => vm,
@@ -110,5 +117,5 @@ fn run(vm: AnyMicroVm, shared: &Shared) -> Result<MicroVm<Running>, Error> {
     let hooks = vm.agent_config().map(|agent| &agent.hooks);
     let has_terminate_hook = hooks.is_some_and(|hooks| hooks.contains_key(&HookName::Terminate));
     shared.lasting().has_terminate_hook = has_terminate_hook;
-    Ok(vm)
+    Ok((vm, boots))
 }
