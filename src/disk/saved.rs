@@ -144,6 +144,19 @@ impl SavedDisk {
         }
     }
 
+    /// Whether what the disk needs beside its saved file is as it was. Of a block device that its guest writes to
+    /// nobody can tell, so it is not.
+    #[cfg(feature = "session")]
+    pub(crate) fn is_as_before(&self, original: &BlockConfig) -> bool {
+        let may_tell = match self {
+            Self::Left { base, delta: None } => {
+                std::fs::metadata(&base.path).is_ok_and(|metadata| metadata.is_file())
+            }
+            _ => true,
+        };
+        may_tell && self.check_left(original).is_ok() && self.check_base().is_ok()
+    }
+
     /// The same disk, on a file at another place, which is known by its size alone.
     pub(crate) fn moved(&self, path: &Path) -> Self {
         let mut moved = self.clone();

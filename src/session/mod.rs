@@ -141,7 +141,8 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// The hook's, or those of [`MicroVm::resume`](MicroVm::<crate::Suspended>::resume): it sleeps as before.
+    /// The hook's, or those of [`MicroVm::resume`](MicroVm::<crate::Suspended>::resume): it sleeps as before, or, where its
+    /// guest has written to its disks by then, as it was when that failed.
     /// [`ErrorKind::SessionEnded`](crate::ErrorKind::SessionEnded) for one that is over.
     pub async fn resume(&self) -> Result<(), Error> {
         self.ask(Wish::Resume).await
@@ -251,8 +252,8 @@ impl Session {
         self.shared.count_request();
     }
 
-    /// Looks at its VM, or does something with it, if it runs: `None` if not. Meanwhile it cannot be suspended, so what
-    /// blocks is to be done elsewhere.
+    /// Looks at its VM, or does something with it, if it runs: `None` if not. Meanwhile it cannot be suspended, and calls to
+    /// it wait: what blocks, or asks the session itself for anything, is to be done elsewhere.
     pub fn with_vm<T>(&self, work: impl FnOnce(&MicroVm<Running>) -> T) -> Option<T> {
         self.shared.vm().as_ref().map(work)
     }

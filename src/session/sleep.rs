@@ -16,7 +16,7 @@ use super::state::{SessionReason, SessionState};
 use crate::agent::Agent;
 use crate::config::HookName;
 use crate::error::Error;
-use crate::microvm::{MicroVm, Running, Suspended, TransitionError};
+use crate::microvm::{MicroVm, Paused, Running, Suspended, TransitionError};
 use crate::snapshot::{Snapshot, SnapshotOptions};
 
 /// How long a guest that wakes may take until its agent has answered, beside its hook `resume`. It takes
@@ -102,7 +102,7 @@ impl Keeper {
     ///
     /// # Errors
     ///
-    /// It sleeps as before.
+    /// It sleeps on.
     pub(super) async fn resume(&mut self, reason: SessionReason) -> Result<(), Error> {
         let begin = Instant::now();
         let asleep = match &mut self.body {
@@ -134,8 +134,7 @@ impl Keeper {
         woken
     }
 
-    /// Waits until the guest is who it was. One that does not become that sleeps on in its files, which nothing of
-    /// it has changed.
+    /// Waits until the guest is who it was. One that does not become that sleeps again.
     async fn has_waked_up(&mut self, vm: MicroVm<Running>) -> Result<(), Error> {
         let id = self.shared.id.clone();
         let agent = tokio::select! {
@@ -147,9 +146,8 @@ impl Keeper {
             Err(error) => Err((Box::new(vm), error)),
         };
         let Err((vm, error)) = agent else { return Ok(()) };
-        self.shared.meter().settle(Some(vm.cpu_time()));
-        blocking(move || drop(vm.terminate())).await;
-        self.shared.meter().begin(Counts::Suspended, Duration::ZERO);
+        let shared = Arc::clone(&self.shared);
+        self.body = Body::Asleep(blocking(move || back_to_sleep(&shared, *vm)).await);
         Err(error)
     }
 
@@ -177,14 +175,7 @@ fn save(shared: &Shared) -> Result<MicroVm<Suspended>, Error> {
     let cpu = vm.cpu_time();
     match vm.suspend_with(&place, &SnapshotOptions::new().sync(sync)) {
         Ok(asleep) => {
-            let mut meter = shared.meter();
-            meter.settle(Some(cpu));
-            meter.begin(Counts::Suspended, Duration::ZERO);
-            meter.totals.suspends += 1;
-            let bytes = meter.totals.snapshot_bytes;
-            meter.totals.snapshot_bytes = bytes.saturating_add(written(&place, &before));
-            drop(meter);
-            shared.lasting().snapshot = Snapshot::open(&place).ok().map(|snapshot| snapshot.id());
+            has_been_saved(shared, cpu, &before);
             // Not possible on a disk that is full; what is written is enough to find it by.
             if let Err(error) = shared.write(SessionState::Suspended) {
                 tracing::warn!(session = %shared.id, %error, "cannot write down the session");
@@ -196,6 +187,56 @@ fn save(shared: &Shared) -> Result<MicroVm<Suspended>, Error> {
             Err(error)
         }
     }
+}
+
+/// Has a VM sleep again that woke in vain. Where it has written nothing to its disks it sleeps as before, and has all its
+/// chances the next time; else the memory of before is no more of use, and it sleeps as it is now.
+fn back_to_sleep(shared: &Shared, vm: MicroVm<Running>) -> Asleep {
+    let place = shared.asleep();
+    let cpu = vm.cpu_time();
+    shared.meter().settle(Some(cpu));
+    let asleep = match vm.pause() {
+        Ok(vm) if Snapshot::open(&place).is_ok_and(|files| files.disks_are_as_before()) => {
+            drop(vm.terminate());
+            None
+        }
+        Ok(vm) => save_again(shared, vm, cpu),
+        // It has ended by itself.
+        Err(_) => None,
+    };
+    shared.meter().begin(Counts::Suspended, Duration::ZERO);
+    asleep
+}
+
+fn save_again(shared: &Shared, vm: MicroVm<Paused>, cpu: Duration) -> Asleep {
+    let place = shared.asleep();
+    let before = files(&place).unwrap_or_default();
+    // As in `save`; on a disk that is full it is written that it ran.
+    let _ = shared.write(SessionState::Suspending);
+    match vm.suspend_with(&place, &SnapshotOptions::new().sync(shared.policy().sync)) {
+        Ok(asleep) => {
+            has_been_saved(shared, cpu, &before);
+            Some(Box::new(asleep))
+        }
+        Err(TransitionError { vm, error }) => {
+            tracing::warn!(session = %shared.id, %error, "cannot save the session again");
+            drop(vm.terminate());
+            None
+        }
+    }
+}
+
+/// Counts what it took, and has it known which files it sleeps in. There were those `before`.
+fn has_been_saved(shared: &Shared, cpu: Duration, before: &BTreeSet<(u64, u64)>) {
+    let place = shared.asleep();
+    let mut meter = shared.meter();
+    meter.settle(Some(cpu));
+    meter.begin(Counts::Suspended, Duration::ZERO);
+    meter.totals.suspends += 1;
+    let bytes = meter.totals.snapshot_bytes;
+    meter.totals.snapshot_bytes = bytes.saturating_add(written(&place, before));
+    drop(meter);
+    shared.lasting().snapshot = Snapshot::open(&place).ok().map(|snapshot| snapshot.id());
 }
 
 /// Wakes the VM in its files, which is written down before it runs.

@@ -66,6 +66,14 @@ impl Snapshot {
         Ok((sleep.clone(), options))
     }
 
+    /// Whether the disks are still what the memory here knows of them, also while the VM is awake.
+    #[cfg(feature = "session")]
+    pub(crate) fn disks_are_as_before(&self) -> bool {
+        let state = &self.0.state;
+        let mut disks = state.config.blocks.iter().zip(&state.disks);
+        disks.all(|(block, disk)| disk.is_as_before(block))
+    }
+
     /// Keeps others from waking the VM that sleeps here, in this process or another; none is needed
     /// for one in memory, which has one owner.
     ///
