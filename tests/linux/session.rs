@@ -1,5 +1,8 @@
 //! Sessions of guests with an agent: hooks, ports, leases, and many that are woken at once.
 
+mod faults;
+mod python;
+
 use std::time::Duration;
 
 use dormouse::{
