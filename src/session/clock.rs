@@ -1,7 +1,8 @@
 //! How much time has passed since something was written to a file, whatever was done to the clocks since.
 //!
-//! Within one boot of the host CLOCK_BOOTTIME says it, which nobody sets. Over a boot there is the wall clock alone:
-//! one that was set back says that no time has passed, never that it went backwards.
+//! Within one boot of the host CLOCK_BOOTTIME says it, which nobody sets, but that each time namespace has its own. Over a
+//! boot, and from one namespace to another, there is the wall clock alone: one that was set back says that no time has
+//! passed, never that it went backwards.
 
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 /// A moment that can be written down.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Stamp {
+    /// The boot and the time namespace that the next is counted in.
     boot: String,
     since_boot: Duration,
     wall: Duration,
@@ -19,12 +21,15 @@ pub(super) struct Stamp {
 
 impl Stamp {
     pub(super) fn now() -> Self {
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let mut boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        if let Ok(namespace) = fs::read_link("/proc/self/ns/time") {
+            boot.push_str(&namespace.to_string_lossy());
+        }
         let now = clock_gettime(ClockId::Boottime);
         let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
         let nanos = u32::try_from(now.tv_nsec).unwrap_or(0);
         Self {
-            boot: boot.trim().to_owned(),
+            boot: boot.replace('\n', " "),
             since_boot: Duration::from_secs(seconds) + Duration::from_nanos(nanos.into()),
             wall: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
         }

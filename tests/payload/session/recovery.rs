@@ -204,3 +204,49 @@ fn one_that_is_killed_between_its_files_and_its_record_is_asleep() {
         assert_eq!(found(same).await, SessionReason::Lost);
     });
 }
+
+/// Says so where it is not the process that the test began in, but one whose clocks have jumped.
+const JUMPED: &str = "DORMOUSE_TEST_SESSIONS_JUMPED";
+
+#[test]
+fn a_process_whose_monotonic_clocks_are_others_takes_no_session_for_an_old_one() {
+    if let Some(directory) = std::env::var_os(JUMPED) {
+        return block_on(async {
+            let sessions = Sessions::open(directory).await.unwrap();
+            let session = sessions.list().pop().unwrap();
+            session.resume().await.unwrap();
+            let metering = session.metering();
+            assert!(metering.suspended < Duration::from_secs(3600), "{metering:?}");
+            session.suspend().await.unwrap();
+        });
+    }
+    block_on(async {
+        let house = House::new().await;
+        let path = house.path();
+        let hour = Duration::from_secs(3600);
+        let policy = SessionPolicy::new().suspended_at_most(hour).lifetime(2 * hour);
+        house.halted(policy).await.suspend().await.unwrap();
+        let House { scratch: _scratch, sessions } = house;
+        drop(sessions);
+        // Eleven days later, and before the host was started.
+        for jump in ["1000000", "-1"] {
+            drop(reopened(&path).await);
+            let output = Command::new("unshare")
+                .args(["--user", "--map-root-user", "--time", "--fork"])
+                .args(["--boottime", jump, "--monotonic", jump, "--"])
+                .arg(std::env::current_exe().unwrap())
+                .args(["--test-threads=1", "--exact", "--nocapture"])
+                .arg("session::recovery::a_process_whose_monotonic_clocks_are_others_takes_no_session_for_an_old_one")
+                .env(JUMPED, &path)
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            let errors = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}{errors}");
+        }
+        let sessions = reopened(&path).await;
+        let session = sessions.list().pop().unwrap();
+        assert_eq!(session.state(), SessionState::Suspended);
+        assert_eq!(session.metering().resumes, 2);
+    });
+}
