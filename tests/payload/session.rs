@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dormouse::{
-    AnyMicroVm, Error, ErrorKind, Lost, MicroVm, Session, SessionEvents, SessionOptions,
-    SessionPolicy, SessionReason, SessionState, Sessions,
+    AnyMicroVm, Error, ErrorKind, Lost, MicroVm, RestoreOptions, Session, SessionEvents,
+    SessionOptions, SessionPolicy, SessionReason, SessionState, Sessions,
 };
 
 use crate::guest::Program;
@@ -268,5 +268,42 @@ fn a_wake_that_fails_fails_once_for_all_and_one_that_nobody_wants_any_more_is_no
         assert!(given_up.is_err());
         session.resume().await.unwrap();
         assert!(session.with_vm(|vm| vm.exit_status().is_none()).unwrap());
+    });
+}
+
+#[test]
+fn a_hundred_that_are_asked_at_once_while_they_sleep_all_answer() {
+    block_on(async {
+        let house = House::new().await;
+        let vm = MicroVm::create(config(&Program::Echo)).unwrap().start().unwrap();
+        let base = vm.pause().unwrap().snapshot(house.scratch.join("base")).unwrap();
+        let mut all = Vec::new();
+        for number in 0..100 {
+            let (writer, output) = output();
+            let vm = base.restore_with(&RestoreOptions::new().console(writer)).unwrap();
+            let session = house.sessions.start(vm, SessionOptions::new()).await.unwrap();
+            session.suspend().await.unwrap();
+            // What it says when it boots, if it did not before the snapshot.
+            output.so_far();
+            all.push((number, session, output));
+        }
+        let tasks = all.into_iter().map(|(number, session, output)| {
+            tokio::spawn(async move {
+                // None of them is the letter that switches the guest off, nor the one with which it boots.
+                let question = number | 0x80;
+                let _awake = session.wake().await.unwrap();
+                type_in(&session, &[question]);
+                let answer = tokio::task::spawn_blocking(move || {
+                    std::iter::repeat_with(|| output.next()).find(|byte| *byte != b'B')
+                });
+                assert_eq!(answer.await.unwrap(), Some(question));
+                // Else it would keep the processor busy.
+                session.suspend().await.unwrap();
+                assert_eq!(session.metering().resumes, 1);
+            })
+        });
+        for task in tasks.collect::<Vec<_>>() {
+            task.await.unwrap();
+        }
     });
 }
