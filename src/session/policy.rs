@@ -37,7 +37,9 @@ pub enum Lost {
 #[non_exhaustive]
 pub struct SessionPolicy {
     /// Suspends it when for this long nothing went on: no request, stream, call to its agent or lease, no more
-    /// processor time than [`busy_cpu`](Self::busy_cpu).
+    /// processor time than [`busy_cpu`](Self::busy_cpu). A lease is held by the host,
+    /// [`Session::keep_awake`](super::Session::keep_awake), or by the guest, as long as it has a file
+    /// `/run/dormouse/keep-awake`. One that cannot be suspended is tried again, after a time that doubles up to 5 minutes.
     pub idle_after: Option<Duration>,
     /// Ends it when it has been suspended for this long.
     pub suspended_at_most: Option<Duration>,
