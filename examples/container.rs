@@ -140,9 +140,10 @@ impl Bars {
     }
 
     fn clear(&self) {
-        self.stages.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        // A terminal that does not do as it is told is no reason to end.
-        let _cleared = self.all.clear();
+        let mut stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        for (_, bar) in stages.drain() {
+            bar.finish_and_clear();
+        }
     }
 }
 
