@@ -25,7 +25,7 @@ pub(crate) enum LayerFault {
     Interrupted,
     #[error("the root file system cannot be written")]
     Write(#[source] io::Error),
-    #[error("cannot start a thread")]
+    #[error("the thread that unpacks it failed")]
     Thread(#[source] io::Error),
 }
 

@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::thread::{self, Scope};
+use std::thread::{self, Scope, ScopedJoinHandle};
 
 use sha2::{Digest as _, Sha256};
 
@@ -48,17 +48,18 @@ pub(in crate::image) struct LayerStream {
 }
 
 impl LayerStream {
-    /// Starts the thread. It ends with the layer, with an error, or when the stream is dropped.
+    /// Starts the thread. It ends with the layer, with an error, or when the stream is dropped. It is to be joined:
+    /// a scope does not wait for the end of what its threads have for themselves.
     pub(in crate::image) fn start<'s>(
         scope: &'s Scope<'s, '_>,
         packed: Packed,
         max_bytes: u64,
-    ) -> Result<Self, LayerFault> {
+    ) -> Result<(Self, ScopedJoinHandle<'s, ()>), LayerFault> {
         let (sender, chunks) = sync_channel(CHUNKS);
         let (empty, returned) = channel();
         let read = Arc::new(AtomicU64::new(0));
         let count = Arc::clone(&read);
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("dormouse-image".to_owned())
             .spawn_scoped(scope, move || {
                 if let Err(fault) = unpack(packed, &count, &sender, &returned) {
@@ -67,7 +68,7 @@ impl LayerStream {
                 }
             })
             .map_err(LayerFault::Thread)?;
-        Ok(Self {
+        let stream = Self {
             chunks,
             empty,
             chunk: Vec::new(),
@@ -77,7 +78,8 @@ impl LayerStream {
             packed: read,
             max_bytes,
             fault: None,
-        })
+        };
+        Ok((stream, thread))
     }
 
     /// Unpacked bytes up to here.

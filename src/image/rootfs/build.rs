@@ -83,19 +83,33 @@ impl Build {
     ) -> Result<Digest, LayerFault> {
         self.layer += 1;
         let size = packed.blob.len();
-        thread::scope(|scope| {
+        let digest = thread::scope(|scope| {
             let budget = self.limits.bytes.saturating_sub(self.unpacked);
-            let mut tar = TarReader::new(LayerStream::start(scope, packed, budget)?);
-            if let Err(fault) = self.entries(&mut tar, on_bytes) {
-                let mut stream = tar.into_source();
-                let fault = stream.take_fault().unwrap_or(fault);
-                return Err(stream.explain(fault));
+            let (stream, thread) = LayerStream::start(scope, packed, budget)?;
+            let digest = self.stream(stream, on_bytes);
+            match thread.join() {
+                Ok(()) => digest,
+                Err(_) => Err(LayerFault::Thread(io::Error::other("it panicked"))),
             }
-            let (digest, count) = tar.into_source().finish()?;
-            self.unpacked += count;
-            on_bytes(size)?;
-            Ok(digest)
-        })
+        })?;
+        on_bytes(size)?;
+        Ok(digest)
+    }
+
+    fn stream(
+        &mut self,
+        stream: LayerStream,
+        on_bytes: &mut OnBytes<'_>,
+    ) -> Result<Digest, LayerFault> {
+        let mut tar = TarReader::new(stream);
+        if let Err(fault) = self.entries(&mut tar, on_bytes) {
+            let mut stream = tar.into_source();
+            let fault = stream.take_fault().unwrap_or(fault);
+            return Err(stream.explain(fault));
+        }
+        let (digest, count) = tar.into_source().finish()?;
+        self.unpacked += count;
+        Ok(digest)
     }
 
     /// Lays an archive that is not packed over those before.
