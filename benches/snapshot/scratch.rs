@@ -21,6 +21,7 @@ impl Scratch {
     }
 
     /// A new file that has no name any more.
+    #[allow(dead_code, reason = "not every benchmark needs one")]
     pub fn file(&self, name: &str) -> File {
         let path = self.0.join(name);
         let file = File::options().read(true).write(true).create_new(true).open(&path);
