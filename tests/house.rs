@@ -125,6 +125,19 @@ fn every_dependency_has_a_licence_that_deny_toml_allows() {
 }
 
 #[test]
+fn every_fuzz_target_is_run_by_the_scheduled_job() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let workflow = fs::read_to_string(root.join(".github/workflows/ci.yml")).unwrap();
+    let matrix = workflow.lines().skip_while(|line| line.trim() != "target:").skip(1);
+    let scheduled: Vec<_> = matrix.map_while(|line| line.trim().strip_prefix("- ")).collect();
+    let targets = fs::read_dir(root.join("fuzz/fuzz_targets"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned());
+    let missing = targets.filter(|target| !scheduled.contains(&target.as_str()));
+    report(missing.map(|target| format!("{target} is not in the matrix of {scheduled:?}")));
+}
+
+#[test]
 fn imports_are_found_however_they_are_written() {
     let text = r##"
         use crate::{bus::{Bus, BusError}, exit};
