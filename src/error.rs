@@ -70,6 +70,8 @@ pub enum ErrorKind {
     SessionEnded,
     /// A program in the guest does not answer as HTTP asks.
     Http,
+    /// A token for an endpoint cannot be made or renewed.
+    Token,
     /// A file of the guest, or of the host, cannot be read or written.
     File(std::io::ErrorKind),
 }

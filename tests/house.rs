@@ -10,6 +10,7 @@ use std::process::Command;
 /// The modules from top to bottom: each imports only from layers below its own.
 const LAYERS: &[&[&str]] = &[
     &["lib"],
+    &["endpoint"],
     &["session"],
     &["template"],
     &["pool", "agent", "image"],

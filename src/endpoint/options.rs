@@ -1,0 +1,159 @@
+//! How an endpoint serves.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::error::EndpointError;
+use super::route::{Routes, is_id};
+use super::tls::TlsIdentity;
+use super::token::TokenKeys;
+
+/// How an [`Endpoint`](super::Endpoint) serves: by tokens, unless it is said that it needs none.
+#[derive(Clone, Debug)]
+pub struct EndpointOptions {
+    domain: String,
+    prefix: Option<String>,
+    tokens: Tokens,
+    pub(super) tls: Option<TlsIdentity>,
+    pub(super) limits: EndpointLimits,
+}
+
+#[derive(Clone, Debug)]
+enum Tokens {
+    Unsaid,
+    Keys(TokenKeys),
+    Off,
+}
+
+/// What clients may take of an endpoint. Each limit has a default that is meant for strangers.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct EndpointLimits {
+    /// Connections of clients at a time (4,096). More wait until one ends.
+    pub connections: usize,
+    /// Requests at a time on one connection of HTTP/2 (256). More wait.
+    pub streams: u32,
+    /// Bytes of a request's line and headers (64 KiB). More are answered with 431.
+    pub header_bytes: u32,
+    /// Headers of a request over HTTP/1 (100). More are answered with 431.
+    pub headers: usize,
+    /// How long a connection may take for TLS, and for the line and headers of each request; so it is also how long
+    /// one is kept that asks for nothing (30 s). Then it is closed.
+    pub header_time: Duration,
+    /// Requests and open streams of one session at a time (1,024). More are answered with 429.
+    pub session_requests: usize,
+    /// Requests of one session that wait for it to wake (256). More are answered with 503.
+    pub session_held: usize,
+    /// How long a request waits for its session to wake (60 s). Then it is answered with 503, and the session goes on waking.
+    pub wake_time: Duration,
+    /// How long a connection to the application may take (10 s). Then the request is answered with 502.
+    pub connect_time: Duration,
+    /// How long the application may take for the head of its answer, from the last byte of the request that it took
+    /// (5 min). Then the request is answered with 504. Bodies and streams may take for ever.
+    pub answer_time: Duration,
+}
+
+impl Default for EndpointLimits {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            streams: 256,
+            header_bytes: 64 << 10,
+            headers: 100,
+            header_time: Duration::from_secs(30),
+            session_requests: 1024,
+            session_held: 256,
+            wake_time: Duration::from_secs(60),
+            connect_time: Duration::from_secs(10),
+            answer_time: Duration::from_secs(300),
+        }
+    }
+}
+
+impl EndpointOptions {
+    /// The domain `localhost`, paths below `/sessions/`, no TLS.
+    pub fn new() -> Self {
+        Self {
+            domain: "localhost".to_owned(),
+            prefix: Some("/sessions/".to_owned()),
+            tokens: Tokens::Unsaid,
+            tls: None,
+            limits: EndpointLimits::default(),
+        }
+    }
+
+    /// Lets in who has a token of these keys. The endpoint sees what is done to the keys later.
+    pub fn tokens(mut self, keys: TokenKeys) -> Self {
+        self.tokens = Tokens::Keys(keys);
+        self
+    }
+
+    /// Lets in everybody who reaches it: each user and program of this machine, and each page in a browser on it. It is
+    /// refused at an address that is not this machine's own.
+    pub fn without_tokens(mut self) -> Self {
+        self.tokens = Tokens::Off;
+        self
+    }
+
+    /// The domain that sessions are names below, `<id>.<domain>`. Names below `localhost` mean this machine
+    /// to browsers and to curl, without any DNS; others have to be made to mean it.
+    pub fn domain(mut self, domain: impl Into<String>) -> Self {
+        self.domain = domain.into();
+        self
+    }
+
+    /// What paths begin with that lead to sessions at the domain itself, or at an address: `/sessions/<id>/…`. None: by names
+    /// alone. Pages of all sessions have one origin there, so that browsers let one see what another keeps; names are for those.
+    pub fn path_prefix(mut self, prefix: impl Into<Option<String>>) -> Self {
+        self.prefix = prefix.into();
+        self
+    }
+
+    /// Serves by TLS alone.
+    pub fn tls(mut self, identity: TlsIdentity) -> Self {
+        self.tls = Some(identity);
+        self
+    }
+
+    /// What clients may take.
+    pub fn limits(mut self, limits: EndpointLimits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// The keys, or none where everybody may come in.
+    pub(super) fn keys(&self, address: SocketAddr) -> Result<Option<TokenKeys>, EndpointError> {
+        match &self.tokens {
+            Tokens::Keys(keys) => Ok(Some(keys.clone())),
+            Tokens::Unsaid => Err(EndpointError::NoKeys),
+            Tokens::Off if address.ip().is_loopback() => Ok(None),
+            Tokens::Off => Err(EndpointError::Open { address }),
+        }
+    }
+
+    pub(super) fn routes(&self) -> Result<Routes, EndpointError> {
+        let domain = self.domain.to_ascii_lowercase();
+        let domain = domain.trim_end_matches('.');
+        if !domain.split('.').all(is_id) {
+            return Err(EndpointError::Domain { domain: self.domain.clone() });
+        }
+        if let Some(prefix) = &self.prefix {
+            let is_plain =
+                |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'/');
+            let is_prefix = prefix.starts_with('/')
+                && prefix.ends_with('/')
+                && prefix.bytes().all(is_plain)
+                && !prefix.contains("//");
+            if !is_prefix {
+                return Err(EndpointError::Prefix { prefix: prefix.clone() });
+            }
+        }
+        Ok(Routes { domain: domain.to_owned(), prefix: self.prefix.clone() })
+    }
+}
+
+impl Default for EndpointOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,191 @@
+//! Connections of clients: accepted, told apart, served.
+
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use super::forward::Forward;
+use super::headers::Origin;
+use super::preface;
+use super::shared::Shared;
+use super::streams::Streams;
+
+/// How long nothing is accepted when the process has no descriptors left.
+const PAUSE: Duration = Duration::from_millis(50);
+/// After how long without a word a client is asked whether it is there, and how often that is done: one that is
+/// gone without a word is not to keep a session awake.
+const PULSE: Duration = Duration::from_secs(30);
+/// The least that hyper takes for its buffer.
+const MIN_BUFFER: usize = 64 << 10;
+
+/// Accepts and serves.
+#[derive(Clone)]
+pub(super) struct Server {
+    pub(super) shared: Arc<Shared>,
+    pub(super) tls: Option<TlsAcceptor>,
+    /// Nothing new is to begin.
+    pub(super) closing: CancellationToken,
+}
+
+impl Server {
+    /// Until it is closed.
+    pub(super) async fn accept(self, listener: TcpListener) {
+        let connections =
+            Arc::new(Semaphore::new(self.shared.limits.connections.min(Semaphore::MAX_PERMITS)));
+        let accept = async {
+            loop {
+                let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
+                match listener.accept().await {
+                    Ok((stream, peer)) => {
+                        let server = self.clone();
+                        self.shared.clients.spawn(async move {
+                            server.greet(stream, peer).await;
+                            drop(permit);
+                        });
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "a connection cannot be accepted");
+                        sleep(PAUSE).await;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = accept => {}
+            () = self.closing.cancelled() => {}
+        }
+    }
+
+    /// Learns what the client speaks.
+    async fn greet(self, stream: TcpStream, peer: SocketAddr) {
+        // What is written together is sent together already.
+        let _ = stream.set_nodelay(true);
+        let _ = keep_alive(&stream);
+        let forward = Forward {
+            shared: Arc::clone(&self.shared),
+            origin: Origin { peer, is_tls: self.tls.is_some() },
+        };
+        let patience = self.shared.limits.header_time;
+        match &self.tls {
+            Some(tls) => {
+                let Ok(Ok(stream)) = timeout(patience, tls.accept(stream)).await else { return };
+                let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                self.serve(stream, is_h2, forward).await;
+            }
+            None => {
+                let preface = timeout(patience, preface::read(stream));
+                let closing = self.closing.cancelled();
+                let preface = tokio::select! {
+                    preface = preface => preface,
+                    () = closing => return,
+                };
+                let Ok(Ok((stream, is_h2))) = preface else { return };
+                self.serve(stream, is_h2, forward).await;
+            }
+        }
+    }
+
+    async fn serve<S>(&self, stream: S, is_h2: bool, forward: Forward)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let forward = Arc::new(forward);
+        if is_h2 {
+            self.serve_h2(stream, forward).await
+        } else {
+            self.serve_h1(stream, forward).await
+        }
+    }
+
+    async fn serve_h1<S>(&self, stream: S, forward: Arc<Forward>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let limits = &self.shared.limits;
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(limits.header_time);
+        builder.max_header_size(limits.header_bytes as usize);
+        builder.max_buf_size(MIN_BUFFER.max(limits.header_bytes as usize));
+        // With another number than its own, hyper takes memory for each request.
+        if limits.headers != 100 {
+            builder.max_headers(limits.headers);
+        }
+        let service = service_fn(move |request| {
+            let forward = Arc::clone(&forward);
+            async move { forward.answer(request).await }
+        });
+        let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
+        let mut connection = pin!(connection);
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = self.closing.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        // What goes wrong on it is its client's.
+        let _ = connection.await;
+    }
+
+    async fn serve_h2<S>(&self, stream: S, forward: Arc<Forward>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let limits = &self.shared.limits;
+        let mut builder = http2::Builder::new(self.shared.clients.clone());
+        builder
+            .timer(TokioTimer::new())
+            .keep_alive_interval(PULSE)
+            .max_concurrent_streams(limits.streams)
+            .max_header_list_size(limits.header_bytes)
+            .enable_connect_protocol();
+        let streams = Arc::new(Streams::default());
+        let counter = Arc::clone(&streams);
+        let service = service_fn(move |request| {
+            let (forward, stream) = (Arc::clone(&forward), counter.begin());
+            async move {
+                let answer = forward.answer(request).await;
+                answer.map(|answer| answer.map(|body| stream.until_end_of(body)))
+            }
+        });
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        loop {
+            let seen = streams.begun();
+            tokio::select! {
+                _ = connection.as_mut() => return,
+                () = self.closing.cancelled() => break,
+                () = sleep(limits.header_time) => {}
+            }
+            // hyper closes a connection of HTTP/1 on which nothing goes on, and none of HTTP/2.
+            if streams.is_idle_since(seen) {
+                break;
+            }
+        }
+        connection.as_mut().graceful_shutdown();
+        let last = async {
+            sleep(limits.header_time).await;
+            while !streams.is_idle_since(streams.begun()) {
+                sleep(limits.header_time).await;
+            }
+        };
+        tokio::select! {
+            _ = connection.as_mut() => {}
+            () = last => {}
+        }
+    }
+}
+
+fn keep_alive(stream: &TcpStream) -> rustix::io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, PULSE)?;
+    sockopt::set_tcp_keepintvl(stream, PULSE / 3)
+}
