@@ -189,6 +189,8 @@ pub use timings::{Timing, Timings};
 pub mod fuzzing {
     #[cfg(feature = "agent")]
     pub use crate::agent::fuzzing::*;
+    #[cfg(feature = "endpoint")]
+    pub use crate::endpoint::fuzzing::*;
     #[cfg(feature = "image")]
     pub use crate::image::fuzzing::*;
     pub use crate::protocol::fuzzing::*;

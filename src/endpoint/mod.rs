@@ -11,6 +11,8 @@ mod connections;
 mod error;
 mod fault;
 mod forward;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod guest;
 mod headers;
 mod options;
