@@ -1,6 +1,8 @@
 //! Sessions of bare-metal guests: they have no agent, so no hooks and no ports, and everything else.
 
 mod activity;
+#[cfg(feature = "endpoint")]
+mod endpoint;
 mod faults;
 mod recovery;
 
