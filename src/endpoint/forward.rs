@@ -17,6 +17,7 @@ use super::headers::{self, Origin};
 use super::port::{self, Asked};
 use super::route::Target;
 use super::shared::Shared;
+use super::token::Opened;
 use super::tunnel::Upgrade;
 use super::upload::Upload;
 
@@ -24,6 +25,7 @@ use super::upload::Upload;
 pub(super) struct Forward {
     pub(super) shared: Arc<Shared>,
     pub(super) origin: Origin,
+    pub(super) opened: Opened,
 }
 
 impl Forward {
@@ -102,7 +104,8 @@ impl Forward {
     /// Whether who asks may reach this port of this session. It is seen before whether there is such a session.
     fn admit(&self, token: Option<&str>, id: &str, port: u16) -> Result<(), Fault> {
         let Some(keys) = &self.shared.keys else { return Ok(()) };
-        keys.check(token.ok_or(Fault::forbidden("there is no token"))?, id, port)
+        let token = token.ok_or(Fault::forbidden("there is no token"))?;
+        keys.check(token, id, port, &self.opened)
     }
 
     /// By HTTP/1.1, with what the application says to `Expect: 100-continue`.

@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use super::headers::{self, Origin};
 use super::port::{self, OWN_HEADERS};
 use super::route::{Routes, is_id};
+use super::token::Opened;
 use super::{TokenKeys, preface};
 
 /// Lines: a method and a target, a token, then headers; and the same bytes as the beginning of a connection.
@@ -38,7 +39,7 @@ pub fn endpoint_request(bytes: &[u8]) {
     request(&method, &uri, version, headers);
     if let Ok(token) = std::str::from_utf8(token) {
         let keys = TokenKeys::new("fuzz", &[7; 32]).expect("keys");
-        assert!(keys.check(token, "one", 8080).is_err(), "a token is forged");
+        assert!(keys.check(token, "one", 8080, &Opened::default()).is_err(), "a token is forged");
     }
 }
 

@@ -22,6 +22,7 @@ mod route;
 mod server;
 mod sessions;
 mod shared;
+mod signal;
 mod streams;
 mod tasks;
 mod tls;
@@ -46,12 +47,12 @@ use std::time::Duration;
 
 use tokio::net::ToSocketAddrs;
 use tokio::time::timeout;
-use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::error::EndpointError;
 use self::guest::Guests;
 use self::server::Server;
 use self::shared::Shared;
+use self::signal::{Signal, SignalOnDrop};
 use self::tasks::Tasks;
 use crate::error::Error;
 
@@ -108,9 +109,9 @@ pub struct Endpoint {
     shared: Arc<Shared>,
     /// What is done with guests.
     guests: Tasks,
-    closing: CancellationToken,
+    closing: Signal,
     /// Ends everything.
-    _end: DropGuard,
+    _end: SignalOnDrop,
 }
 
 impl Endpoint {
@@ -150,7 +151,7 @@ impl Endpoint {
         listener.set_nonblocking(true).map_err(EndpointError::Listen)?;
         let listener =
             tokio::net::TcpListener::from_std(listener).map_err(EndpointError::Listen)?;
-        let (end, closing) = (CancellationToken::new(), CancellationToken::new());
+        let (end, closing) = (Signal::default(), Signal::default());
         let guests = Tasks::new(end.clone());
         let domain = routes.domain.clone();
         let shared = Arc::new(Shared {
@@ -167,7 +168,7 @@ impl Endpoint {
         let tls = options.tls.map(|identity| identity.acceptor());
         let server = Server { shared: Arc::clone(&shared), tls, closing: closing.clone() };
         shared.clients.spawn(server.accept(listener));
-        Ok(Self { address, scheme, domain, shared, guests, closing, _end: end.drop_guard() })
+        Ok(Self { address, scheme, domain, shared, guests, closing, _end: SignalOnDrop(end) })
     }
 
     /// Where it listens.
@@ -183,7 +184,7 @@ impl Endpoint {
     /// Takes nothing new, lets requests and streams go on for so long, then ends what is left. Clients that keep
     /// connections are told.
     pub async fn close(self, grace: Duration) {
-        self.closing.cancel();
+        self.closing.give();
         let Self { shared, guests, _end, .. } = self;
         let _ = timeout(grace, shared.clients.over()).await;
         drop(_end);

@@ -14,13 +14,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
 
 use super::forward::Forward;
 use super::headers::Origin;
 use super::preface;
 use super::shared::Shared;
+use super::signal::Signal;
 use super::streams::Streams;
+use super::token::Opened;
 
 /// How long nothing is accepted when the process has no descriptors left.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -36,7 +37,7 @@ pub(super) struct Server {
     pub(super) shared: Arc<Shared>,
     pub(super) tls: Option<TlsAcceptor>,
     /// Nothing new is to begin.
-    pub(super) closing: CancellationToken,
+    pub(super) closing: Signal,
 }
 
 impl Server {
@@ -64,7 +65,7 @@ impl Server {
         };
         tokio::select! {
             () = accept => {}
-            () = self.closing.cancelled() => {}
+            () = self.closing.wait() => {}
         }
     }
 
@@ -76,6 +77,7 @@ impl Server {
         let forward = Forward {
             shared: Arc::clone(&self.shared),
             origin: Origin { peer, is_tls: self.tls.is_some() },
+            opened: Opened::default(),
         };
         let patience = self.shared.limits.header_time;
         match &self.tls {
@@ -86,7 +88,7 @@ impl Server {
             }
             None => {
                 let preface = timeout(patience, preface::read(stream));
-                let closing = self.closing.cancelled();
+                let closing = self.closing.wait();
                 let preface = tokio::select! {
                     preface = preface => preface,
                     () = closing => return,
@@ -130,7 +132,7 @@ impl Server {
         let mut connection = pin!(connection);
         tokio::select! {
             _ = connection.as_mut() => return,
-            () = self.closing.cancelled() => connection.as_mut().graceful_shutdown(),
+            () = self.closing.wait() => connection.as_mut().graceful_shutdown(),
         }
         // What goes wrong on it is its client's.
         let _ = connection.await;
@@ -158,11 +160,12 @@ impl Server {
             }
         });
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let mut closing = self.closing.wait();
         loop {
             let seen = streams.begun();
             tokio::select! {
                 _ = connection.as_mut() => return,
-                () = self.closing.cancelled() => break,
+                () = &mut closing => break,
                 () = sleep(limits.header_time) => {}
             }
             // hyper closes a connection of HTTP/1 on which nothing goes on, and none of HTTP/2.

@@ -2,27 +2,28 @@
 
 use hyper::rt::Executor;
 use tokio::task::AbortHandle;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use super::signal::Signal;
 
 /// Tasks that are waited for together, and end together.
 #[derive(Clone)]
 pub(super) struct Tasks {
     tracker: TaskTracker,
-    end: CancellationToken,
+    end: Signal,
 }
 
 impl Tasks {
-    pub(super) fn new(end: CancellationToken) -> Self {
+    pub(super) fn new(end: Signal) -> Self {
         Self { tracker: TaskTracker::new(), end }
     }
 
     pub(super) fn spawn(&self, task: impl Future + Send + 'static) -> AbortHandle {
-        let end = self.end.clone();
+        let end = self.end.wait();
         let until_end = async move {
             tokio::select! {
                 _ = task => {}
-                () = end.cancelled() => {}
+                () = end => {}
             }
         };
         self.tracker.spawn(until_end).abort_handle()

@@ -14,7 +14,7 @@ use pasetors::keys::SymmetricKey;
 use pasetors::version4::{LocalToken, V4};
 use tokio::task::JoinSet;
 
-use crate::client::get;
+use crate::client::{get, h1, read, request};
 use crate::{Setup, run};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -261,5 +261,38 @@ fn a_client_whose_token_cannot_be_renewed_uses_it_as_long_as_it_lasts() {
         let error = client.token().await.unwrap_err();
         assert_eq!(*error.kind(), ErrorKind::Token);
         assert!(asked.load(SeqCst) >= 3);
+    });
+}
+
+#[test]
+fn a_connection_that_was_let_in_is_looked_at_again_each_time() {
+    run(async {
+        let (keys, setup) = locked().await;
+        let mut sender = h1(setup.endpoint.address()).await;
+        let mut ask = async |token: &Token, host: &str| {
+            let mut request = request("/hello");
+            let headers = request.headers_mut();
+            headers.insert("host", host.parse().unwrap());
+            headers.insert("x-aws-proxy-auth", token.as_str().parse().unwrap());
+            sender.ready().await.unwrap();
+            read(sender.send_request(request).await.unwrap()).await.0.as_u16()
+        };
+        let token = keys.mint("one", 8080, HOUR).unwrap();
+        let short = keys.mint("one", 8080, Duration::from_secs(1)).unwrap();
+        assert_eq!(ask(&token, "one.localhost").await, 200);
+        assert_eq!(ask(&token, "two.localhost").await, 403);
+        let mut forged = token.as_str().to_owned();
+        forged.replace_range(20..21, if &forged[20..21] == "A" { "B" } else { "A" });
+        let forged = Token::new(forged, token.expires());
+        assert_eq!(ask(&forged, "one.localhost").await, 403);
+        assert_eq!(ask(&token, "one.localhost").await, 200);
+        while ask(&short, "one.localhost").await == 200 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert_eq!(ask(&token, "one.localhost").await, 200);
+        keys.rotate().unwrap();
+        assert_eq!(ask(&token, "one.localhost").await, 200);
+        keys.remove("first").unwrap();
+        assert_eq!(ask(&token, "one.localhost").await, 403);
     });
 }
