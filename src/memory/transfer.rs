@@ -42,7 +42,8 @@ enum Kind {
 /// A way to clear a range of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// Give the space back (FALLOC_FL_PUNCH_HOLE).
+    /// Give the space back (FALLOC_FL_PUNCH_HOLE). Block devices do so by writing zeros that may
+    /// unmap; one that has no such command keeps its space, though it may know discards.
     Punch,
     /// Keep the space (FALLOC_FL_ZERO_RANGE).
     Zero,
