@@ -60,6 +60,9 @@ async fn built_and_started(release: Release) -> Result<(), Error> {
     }
     assert!(!Template::build(config(release), &options(&scratch)).await?.was_built());
     assert_eq!(Template::list(scratch.0.join("templates"))?, [one.id()]);
+    // The pages that the VM wrote that was tried: a VM gets them at once.
+    let written = std::fs::metadata(scratch.0.join("templates").join(one.id()).join("written"));
+    assert!(written.unwrap().len() > 100);
     // Each VM has the same application, and is another machine.
     let mut machines = BTreeSet::new();
     for name in ["first", "second"] {
