@@ -56,6 +56,9 @@ pub(crate) struct CpuProfile {
     features: Vec<kvm_cpuid_entry2>,
 }
 
+/// A table's bytes are in snapshots.
+const _: () = assert!(size_of::<kvm_cpuid_entry2>() == 40);
+
 /// More vCPUs than any VM has: the bound for a list that comes from a file.
 const MAX_VCPUS: usize = 256;
 

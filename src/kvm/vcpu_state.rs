@@ -34,6 +34,14 @@ pub(crate) struct VcpuState {
     pub(super) events: kvm_vcpu_events,
 }
 
+/// Their bytes are in snapshots, as Linux's x86-64 ABI has them: another length is another format.
+const _: () = {
+    assert!(size_of::<kvm_mp_state>() == 4 && size_of::<kvm_regs>() == 144);
+    assert!(size_of::<kvm_sregs>() == 312 && size_of::<kvm_xcrs>() == 392);
+    assert!(size_of::<kvm_debugregs>() == 128 && size_of::<kvm_lapic_state>() == 1024);
+    assert!(size_of::<kvm_vcpu_events>() == 64);
+};
+
 /// More than any x86 CPU has: the bound for a list that comes from a file.
 const MAX_MSRS: usize = 1024;
 

@@ -35,6 +35,9 @@ pub(super) struct Fresh {
     pub(super) tsc_offset: Option<u64>,
 }
 
+/// As for the registers of a vCPU.
+const _: () = assert!(size_of::<kvm_irqchip>() == 520);
+
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 impl VmState {

@@ -8,6 +8,9 @@ use super::pages::{CHUNK_PAGES, PAGE_BYTES, PageRun};
 /// The most runs of pages a file may have: each becomes a mapping, of which a process has 65,530.
 pub(crate) const MAX_RUNS: usize = 1024;
 
+/// What is on disk stays what it is.
+const _: () = assert!(PAGE_BYTES == 4096 && CHUNK_PAGES == 256);
+
 /// A file of memory: its pages, and checksums of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
