@@ -172,6 +172,30 @@ fn clones_of_a_paused_vm_and_the_vm_itself_never_see_one_another() {
 }
 
 #[test]
+fn thirty_two_clones_have_thirty_two_generation_ids() {
+    use std::os::unix::fs::FileExt;
+    /// Where the guest is told to look.
+    const GENERATION: u64 = 0xd_f028;
+    let scratch = Scratch::new();
+    let (mut vm, _output) = Guest::boot().pause();
+    let id = |vm: &MicroVm<Paused>, name: String| {
+        let options = SnapshotOptions::new().full(true);
+        drop(vm.snapshot_with(scratch.join(&name), &options).unwrap());
+        let memory = fs::File::open(scratch.join(&name).join("memory-0")).unwrap();
+        let mut id = [0; 16];
+        memory.read_exact_at(&mut id, GENERATION).unwrap();
+        u128::from_le_bytes(id)
+    };
+    let mut seen = std::collections::HashSet::from([0]);
+    assert!(seen.insert(id(&vm, "original".to_owned())));
+    for (at, clone) in vm.fork(32).unwrap().iter().enumerate() {
+        assert!(seen.insert(id(clone, at.to_string())), "clone {at} is like another");
+    }
+    // It is the same VM as before.
+    assert!(!seen.insert(id(&vm, "again".to_owned())));
+}
+
+#[test]
 fn a_suspended_vm_is_files_only_and_wakes_as_it_was() {
     if !alone("snapshot::a_suspended_vm_is_files_only_and_wakes_as_it_was") {
         return;
