@@ -11,6 +11,7 @@
 //! guest-tool set-xattr FILE NAME HEX       gives a file an extended attribute
 //! guest-tool xattrs DIRECTORY SKIP…        lists the extended attributes of all files below a
 //!                                          directory, but those below the names SKIP in it
+//! guest-tool random                        prints 16 bytes of getrandom(2)
 //! ```
 
 use std::env;
@@ -48,6 +49,7 @@ unsafe extern "C" {
     fn listen(socket: c_int, backlog: c_int) -> c_int;
     fn accept(socket: c_int, address: *mut SockaddrVm, len: *mut u32) -> c_int;
     fn shutdown(socket: c_int, how: c_int) -> c_int;
+    fn getrandom(bytes: *mut u8, len: usize, flags: u32) -> isize;
     fn setsockopt(
         socket: c_int,
         level: c_int,
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         ["vsock-cat", port] => vsock_cat(number(port)),
         ["set-xattr", file, name, hex] => set_xattr(file, name, hex),
         ["xattrs", directory, ref skip @ ..] => xattrs(Path::new(directory), skip),
+        ["random"] => random(),
         _ => Err(io::Error::other("see the top of tests/testbed/guest-tool.rs")),
     };
     match result {
@@ -183,6 +186,14 @@ fn vsock_cat(port: u32) -> io::Result<()> {
     })?;
     io::copy(&mut stream, &mut io::stdout())?;
     join(vec![writing])
+}
+
+fn random() -> io::Result<()> {
+    let mut bytes = [0; 16];
+    let filled = unsafe { getrandom(bytes.as_mut_ptr(), bytes.len(), 0) };
+    check(filled as c_int)?;
+    println!("{:032x}", u128::from_be_bytes(bytes));
+    Ok(())
 }
 
 fn vsock_to_host(port: u32) -> io::Result<File> {
