@@ -105,43 +105,47 @@ fn madt(vcpus: u8) -> impl Aml {
 }
 
 fn dsdt(vcpus: u8, virtio_devices: u32) -> Sdt {
-    let mut dsdt = Sdt::new(*b"DSDT", TABLE_HEADER_BYTES, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    // Not in the table yet, which sums itself up anew at each byte.
+    let mut objects = Vec::new();
 
     let interrupt = Interrupt::new(true, true, false, false, layout::SERIAL_IRQ);
     let serial_ports = ports(layout::SERIAL_PORT, layout::SERIAL_PORT_COUNT);
     let serial = ResourceTemplate::new(vec![&interrupt, &serial_ports]);
     let serial_id = EISAName::new("PNP0501");
-    device(&mut dsdt, "COM1", &[("_HID", &serial_id), ("_UID", &aml::ZERO), ("_CRS", &serial)]);
+    device(&mut objects, "COM1", &[("_HID", &serial_id), ("_UID", &aml::ZERO), ("_CRS", &serial)]);
 
     let pvpanic_port = ports(layout::PVPANIC_PORT, 1);
     let pvpanic = ResourceTemplate::new(vec![&pvpanic_port]);
-    device(&mut dsdt, "PEVT", &[("_HID", &"QEMU0001"), ("_CRS", &pvpanic)]);
+    device(&mut objects, "PEVT", &[("_HID", &"QEMU0001"), ("_CRS", &pvpanic)]);
 
     for id in 0..virtio_devices {
         let (address, len) = layout::virtio_registers(id);
         let registers = Memory32Fixed::new(true, address as u32, len as u32);
         let interrupt = Interrupt::new(true, true, false, false, layout::virtio_irq(id));
         let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
-        let objects: [(&str, &dyn Aml); 3] =
+        let named: [(&str, &dyn Aml); 3] =
             [("_HID", &"LNRO0005"), ("_UID", &id), ("_CRS", &resources)];
-        device(&mut dsdt, &format!("V{id:03X}"), &objects);
+        device(&mut objects, &format!("V{id:03X}"), &named);
     }
 
-    generation(&mut dsdt);
+    generation(&mut objects);
 
     // ACPI 6.5 §8.4: the MADT's entry of the same _UID has the processor's APIC id.
     for id in 0..vcpus {
-        device(&mut dsdt, &format!("C{id:03X}"), &[("_HID", &"ACPI0007"), ("_UID", &id)]);
+        device(&mut objects, &format!("C{id:03X}"), &[("_HID", &"ACPI0007"), ("_UID", &id)]);
     }
 
     let s5 = aml::Package::new(vec![&SLEEP_TYPE_S5, &SLEEP_TYPE_S5]);
-    aml::Name::new("_S5_".into(), &s5).to_aml_bytes(&mut dsdt);
+    aml::Name::new("_S5_".into(), &s5).to_aml_bytes(&mut objects);
+
+    let mut dsdt = Sdt::new(*b"DSDT", TABLE_HEADER_BYTES, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    dsdt.append_slice(&objects);
     dsdt
 }
 
 /// The VM's generation, and the event that says that it changed. Sources: "Virtual Machine
 /// Generation ID" (Microsoft, 2012); ACPI 6.5 §5.6.9, interrupt-signalled events.
-fn generation(dsdt: &mut Sdt) {
+fn generation(table: &mut Vec<u8>) {
     let address = layout::VM_GENERATION.0;
     let address = (address as u32, (address >> 32) as u32);
     let address = aml::Package::new(vec![&address.0, &address.1]);
@@ -153,7 +157,7 @@ fn generation(dsdt: &mut Sdt) {
         ("_DDN", &"VM_Gen_Counter"),
         ("ADDR", &address),
     ];
-    device(dsdt, GENERATION, &objects);
+    device(table, GENERATION, &objects);
 
     let interrupt = Interrupt::new(true, true, false, false, layout::EVENT_IRQ);
     let interrupt = ResourceTemplate::new(vec![&interrupt]);
@@ -165,16 +169,21 @@ fn generation(dsdt: &mut Sdt) {
     let handler = aml::Method::new("_EVT".into(), 1, true, vec![&when_ours]);
     let objects: [(&str, &dyn Aml); 3] =
         [("_HID", &"ACPI0013"), ("_UID", &aml::ZERO), ("_CRS", &interrupt)];
-    device_with(dsdt, "EVNT", &objects, &[&handler]);
+    device_with(table, "EVNT", &objects, &[&handler]);
 }
 
 /// Adds a device under `\_SB` with these named objects.
-fn device(table: &mut Sdt, name: &str, objects: &[(&str, &dyn Aml)]) {
+fn device(table: &mut Vec<u8>, name: &str, objects: &[(&str, &dyn Aml)]) {
     device_with(table, name, objects, &[]);
 }
 
 /// The same, with methods.
-fn device_with(table: &mut Sdt, name: &str, objects: &[(&str, &dyn Aml)], methods: &[&dyn Aml]) {
+fn device_with(
+    table: &mut Vec<u8>,
+    name: &str,
+    objects: &[(&str, &dyn Aml)],
+    methods: &[&dyn Aml],
+) {
     let objects: Vec<aml::Name> =
         objects.iter().map(|(name, value)| aml::Name::new((*name).into(), *value)).collect();
     let objects = objects.iter().map(|object| object as &dyn Aml);
