@@ -83,9 +83,15 @@ impl Shell {
                 }
                 Cpus::Exactly(tables) => tables.to_vec(),
             };
+            let at_boot = msr::at_boot();
+            let msrs = match config.cpus {
+                Cpus::OfHost { .. } => &at_boot[..],
+                // A saved guest brings its own.
+                Cpus::Exactly(_) => &[],
+            };
             let create = |(id, cpuid): (u8, &Vec<kvm_cpuid_entry2>)| {
                 let vcpu = vm.create_vcpu(id)?;
-                vcpu.configure(cpuid, &msr::at_boot())?;
+                vcpu.configure(cpuid, msrs)?;
                 Ok(vcpu)
             };
             // First, for they take about as long to confine themselves as their vCPUs to be made.
