@@ -14,26 +14,44 @@ use crate::disk::SavedDisk;
 use crate::error::Error;
 use crate::kvm::{ClockPolicy, Vcpu};
 use crate::machine::{Cpus, Machine, Shell, ShellConfig};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, MemoryError};
 use crate::phase::Phase;
 use crate::timings::Recorder;
 
 impl Snapshot {
-    /// What a machine that goes on from here needs of KVM, made ahead.
+    /// What a machine that goes on from here needs of KVM, made ahead: over addresses alone.
     pub(crate) fn shell(
         &self,
         options: &RestoreOptions,
+        recorder: &mut Recorder,
+    ) -> Result<Shell, Error> {
+        self.shell_over(options, |_| Ok(()), recorder)
+    }
+
+    /// The same, over memory that `fill` gives its content first: KVM need not follow then what is
+    /// mapped there.
+    fn shell_over(
+        &self,
+        options: &RestoreOptions,
+        fill: impl FnOnce(&GuestRam) -> Result<(), MemoryError>,
         recorder: &mut Recorder,
     ) -> Result<Shell, Error> {
         let State { host, config, .. } = &self.0.state;
         let mut config = config.clone();
         self.apply(options, &mut config)?;
         let ranges = layout::ram_ranges(config.memory_bytes);
-        let ram = recorder.run(Phase::Memory, || GuestRam::reserve(&ranges))?;
+        let ram = recorder.run(Phase::Memory, || {
+            let ram = GuestRam::reserve(&ranges)?;
+            fill(&ram)?;
+            Ok::<_, MemoryError>(ram)
+        })?;
         let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
         let cpus = Cpus::Exactly(host.cpuid()?);
         let shell = Shell::new(&ShellConfig { kvm_device, cpus, seccomp }, ram, recorder)?;
-        recorder.run(Phase::Kvm, || shell.fits(host))?;
+        // The host stays what it is: where one VM went on, the next will.
+        if self.0.fresh.get().is_none() {
+            recorder.run(Phase::Kvm, || shell.fits(host))?;
+        }
         recorder.run(Phase::Vcpus, || shell.look_ahead(&self.0.fresh))?;
         Ok(shell)
     }
@@ -54,11 +72,13 @@ impl Snapshot {
             Ok::<_, SnapshotError>(config)
         })?;
         let shell = match shell {
-            Some(shell) if shell.shows(state.host.cpuid()?) => shell,
+            Some(shell) if shell.shows(state.host.cpuid()?) => {
+                recorder.run(Phase::Memory, || shell.ram().map_image(image))?;
+                shell
+            }
             Some(_) => return Err(SnapshotError::OtherShell.into()),
-            None => self.shell(options, recorder)?,
+            None => self.shell_over(options, |ram| ram.map_image(image), recorder)?,
         };
-        recorder.run(Phase::Memory, || shell.ram().map_image(image))?;
         let (machine, vcpus) = Machine::from_shell(shell, &config, console, recorder)?;
         // Its disks were opened by their paths.
         if let Place::Directory(directory) = &self.0.place
