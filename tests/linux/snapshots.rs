@@ -9,8 +9,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
 use dormouse::{
-    BlockConfig, Clock, ErrorKind, MicroVm, Paused, RestoreOptions, Running, Snapshot, VmConfig,
-    VsockConfig,
+    BlockConfig, Clock, Cmdline, ErrorKind, MicroVm, Paused, RestoreOptions, Running, Snapshot,
+    VmConfig, VsockConfig,
 };
 
 use crate::devices::{DISK, Image, config, config_with};
@@ -140,8 +140,18 @@ fn ten_generations_of_linux_6_12_on_2_vcpus() {
 }
 
 #[test]
+fn ten_generations_of_linux_6_12_on_1_vcpu() {
+    ten_generations(Release::Linux6_12, 1);
+}
+
+#[test]
 fn ten_generations_of_linux_6_1_on_1_vcpu() {
     ten_generations(Release::Linux6_1, 1);
+}
+
+#[test]
+fn ten_generations_of_linux_6_1_on_2_vcpus() {
+    ten_generations(Release::Linux6_1, 2);
 }
 
 #[test]
@@ -240,10 +250,12 @@ fn lateness(guest: &Guest) -> i64 {
     if guests < before { before - guests } else { (after - guests).min(0) }
 }
 
-#[test]
-fn clocks_are_right_after_a_second_a_minute_and_a_day() {
-    let scratch = Scratch::new("clocks");
-    let guest = Guest::boot(config(Release::Linux6_12, &[], SHELL).vcpus(2));
+/// Time, timers and sleeps of a guest that slept, on this clock.
+fn clocks_are_right(name: &str, config: VmConfig, source: &str) {
+    let scratch = Scratch::new(name);
+    let guest = Guest::boot(config);
+    let current = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
+    assert_eq!(guest.ask(current).trim(), source);
     let start = lateness(&guest);
     guest.ask("cut -d. -f1 /proc/uptime >/uptime; (sleep 100000; echo >/slept) & (sleep 40; echo >/dozed) & true");
     let mut vm = guest.pause();
@@ -270,6 +282,23 @@ fn clocks_are_right_after_a_second_a_minute_and_a_day() {
         guest.is_sane();
         vm = guest.pause();
     }
+}
+
+#[test]
+fn clocks_are_right_after_a_second_a_minute_and_a_day() {
+    clocks_are_right("clocks", config(Release::Linux6_12, &[], SHELL).vcpus(2), "kvm-clock");
+}
+
+#[test]
+fn clocks_of_linux_6_1_are_right_after_a_second_a_minute_and_a_day() {
+    clocks_are_right("clocks-6.1", config(Release::Linux6_1, &[], SHELL), "kvm-clock");
+}
+
+#[test]
+fn a_guest_that_counts_by_its_tsc_is_right_after_a_second_a_minute_and_a_day() {
+    let config = config(Release::Linux6_12, &[], SHELL);
+    let cmdline = Cmdline::default().push("quiet clocksource=tsc tsc=reliable").unwrap();
+    clocks_are_right("clocks-tsc", config.cmdline(cmdline), "tsc");
 }
 
 #[test]

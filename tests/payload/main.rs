@@ -11,6 +11,7 @@ mod hostile;
 mod lifecycle;
 mod limits;
 mod network;
+mod prepared;
 mod rate_limits;
 mod resources;
 mod seccomp;

@@ -185,6 +185,19 @@ fn a_snapshot_chooses_neither_the_device_nor_the_confinement() {
 }
 
 #[test]
+fn an_interface_has_the_back_end_and_the_address_that_a_restore_gives_it() {
+    let golden = Golden::new();
+    let snapshot = golden.open().unwrap();
+    let network = NetConfig::tap("tap7").mac([2, 0, 0, 1, 2, 3]);
+    let given = format!("{network:?}");
+    let options = RestoreOptions::new().disk_base(1, "/base").network(0, network);
+    let config = snapshot.config(&options, Disks::Copy).unwrap();
+    assert_eq!(format!("{:?}", config.networks[0]), given);
+    let none = RestoreOptions::new().network(7, NetConfig::tap("tap8"));
+    snapshot.config(&none, Disks::Copy).unwrap_err();
+}
+
+#[test]
 fn one_that_sleeps_is_the_clone_that_its_guest_does_not_know_to_be_yet() {
     let mut golden = Golden::new();
     let names = CloneNames {
