@@ -6,13 +6,24 @@ use dormouse::{
     WriteOptions,
 };
 
-use super::{Guest, block_on, config, sh};
-use crate::{PATIENCE, Scratch};
+use super::{Guest, block_on, busybox, config, config_of, sh};
+use crate::{PATIENCE, Release, Scratch};
 
 #[test]
 fn clones_are_others_before_their_programs_go_on_and_their_agents_answer_at_once() {
+    clones_are_others(Release::Linux6_12);
+}
+
+/// Its kernel has no driver for VMGenID: random numbers that differ are the agent's work alone.
+#[test]
+fn clones_of_linux_6_1_are_others_before_their_programs_go_on() {
+    clones_are_others(Release::Linux6_1);
+}
+
+fn clones_are_others(release: Release) {
     block_on(async {
-        let guest = Guest::boot(config(AgentConfig::new().hostname("base")).memory_mib(256)).await;
+        let config = config_of(release, busybox(), AgentConfig::new().hostname("base"));
+        let guest = Guest::boot(config.memory_mib(256)).await;
         // A program that notes who it is as fast as it can.
         let watching = "(while true; do echo $(cat /etc/machine-id) $(hostname 2>/dev/null || busybox hostname) >>/seen; done) >/dev/null 2>&1 &";
         guest.sh(watching).await;
