@@ -284,8 +284,24 @@ impl Host {
         }
     }
 
+    /// Whether the guest has become who it is now, which is waited for. Before that the programs of a clone speak
+    /// for another VM.
+    async fn is_renewed(&self) -> bool {
+        let mut knowledge = self.report.subscribe();
+        let known = knowledge.wait_for(|known| !matches!(known, Knowledge::Nothing));
+        match timeout(RENEWAL, known).await.as_ref().map(|known| known.as_deref()) {
+            Ok(Ok(Knowledge::Ready)) => true,
+            // What it lacks is something else.
+            Ok(Ok(Knowledge::Fault(_))) => self.renewal.is_none(),
+            _ => false,
+        }
+    }
+
     /// Passes a program of the guest on to a service that it may use.
     async fn service(&self, name: &str, mut connection: Connection) {
+        if !self.is_renewed().await {
+            return;
+        }
         let opened = match self.config.services.get(name).map(|port| &port.service) {
             Some(HostService::Tcp(address)) => {
                 TcpStream::connect(address).await.map(|stream| Box::new(stream) as Box<dyn Duplex>)

@@ -1,5 +1,5 @@
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream as StdStream;
+use std::os::unix::net::{UnixListener, UnixStream as StdStream};
 
 use super::*;
 use crate::agent::tests::{calls, heard, pair};
@@ -20,12 +20,16 @@ impl Link {
 
 /// A host, and the link that learns from it.
 fn host(config: AgentConfig) -> (Arc<Host>, Link) {
+    host_of(config, None)
+}
+
+fn host_of(config: AgentConfig, renewal: Option<Renewal>) -> (Arc<Host>, Link) {
     let calls = calls();
     let (report, knowledge) = watch::channel(Knowledge::Nothing);
     let host = Host {
         calls: calls.clone(),
         config: config.clone(),
-        renewal: None,
+        renewal,
         identity: None,
         greeted: AtomicBool::new(false),
         report,
@@ -109,6 +113,7 @@ async fn a_service_is_what_the_configuration_names_and_nothing_else() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let config = AgentConfig::new().service("web", 80, HostService::Tcp(free));
     let (host, _link) = host(config);
+    let (_greeting, _guest) = greet(&host, hello(VERSION, None), &done());
     for (name, kind) in [("web", FailureKind::Refused), ("127.0.0.1:22", FailureKind::NotAllowed)] {
         let (connection, mut guest) = pair();
         host.service(name, connection).await;
@@ -116,4 +121,41 @@ async fn a_service_is_what_the_configuration_names_and_nothing_else() {
         let Ok(Reply::Failed(failure)) = Reply::from_bytes(&reply) else { panic!("{reply:?}") };
         assert_eq!(failure.kind, kind, "{name}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_reaches_services_when_it_is_another_and_not_before() {
+    let path = std::env::temp_dir().join(format!("dormouse-service-{}", std::process::id()));
+    let services = UnixListener::bind(&path).unwrap();
+    services.set_nonblocking(true).unwrap();
+    let config = AgentConfig::new().service("db", 5432, HostService::Unix(path.clone()));
+    let renewal = Renewal { machine_id: [7; 16], hostname: None, interfaces: Vec::new() };
+    let failure = Failure { kind: FailureKind::Full, errno: 28, what: "write".into() };
+    for (answer, is_another) in [(done(), true), (Frame::message(&Reply::Failed(failure)), false)] {
+        let (host, _link) = host_of(config.clone(), Some(renewal.clone()));
+        let (connection, mut guest) = pair();
+        let asked = Arc::clone(&host);
+        let served = tokio::spawn(async move { asked.service("db", connection).await });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(services.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let (_greeting, _agent) = greet(&host, hello(VERSION, None), &answer);
+        if !is_another {
+            served.await.unwrap();
+            assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+            assert_eq!(services.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            continue;
+        }
+        let (_, reply) = heard(&mut guest);
+        assert!(matches!(Reply::from_bytes(&reply), Ok(Reply::Done)), "{reply:?}");
+        guest.write_all(b"hello").unwrap();
+        guest.shutdown(std::net::Shutdown::Write).unwrap();
+        let (mut service, _) = services.accept().unwrap();
+        service.set_nonblocking(false).unwrap();
+        let mut said = String::new();
+        service.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "hello");
+        drop(service);
+        served.await.unwrap();
+    }
+    std::fs::remove_file(path).unwrap();
 }
