@@ -61,20 +61,19 @@ impl Agent {
 }
 
 impl MicroVm<Running> {
-    /// Ends the guest as `poweroff` would: runs the hook `terminate`, then SIGTERM to all its
-    /// processes, or to the entrypoint its own [signal](crate::Entrypoint::stop_signal), SIGKILL to those that are
-    /// left after `grace`, file systems unmounted, power off. A guest whose agent does not answer, or that is not off 30 s after the grace, is
+    /// Ends the guest as `poweroff` would: runs the hook `terminate`, for as long as its own deadline says, then
+    /// SIGTERM to all its processes, or to the entrypoint its own [signal](crate::Entrypoint::stop_signal), SIGKILL to
+    /// those that are left after `grace`, file systems unmounted, power off. A guest whose agent is not ready within
+    /// `grace` and 30 s, or that is not off 30 s after the grace of its processes, is
     /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was. No thread of the
     /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
-        let all = grace.saturating_add(SWITCH_OFF);
-        let asked = async {
-            let agent = self.agent().await?;
-            // A hook that fails does not save its VM.
+        if let Ok(agent) = self.agent_within(grace.saturating_add(SWITCH_OFF)).await {
+            // A hook that fails does not save its VM; one that takes long takes nothing of the others' time.
             let _ = agent.run_hook(HookName::Terminate, "").await;
-            agent.shut_down(grace).await
-        };
-        let _ = tokio::time::timeout(all, asked).await;
+            let off = grace.saturating_add(SWITCH_OFF);
+            let _ = tokio::time::timeout(off, agent.shut_down(grace)).await;
+        }
         end(self).await
     }
 }

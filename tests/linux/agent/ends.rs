@@ -1,6 +1,8 @@
 use std::time::Duration;
 
-use dormouse::{AgentConfig, BlockConfig, Entrypoint, ErrorKind, ExitStatus, MicroVm, RootDisk};
+use dormouse::{
+    AgentConfig, BlockConfig, Entrypoint, ErrorKind, ExitStatus, Hook, HookName, MicroVm, RootDisk,
+};
 
 use tokio::io::AsyncReadExt;
 
@@ -56,7 +58,10 @@ fn a_vm_without_an_agent_says_how_to_get_one() {
 fn a_shutdown_lets_programs_end_and_a_dead_guest_says_that_it_is_dead() {
     block_on(async {
         let entrypoint = "trap 'echo goodbye >/dev/console; exit' TERM; echo started; while true; do sleep 0.1; done";
-        let agent = AgentConfig::new().entrypoint(Entrypoint::new(["sh", "-c", entrypoint]));
+        let hook = Hook::command(["sh", "-c", "echo the hook was run >/dev/console"]);
+        let agent = AgentConfig::new()
+            .entrypoint(Entrypoint::new(["sh", "-c", entrypoint]))
+            .hook(HookName::Terminate, hook);
         let guest = Guest::boot(config(agent)).await;
         let Guest { vm, agent, transcript } = guest;
         transcript.wait_for("started\n");
@@ -69,7 +74,9 @@ fn a_shutdown_lets_programs_end_and_a_dead_guest_says_that_it_is_dead() {
         tokio::time::sleep(Duration::from_millis(500)).await;
         let vm = vm.shutdown(Duration::from_secs(20)).await;
         assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{}", transcript.text());
-        assert!(transcript.text().contains("goodbye"), "{}", transcript.text());
+        let text = transcript.text();
+        let (hook, goodbye) = (text.find("the hook was run"), text.find("goodbye"));
+        assert!(hook.is_some() && hook < goodbye, "{text}");
         // The program was ended, or its call was: either way nobody waits.
         let _ = waiting.await.unwrap();
         let error = agent.exec("true", [""; 0]).await.unwrap_err();
