@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dormouse::{AgentConfig, Cmdline, Error, Initramfs, Kernel, MicroVm, VmConfig};
 
@@ -29,8 +29,10 @@ async fn main() -> Result<ExitCode, Error> {
         .vcpus(2)
         .agent(AgentConfig::new());
 
+    let began = Instant::now();
     let vm = MicroVm::create(config)?.start()?;
     let agent = vm.agent().await?;
+    println!("ready after {:.2} s", began.elapsed().as_secs_f64());
     let output = agent.exec("sh", ["-c", SCRIPT]).await?.check()?;
     print!("{}", output.text());
 
