@@ -70,7 +70,11 @@ pub(crate) enum AgentError {
 }
 
 impl AgentError {
-    pub(super) fn exec(program: &[u8], failure: Failure) -> Error {
+    pub(super) fn exec(program: &[u8], mut failure: Failure) -> Error {
+        // Which the error says already.
+        if failure.what == format!("run {}", program.escape_ascii()) {
+            failure.what.clear();
+        }
         let program = printable(&String::from_utf8_lossy(program));
         Self::Exec { program, failure }.into()
     }
@@ -81,6 +85,7 @@ fn text(failure: &Failure) -> String {
     let what: String = printable(&failure.what).chars().take(512).collect();
     match failure.errno {
         0 => what,
+        errno if what.is_empty() => io::Error::from_raw_os_error(errno).to_string(),
         errno => format!("{what}: {}", io::Error::from_raw_os_error(errno)),
     }
 }
@@ -108,6 +113,11 @@ impl From<AgentError> for Error {
             E::NotConfigured => "add `.agent(AgentConfig::default())` to the VM's configuration",
             E::Version { .. } => {
                 "make the snapshot again with this version, or open it with the one that made it"
+            }
+            E::Exec { failure, .. }
+                if failure.kind == FailureKind::NotFound && failure.what.is_empty() =>
+            {
+                "put it into the guest, or say where it is there: by its path, or PATH by `Command::env`"
             }
             E::Output { .. } => "read the streams of `spawn`, or raise `Command::output_limit`",
             E::FileSize { .. } => "read it in pieces, by `Agent::open`",

@@ -9,15 +9,21 @@ use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::protocol::{Call, Failure, FailureKind, Reply, Usage};
-use crate::sys::{CID_HOST, VsockListener};
+use crate::sys::{self, CID_HOST, VsockListener};
 use crate::{THREAD_STACK_BYTES, cgroup, exec, files, ports, shutdown, tree};
 
 /// How many calls there may be at a time, with connections that wait for one: the host keeps few of
 /// those.
 pub(crate) const MAX_CALLS: usize = 1024;
 
+/// So many at once leave memory behind, which the allocator gives back when it is told to.
+const MANY_CALLS: usize = 32;
+
 /// How many there are.
 static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+/// How many there were at most since memory was given back.
+static MOST_CALLS: AtomicUsize = AtomicUsize::new(0);
 
 /// Takes calls for ever.
 pub(crate) fn accept(listener: &VsockListener) -> ! {
@@ -50,10 +56,15 @@ pub(crate) fn spawn_bounded(work: impl FnOnce() + Send + 'static) -> io::Result<
     struct Place;
     impl Drop for Place {
         fn drop(&mut self) {
-            CALLS.fetch_sub(1, Ordering::Relaxed);
+            let left = CALLS.fetch_sub(1, Ordering::Relaxed) - 1;
+            if left < MANY_CALLS / 2 && MOST_CALLS.load(Ordering::Relaxed) >= MANY_CALLS {
+                MOST_CALLS.store(left, Ordering::Relaxed);
+                sys::give_memory_back();
+            }
         }
     }
     let taken = CALLS.fetch_add(1, Ordering::Relaxed);
+    MOST_CALLS.fetch_max(taken + 1, Ordering::Relaxed);
     let place = Place;
     if taken >= MAX_CALLS {
         return Err(io::ErrorKind::QuotaExceeded.into());

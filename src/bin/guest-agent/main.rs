@@ -42,7 +42,9 @@ mod host;
 #[path = "tests/scratch.rs"]
 mod scratch;
 
-use std::process::ExitCode;
+use std::env;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
 use std::thread;
 
 use crate::boot::Booted;
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
         console::say("the agent is for a guest, whose first process it is");
         return ExitCode::FAILURE;
     }
+    begin_without_kept_stacks();
     sys::keep_memory_small();
     // Before there is another thread.
     sys::hold_child_signals();
@@ -71,4 +74,19 @@ fn main() -> ExitCode {
         console::say(&format!("cannot call the host: {error}"));
     }
     children::reap_orphans()
+}
+
+/// Begins again, once, with a C library that does not keep the stacks of threads that are over, up to 40 MiB of
+/// them. It is told so by the environment alone, which what the agent starts does not get.
+fn begin_without_kept_stacks() {
+    const TUNABLES: &str = "GLIBC_TUNABLES";
+    if env::var_os(TUNABLES).is_some() {
+        return;
+    }
+    if let Some(program) = env::args_os().next() {
+        let mut again = Command::new(program);
+        again.args(env::args_os().skip(1)).env(TUNABLES, "glibc.pthread.stack_cache_size=0");
+        // Comes back with an error alone, and then all is as it would be without.
+        console::say(&format!("cannot begin again: {}", again.exec()));
+    }
 }

@@ -275,7 +275,12 @@ fn an_agent_that_is_no_executable_is_refused() {
 #[test]
 fn the_agent_of_the_build_is_an_executable_or_its_absence_is_said() {
     match archive(&kernel(), None, &machine(AgentConfig::new())) {
-        Ok(archive) => assert!(unpacked(&archive.unwrap())["init"].2.starts_with(b"\x7fELF")),
+        Ok(archive) => {
+            let agent = &unpacked(&archive.unwrap())["init"].2;
+            assert!(agent.starts_with(b"\x7fELF"));
+            // Every guest has it in its memory.
+            assert!(agent.len() <= 3 << 19, "{} bytes", agent.len());
+        }
         Err(error) => assert!(error.to_string().contains("has no agent"), "{error}"),
     }
 }

@@ -1,10 +1,12 @@
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use dormouse::{AgentConfig, ErrorKind, ExecFailure, ProcessStatus};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Barrier;
 
 use super::{Guest, block_on, busybox, config, config_of};
-use crate::Release;
+use crate::{PATIENCE, Release};
 
 #[test]
 fn programs_run_as_they_are_told_under_linux_6_1() {
@@ -43,7 +45,9 @@ async fn programs(release: Release) {
     let refused = |failure| ErrorKind::ExecFailed(failure);
     let error = agent.exec("no-such-program", [""; 0]).await.unwrap_err();
     assert_eq!(error.kind(), &refused(ExecFailure::NotFound), "{error}");
-    assert!(error.to_string().contains("no-such-program"), "{error}");
+    let said = "cannot run no-such-program in the guest: No such file or directory";
+    assert!(error.to_string().starts_with(said), "{error}");
+    assert!(error.how_to_fix().unwrap().contains("PATH"), "{error:?}");
     let error = agent.exec("/etc/passwd", [""; 0]).await.unwrap_err();
     assert_eq!(error.kind(), &refused(ExecFailure::NotExecutable), "{error}");
     let error = agent.command("true").current_dir("/nowhere").output().await.unwrap_err();
@@ -128,22 +132,39 @@ fn output_is_whole_waits_for_its_reader_and_is_bounded() {
 }
 
 #[test]
-fn a_hundred_programs_run_at_once() {
+fn hundreds_of_programs_run_at_once() {
+    const COUNT: usize = 300;
     block_on(async {
-        let guest = Guest::boot(config(AgentConfig::new()).memory_mib(256)).await;
+        let guest = Guest::boot(config(AgentConfig::new()).memory_mib(512)).await;
+        let all_run = Arc::new(Barrier::new(COUNT));
         let mut tasks = tokio::task::JoinSet::new();
-        for at in 0..100 {
-            let agent = guest.agent.clone();
+        for at in 0..COUNT {
+            let (agent, all_run) = (guest.agent.clone(), Arc::clone(&all_run));
             tasks.spawn(async move {
-                let script = format!("read a; echo $a; exit {at}");
-                let command = agent.command("sh").args(["-c", &script]);
-                let output = command.stdin(format!("input {at}\n")).output().await.unwrap();
-                assert_eq!(output.status.code(), Some(at));
-                assert_eq!(output.text(), format!("input {at}\n"));
+                let script = format!("read a; echo $a; exit {}", at % 100);
+                let command = agent.command("sh").args(["-c", &script]).stdin_piped();
+                let mut process = command.spawn().await.unwrap();
+                // None has had its input before the last has started.
+                all_run.wait().await;
+                let input = format!("input {at}\n");
+                process.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
+                let mut output = String::new();
+                process.stdout.as_mut().unwrap().read_to_string(&mut output).await.unwrap();
+                assert_eq!(output, input);
+                let status = process.wait().await.unwrap();
+                assert_eq!(status, ProcessStatus::Code(at as i32 % 100));
             });
         }
         while let Some(task) = tasks.join_next().await {
             task.unwrap();
+        }
+        // Their threads end one after the other, and leave nothing of what they took.
+        let end = Instant::now() + PATIENCE / 2;
+        let mut resident = guest.agent.memory_bytes().await.unwrap();
+        while resident > 4 << 20 {
+            assert!(Instant::now() < end, "{resident} bytes");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            resident = guest.agent.memory_bytes().await.unwrap();
         }
     });
 }

@@ -23,8 +23,9 @@ pub(crate) use self::process::{
 };
 pub(crate) use self::socket::{CID_HOST, NetlinkSocket, VsockListener, connect_vsock};
 pub(crate) use self::system::{
-    MountFlags, add_entropy, keep_memory_small, kill_all, load_module, mount, power_off,
-    raise_the_limit_of_open_files, remount_read_only, set_hostname, set_wall_clock, sync, unmount,
+    MountFlags, add_entropy, give_memory_back, keep_memory_small, kill_all, load_module, mount,
+    power_off, raise_the_limit_of_open_files, remount_read_only, set_hostname, set_wall_clock,
+    sync, unmount,
 };
 
 pub(crate) const ECHILD: i32 = 10;

@@ -197,3 +197,16 @@ pub(crate) fn keep_memory_small() {
 
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn keep_memory_small() {}
+
+/// Gives back all of the heap that is free, wherever it lies. It takes as long as a few system calls.
+#[cfg(target_env = "gnu")]
+pub(crate) fn give_memory_back() {
+    unsafe extern "C" {
+        fn malloc_trim(pad: usize) -> c_int;
+    }
+    // SAFETY: it takes an integer, and may be called at any time.
+    let _ = unsafe { malloc_trim(0) };
+}
+
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn give_memory_back() {}
