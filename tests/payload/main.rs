@@ -12,6 +12,7 @@ mod lifecycle;
 mod limits;
 mod network;
 mod prepared;
+mod process;
 mod rate_limits;
 mod resources;
 mod seccomp;
@@ -19,6 +20,7 @@ mod seccomp;
 mod session;
 mod sleeper;
 mod snapshot;
+mod tracer;
 #[allow(dead_code, reason = "benchmarks use more of it")]
 mod virtio_guest;
 mod vsock;
