@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::copy::Progress;
+use super::progress::Progress;
 use super::{DiskError, extents};
 
 const CHUNK_BYTES: u64 = 1 << 20;

@@ -14,6 +14,7 @@ use rustix::fs::{copy_file_range, ioctl_ficlone};
 
 use super::checksums::{Checksums, Failed};
 use super::delta::Delta;
+use super::progress::Progress;
 use super::saved::{Base, SavedDisk};
 use super::{Disk, extents};
 use crate::disk::DiskError;
@@ -23,9 +24,6 @@ const PIECE_BYTES: u64 = 4 << 20;
 /// Zeros of this length become a hole where we copy ourselves.
 const BLOCK_BYTES: usize = 4096;
 const BUFFER_BYTES: usize = 1 << 20;
-
-/// Called with each number of bytes that were copied or read; says whether to go on.
-pub(crate) type Progress<'a> = dyn FnMut(u64) -> ControlFlow<()> + 'a;
 
 impl Disk {
     /// Leaves the disk where it is, for a guest that sleeps, and with `sync` on the host's disk; what

@@ -12,6 +12,7 @@ mod copy;
 mod delta;
 mod error;
 mod extents;
+mod progress;
 mod saved;
 
 use std::collections::VecDeque;
@@ -23,10 +24,11 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-pub(crate) use self::copy::{Progress, copy_file, write_sparse};
+pub(crate) use self::copy::{copy_file, write_sparse};
 use self::delta::Delta;
 pub(crate) use self::error::DiskError;
 pub(crate) use self::extents::Extents;
+pub(crate) use self::progress::Progress;
 pub(crate) use self::saved::SavedDisk;
 use crate::config::{BlockConfig, FileFacts, Writes};
 use crate::memory::{Clear, GuestBytes, Transfer};

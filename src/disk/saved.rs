@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::DiskError;
 use super::checksums::Checksums;
-use super::copy::Progress;
+use super::progress::Progress;
 use crate::config::{BlockConfig, FileFacts, Writes};
 
 /// What became of a disk.

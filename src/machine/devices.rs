@@ -21,7 +21,7 @@ use crate::memory::FileIo;
 use crate::metrics::DeviceMetrics;
 use crate::tap::{Tap, TapError};
 use crate::virtio::{
-    self, Backend, Backlog, Balloon, Block, DeviceHandle, Interrupt, MmioTransport, Net, Passt,
+    self, Backend, Backlog, Balloon, Block, DeviceHandle, Interrupt, MmioTransport, Net,
     QUEUE_NOTIFY, RestoreError, Rng, Served, Stream, TransportState, VirtioDevice,
 };
 use crate::vsock::{BACKLOG, Vsock};
@@ -134,7 +134,7 @@ fn interface(config: &NetConfig) -> Result<Net, Error> {
             Backend::Tap(Tap::from_fd(fd)?)
         }
         NetBackend::Missing => return Err(ConfigError::NoBackend.into()),
-        NetBackend::User(network) => Passt::start(network, config.mtu)?,
+        NetBackend::User(network) => Backend::passt(network, config.mtu)?,
         NetBackend::Socket(socket) => {
             let stream = socket.try_clone().and_then(Stream::new);
             Backend::Stream(stream.map_err(MachineError::Socket)?)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::agent::{Agent, CloneIdentity};
-use super::state::{Lease, Origin, Stopped};
+use super::stopped::{Lease, Origin, Stopped};
 use crate::config::{MachineConfig, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;

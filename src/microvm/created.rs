@@ -1,6 +1,6 @@
 //! Creating a VM, and starting it.
 
-use super::state::Stopped;
+use super::stopped::Stopped;
 use super::{Created, MicroVm, Running, TransitionError};
 use crate::boot::{Boot, archive};
 use crate::config::VmConfig;
@@ -70,7 +70,7 @@ impl MicroVm<Created> {
     /// [`ErrorKind::Resources`](crate::ErrorKind::Resources) where a vCPU's thread is gone.
     pub fn start(self) -> Result<MicroVm<Running>, TransitionError<Created>> {
         let Self { state, console, mut recorder } = self;
-        match recorder.timed(Phase::Start, || state.stopped.run()) {
+        match recorder.timed(Phase::Start, || Running::of(state.stopped)) {
             Ok(state) => Ok(MicroVm { state, console, recorder }),
             Err((stopped, error)) => {
                 let vm = MicroVm { state: Created { stopped }, console, recorder };

@@ -25,6 +25,7 @@ mod restored;
 mod running;
 mod saving;
 mod state;
+mod stopped;
 mod suspended;
 mod terminated;
 mod vsock;
@@ -33,8 +34,8 @@ mod vsock;
 pub(crate) use self::agent::CloneIdentity;
 pub use self::any::AnyMicroVm;
 pub use self::restored::PreparedShell;
-pub(crate) use self::state::Lease;
 pub use self::state::{Created, Paused, Running, State, Suspended, Terminated};
+pub(crate) use self::stopped::Lease;
 
 use std::fmt;
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::stopped::Lease;
 use super::{MicroVm, Paused, Running, Terminated, TransitionError};
 use crate::exit::ExitStatus;
 use crate::phase::Phase;
@@ -19,7 +20,7 @@ impl MicroVm<Paused> {
             for vcpu in &stopped.vcpus {
                 vcpu.forgive_pause();
             }
-            stopped.run()
+            Running::of(stopped)
         });
         match resumed {
             Ok(state) => Ok(MicroVm { state, console, recorder }),
@@ -29,6 +30,11 @@ impl MicroVm<Paused> {
                 Err(TransitionError { vm, error })
             }
         }
+    }
+
+    /// Tells somebody of the VM's end.
+    pub(crate) fn lease(&mut self, lease: Lease) {
+        self.state.stopped.origin.lease = Some(lease);
     }
 
     /// As [`cpu_time`](MicroVm::<Running>::cpu_time) of a VM that runs.

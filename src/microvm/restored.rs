@@ -1,6 +1,6 @@
 //! VMs that come from a snapshot.
 
-use super::state::Stopped;
+use super::stopped::Stopped;
 use super::{MicroVm, Paused};
 use crate::config::RestoreOptions;
 use crate::error::Error;

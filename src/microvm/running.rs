@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::state::Stopped;
+use super::stopped::Stopped;
 use super::{LifecycleError, MicroVm, Paused, Running, Terminated, TransitionError};
 use crate::error::Error;
 use crate::exit::ExitStatus;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::asleep::Asleep;
-use super::state::Stopped;
+use super::stopped::Stopped;
 use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, TransitionError};
 use crate::config::RestoreOptions;
 use crate::error::Error;

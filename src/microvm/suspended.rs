@@ -81,7 +81,7 @@ impl MicroVm<Suspended> {
                 for vcpu in &stopped.vcpus {
                     vcpu.forgive_pause();
                 }
-                match stopped.run() {
+                match Running::of(stopped) {
                     Ok(state) => Ok(MicroVm { state, console, recorder }),
                     Err((mut stopped, error)) => {
                         state.asleep.take_back(&mut stopped);

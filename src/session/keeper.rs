@@ -19,7 +19,6 @@ use super::error::SessionError;
 use super::idle::{Idle, Seen, Verdict};
 use super::policy::after;
 use super::shared::Shared;
-use super::start::Start;
 use super::state::{SessionReason, SessionState};
 use crate::agent::{Activity, Agent};
 use crate::error::{Error, ErrorKind};
@@ -115,12 +114,6 @@ impl Keeper {
         let calls = Calls { calls, waiting: VecDeque::new() };
         let idle = Idle::new(Instant::now(), Duration::ZERO);
         Self { shared, calls, body, idle, activity }
-    }
-
-    /// Keeps a session that is new.
-    pub(super) async fn start(mut self, start: Start) {
-        Box::pin(self.begin(start)).await;
-        self.keep().await;
     }
 
     /// Keeps the session until it is over, or nobody has a handle of it.

@@ -33,8 +33,14 @@ struct Guest {
 }
 
 impl Keeper {
+    /// Keeps a session that is new.
+    pub(super) async fn start(mut self, start: Start) {
+        Box::pin(self.begin(start)).await;
+        self.keep().await;
+    }
+
     /// Makes the VM a session that runs, or ends it.
-    pub(super) async fn begin(&mut self, start: Start) {
+    async fn begin(&mut self, start: Start) {
         let Start { vm, payload, within, started } = start;
         let begin = Instant::now();
         let shared = Arc::clone(&self.shared);

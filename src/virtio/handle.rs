@@ -8,8 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use virtio_queue::QueueT;
 
-use super::mmio::{DEVICE_NEEDS_RESET, DRIVER_OK, FEATURES_OK};
 use super::state::{Registers, RestoreError, TransportState};
+use super::status::{DEVICE_NEEDS_RESET, DRIVER_OK, FEATURES_OK};
 use super::{
     ConfigSpace, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Interrupt, QueueError, Queues, Served,
     VirtQueue, VirtioDevice,

@@ -6,6 +6,7 @@
 use virtio_queue::QueueT;
 
 use super::handle::DeviceCore;
+use super::status::{DEVICE_NEEDS_RESET, DRIVER_OK, FEATURES_OK};
 use super::{DeviceHandle, F_EVENT_IDX, Served, VirtioDevice};
 use crate::bus::BusDevice;
 
@@ -41,11 +42,6 @@ const MAGIC: u32 = 0x7472_6976;
 const VERSION_2: u32 = 2;
 /// "DORM": no vendor has it.
 const VENDOR: u32 = 0x4d52_4f44;
-
-/// Device status bits (§2.1).
-pub(super) const FEATURES_OK: u32 = 8;
-pub(super) const DRIVER_OK: u32 = 4;
-pub(super) const DEVICE_NEEDS_RESET: u32 = 64;
 
 impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
     fn read(&self, register: u64) -> u32 {

@@ -17,6 +17,7 @@ mod queue;
 mod rate_limiter;
 mod rng;
 mod state;
+mod status;
 mod vsock;
 
 use std::os::fd::AsRawFd;
@@ -29,7 +30,7 @@ pub(crate) use self::block::Block;
 pub(crate) use self::handle::{DeviceHandle, WeakDeviceHandle};
 pub(crate) use self::interrupt::Interrupt;
 pub(crate) use self::mmio::{MmioTransport, QUEUE_NOTIFY};
-pub(crate) use self::net::{Backend, Net, Passt, Stream};
+pub(crate) use self::net::{Backend, Net, Stream};
 pub(crate) use self::queue::{Answer, Chain, QueueError, Queues, Served, VirtQueue};
 pub(crate) use self::rate_limiter::RateLimiter;
 pub(crate) use self::rng::Rng;

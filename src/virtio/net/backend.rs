@@ -4,8 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::header::{HEADER_BYTES, MAX_FRAME_BYTES, OFFLOADS, offloads};
-use super::passt::Passt;
+use super::moved::Moved;
+use super::passt::{Passt, PasstError};
 use super::stream::Stream;
+use crate::config::UserNetwork;
 use crate::memory::GuestBytes;
 use crate::tap::{Carrier, Tap};
 
@@ -22,18 +24,13 @@ pub(crate) enum Backend {
     Nothing,
 }
 
-/// What became of the attempt to move a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Moved {
-    /// It was moved; so many bytes with the header.
-    Frame(u64),
-    /// It was too large, too small or malformed, and is gone.
-    Dropped,
-    /// There is none, or the other end takes none now: its descriptor will say when.
-    Nothing,
-}
-
 impl Backend {
+    /// A user-mode network for a guest.
+    pub(crate) fn passt(network: &UserNetwork, mtu: Option<u16>) -> Result<Self, PasstError> {
+        let (stream, process) = Passt::start(network, mtu)?;
+        Ok(Self::Passt(stream, process))
+    }
+
     /// What wakes the device.
     pub(super) fn source(&self) -> io::Result<OwnedFd> {
         match self {

@@ -7,6 +7,7 @@
 
 mod backend;
 mod header;
+mod moved;
 mod passt;
 mod receive;
 mod stream;
@@ -15,11 +16,10 @@ use std::fs::File;
 use std::io::{self, Read};
 
 pub(crate) use self::backend::Backend;
-use self::backend::Moved;
 use self::header::{
     F_MAC, F_MRG_RXBUF, F_MTU, F_STATUS, HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES, offloads,
 };
-pub(crate) use self::passt::Passt;
+use self::moved::Moved;
 pub(crate) use self::stream::Stream;
 use super::{
     Answer, Chain, ConfigSpace, DeviceState, DeviceType, QueueError, Queues, RateLimiter,

@@ -11,7 +11,6 @@ use std::process::{Child, Command, Stdio};
 
 use thiserror::Error as ThisError;
 
-use super::backend::Backend;
 use super::stream::Stream;
 use crate::config::UserNetwork;
 use crate::error::{Error, ErrorKind};
@@ -46,8 +45,11 @@ pub(crate) struct Passt {
 }
 
 impl Passt {
-    /// Starts it for a guest.
-    pub(crate) fn start(network: &UserNetwork, mtu: Option<u16>) -> Result<Backend, PasstError> {
+    /// Starts it for a guest, whose end of the cable is the stream.
+    pub(super) fn start(
+        network: &UserNetwork,
+        mtu: Option<u16>,
+    ) -> Result<(Stream, Self), PasstError> {
         let program = find(&network.program)
             .ok_or_else(|| PasstError::Missing { program: network.program.clone() })?;
         let (ours, theirs) = UnixStream::pair().map_err(PasstError::Socket)?;
@@ -65,7 +67,7 @@ impl Passt {
             .stderr(Stdio::null())
             .spawn()
             .map_err(|source| PasstError::Start { program, source })?;
-        Ok(Backend::Passt(stream, Self { child }))
+        Ok((stream, Self { child }))
     }
 
     /// Ends the process, if it has not ended. Takes some 100 µs, once.
@@ -122,6 +124,7 @@ fn options(network: &UserNetwork, mtu: Option<u16>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::backend::Backend;
     use super::*;
 
     #[test]
@@ -169,7 +172,7 @@ mod tests {
         // A frame of 14 bytes, then nothing for a long time.
         let script = r#"printf '\000\000\000\016abcdefghijklmn' >&"$5"; exec sleep 1000"#;
         let (path, network) = stand_in("passt-sends", script);
-        let mut backend = Passt::start(&network, None).unwrap();
+        let mut backend = Backend::passt(&network, None).unwrap();
         let (_, pid) = parts(&mut backend);
         let begin = std::time::Instant::now();
         while backend.next().unwrap() != Some(26) {
@@ -184,7 +187,7 @@ mod tests {
     #[test]
     fn a_process_that_ends_by_itself_takes_the_link_down_and_is_no_zombie() {
         let (path, network) = stand_in("passt-ends", "exit 1");
-        let mut backend = Passt::start(&network, None).unwrap();
+        let mut backend = Backend::passt(&network, None).unwrap();
         let (_, pid) = parts(&mut backend);
         let begin = std::time::Instant::now();
         while backend.next().is_ok() {

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 
 use smallvec::SmallVec;
 
-use super::backend::Moved;
 use super::header::{F_MRG_RXBUF, HEADER_BYTES, NUM_BUFFERS_AT};
+use super::moved::Moved;
 use super::{Net, RECEIVE};
 use crate::memory::{GuestBytes, GuestRam};
 use crate::virtio::{Chain, QueueError, Queues, Served, VirtQueue};

@@ -8,8 +8,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use super::backend::Moved;
 use super::header::{HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES};
+use super::moved::Moved;
 use crate::memory::GuestBytes;
 
 const PREFIX_BYTES: usize = 4;
