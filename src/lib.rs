@@ -1,7 +1,7 @@
 //! MicroVMs inside your process.
 //!
 //! dormouse boots, suspends and clones Linux guests over KVM with a small VMM of its own, in the
-//! process that calls it: no daemon, no socket, no child process. A VM is a value whose state is its type.
+//! process that calls it: no daemon, no build service, no file that was not asked for. A VM is a value whose state is its type:
 //!
 //! ```text
 //!                       start               pause                suspend
@@ -13,41 +13,51 @@
 //!                                    Terminated
 //! ```
 //!
-//! ```no_run
-//! use dormouse::{Initramfs, Kernel, MicroVm, VmConfig};
+//! | state | what there is of the VM | how it gets on |
+//! | --- | --- | --- |
+//! | [`Created`] | memory, devices, a loaded kernel; no instruction has run | [`start`](MicroVm::<Created>::start) |
+//! | [`Running`] | threads that run the guest | [`pause`](MicroVm::<Running>::pause), [`suspend`](MicroVm::<Running>::suspend), [`wait`](MicroVm::<Running>::wait), `shutdown` |
+//! | [`Paused`] | all of it, between two instructions | [`resume`](MicroVm::<Paused>::resume), [`snapshot`](MicroVm::<Paused>::snapshot), [`fork`](MicroVm::<Paused>::fork), [`suspend`](MicroVm::<Paused>::suspend) |
+//! | [`Suspended`] | files, or memory that no VM has: no thread, no descriptor of KVM | [`resume`](MicroVm::<Suspended>::resume), in this process or another |
+//! | [`Terminated`] | how it ended, and what its console said last | |
 //!
-//! let initramfs = Initramfs::builder()
+//! A call that does not fit the state does not compile. One that fails gives the VM back ([`TransitionError`]). A drop ends the
+//! guest, but for one that sleeps in files. The whole story, of a guest that boots once and is then a hundred:
+//!
+//! ```no_run
+//! use dormouse::{AgentConfig, Error, Initramfs, Kernel, MicroVm, Snapshot, Suspended, VmConfig};
+//!
+//! # #[cfg(feature = "agent")]
+//! # async fn story() -> Result<(), Error> {
+//! let files = Initramfs::builder()
 //!     .host_file("bin/busybox", "/bin/busybox")
-//!     .file("init", 0o755, "#!/bin/busybox sh\necho hello\n/bin/busybox poweroff -f\n")
-//!     .build()?;
-//! let config = VmConfig::new(Kernel::installed()?)
-//!     .initramfs(initramfs)
+//!     .symlink("bin/sh", "busybox");
+//! let config = VmConfig::new(Kernel::installed()?) // the newest under /boot
+//!     .initramfs(files.build()?)
 //!     .memory_mib(256)
-//!     .console(std::io::stdout());
+//!     .agent(AgentConfig::new());
 //!
-//! let running = MicroVm::create(config)?.start()?;
-//! let paused = running.pause()?;
-//! let ended = paused.resume()?.wait();
-//! assert!(ended.exit_status().is_clean());
-//! # Ok::<(), dormouse::Error>(())
-//! ```
+//! let vm = MicroVm::create(config)?.start()?;
+//! let agent = vm.agent().await?; // the guest is ready, or here is why not
+//! agent.write("/greeting", "hello").await?;
+//! let output = agent.exec("busybox", ["cat", "/greeting"]).await?.check()?;
+//! assert_eq!(output.text(), "hello");
 //!
-//! A guest that sleeps is files, or memory that no VM has; a snapshot is what any number of VMs
-//! come from, in this process and in others:
-//!
-//! ```no_run
-//! use dormouse::{Error, MicroVm, Running, Snapshot};
-//!
-//! fn examples(vm: MicroVm<Running>) -> Result<(), Error> {
-//!     let asleep = vm.suspend("asleep")?;
-//!     let mut original = asleep.resume()?.pause()?;
-//!     original.snapshot("base")?;
-//!     for clone in original.fork(10)? {
-//!         clone.resume()?.wait();
-//!     }
-//!     Snapshot::open("base")?.restore()?.resume()?.wait();
-//!     Ok(())
+//! agent.freeze().await?; // clones are told apart before a process goes on
+//! let mut base = vm.pause()?;
+//! base.snapshot("base")?; // files, for later and for other processes
+//! for clone in base.fork(100)? { // now, from memory that all share
+//!     let clone = clone.resume()?;
+//!     clone.agent().await?.exec("busybox", ["hostname"]).await?;
 //! }
+//!
+//! base.resume()?.suspend("asleep")?; // it sleeps in files, and this handle of it is gone
+//! let awake = MicroVm::<Suspended>::open("asleep")?.resume()?; // the VM that it was
+//! let ended = awake.shutdown(std::time::Duration::from_secs(10)).await;
+//! println!("{}", ended.exit_status());
+//! let _another = Snapshot::open("base")?.restore()?.resume()?;
+//! # Ok(())
+//! # }
 //! ```
 //!
 //! | to | see |
@@ -64,7 +74,9 @@
 //! | have an agent in the guest | [`AgentConfig`], [`RootDisk`], [`Entrypoint`], [`Hook`], [`HostService`] |
 //! | have a container image as its root | [`Image`], [`ImageSource`], [`ImageCache`], [`ImageConfig`], [`ImageLimits`], [`OverlayDisk`] |
 //! | run commands in it, move its files, reach its ports | [`MicroVm::agent`], [`Agent`], [`Command`], [`Process`] |
+//! | start with the application up | [`Template`], [`Ready`] |
 //! | have it sleep when nobody needs it, and wake for a request | [`Sessions`], [`Session`], [`SessionPolicy`], [`Metering`] |
+//! | serve its ports on the web | `Endpoint`, `EndpointOptions`, `TokenKeys` (feature `endpoint`) |
 //! | talk to its programs by sockets | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
@@ -87,6 +99,16 @@
 //!   once and start with their application up.
 //! - `session` (default): [`Session`], VMs that sleep when nobody needs them, and wake when somebody does.
 //! - `registry`: `Image::pull`, images from registries. It brings TLS (rustls, ring), and so is not there by default.
+//! - `endpoint`: `Endpoint`, an HTTP server in front of sessions, with tokens, and TLS where that is wanted. It brings hyper's
+//!   server, rustls and PASETO.
+//!
+//! Without any, the crate is its blocking core, and needs no async runtime.
+//!
+//! # Versions
+//!
+//! Semantic versioning; before 1.0 a minor version may break. The oldest compiler is that of `rust-version` in Cargo.toml, 1.95;
+//! a newer one is a minor version. What a snapshot's files say of their version, and which versions of the crate read which, is
+//! in `docs/snapshot-format.md`.
 
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
