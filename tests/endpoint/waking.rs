@@ -44,14 +44,16 @@ fn more_requests_than_may_wait_are_sent_away_for_a_while() {
         let address = setup.endpoint.address();
         setup.guest.is_awake.send_replace(false);
         let mut requests = JoinSet::new();
-        for _ in 0..2 {
-            requests.spawn(async move { get(address, "one.localhost", "/hello", "").await.status });
+        for _ in 0..3 {
+            requests.spawn(async move { get(address, "one.localhost", "/hello", "").await });
         }
-        until_held(&setup.guest, 2).await;
-        let answer = get(address, "one.localhost", "/hello", "").await;
+        // Whichever comes last; the others wait.
+        let answer = requests.join_next().await.unwrap().unwrap();
         assert_eq!((answer.status, answer.stage().as_str()), (503, "wake"));
         assert_eq!(answer.header("retry-after"), Some("1"));
         assert_eq!(answer.json()["session"], "one");
+        until_held(&setup.guest, 2).await;
+        assert!(requests.try_join_next().is_none());
         // One that gives up makes room.
         requests.abort_all();
         while requests.join_next().await.is_some() {}
