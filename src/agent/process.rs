@@ -15,12 +15,10 @@ use super::AgentError;
 use super::calls::Calls;
 use super::connection::{Connection, FrameWriter, lost};
 use super::pulse::Beat;
-use super::streams::{Outgoing, Pipe, ProcessInput, ProcessOutput, Window};
+use super::streams::{Outbox, Outgoing, Pipe, ProcessInput, ProcessOutput, Window};
 use crate::error::Error;
 use crate::exit::ProcessStatus;
-use crate::protocol::{
-    Call, Channel, Control, Exec, Exit, ExitCode, Frame, Reply, WindowSize, Wire,
-};
+use crate::protocol::{Call, Channel, Control, Exec, Exit, ExitCode, Reply, WindowSize, Wire};
 
 /// A program that runs in the guest.
 ///
@@ -39,7 +37,7 @@ pub struct Process {
     /// The standard error; empty for a program with a terminal.
     pub stderr: Option<ProcessOutput>,
     id: u32,
-    outgoing: Outgoing,
+    outbox: Outbox,
     end: oneshot::Receiver<Result<ProcessStatus, Error>>,
     /// What `end` said: it says it once.
     ended: Option<ProcessStatus>,
@@ -69,9 +67,9 @@ impl Process {
 
     /// A program that has been started.
     pub(super) fn serve(connection: Connection, calls: &Calls, id: u32, has_input: bool) -> Self {
-        let (outgoing, frames) = mpsc::unbounded_channel();
+        let (outbox, outgoing) = mpsc::unbounded_channel();
         let (at_end, end) = oneshot::channel();
-        let pipe = |channel| Arc::new(Pipe::new(channel, outgoing.clone()));
+        let pipe = |channel| Arc::new(Pipe::new(channel, outbox.clone()));
         let (stdout, stderr) = (pipe(Channel::Stdout), pipe(Channel::Stderr));
         let window = Arc::new(Window::default());
         let session = Session {
@@ -81,13 +79,13 @@ impl Process {
             beat: calls.pulse().begin(),
             calls: calls.clone(),
         };
-        let tasks = vec![AbortOnDrop(tokio::spawn(session.run(connection, frames, at_end)))];
+        let tasks = vec![AbortOnDrop(tokio::spawn(session.run(connection, outgoing, at_end)))];
         Self {
-            stdin: has_input.then(|| ProcessInput::new(window, outgoing.clone())),
+            stdin: has_input.then(|| ProcessInput::new(window, outbox.clone())),
             stdout: Some(ProcessOutput::new(stdout)),
             stderr: Some(ProcessOutput::new(stderr)),
             id,
-            outgoing,
+            outbox,
             end,
             ended: None,
             tasks,
@@ -101,7 +99,7 @@ impl Process {
 
     /// Sends a signal to its process group. Nothing happens where it has ended.
     pub fn signal(&self, signal: i32) {
-        self.send(&Control::Signal(signal));
+        self.send(Control::Signal(signal));
     }
 
     /// Kills its process group.
@@ -111,7 +109,7 @@ impl Process {
 
     /// Tells its terminal another size.
     pub fn resize(&self, rows: u16, columns: u16) {
-        self.send(&Control::Resize(WindowSize { rows, columns }));
+        self.send(Control::Resize(WindowSize { rows, columns }));
     }
 
     /// Waits for its end. All that it has written has come then, and can still be read; what it
@@ -153,9 +151,9 @@ impl Process {
         self.tasks.push(AbortOnDrop(tokio::spawn(feeding)));
     }
 
-    fn send(&self, control: &Control) {
+    fn send(&self, control: Control) {
         // The connection may have ended: so has the program, or `wait` will say so.
-        let _ = self.outgoing.send(Frame::message(control));
+        let _ = self.outbox.send(Outgoing::Control(control));
     }
 }
 
@@ -185,18 +183,23 @@ async fn collect(stream: Option<ProcessOutput>, left: &Mutex<usize>) -> Result<V
     }
 }
 
-/// Frames on their way to the agent, one after the other.
-struct Outbox {
-    frames: mpsc::UnboundedReceiver<Vec<u8>>,
-    /// The frame that is written, and how much of it was.
+/// What goes to the agent, one frame after the other.
+struct Outflow {
+    outgoing: mpsc::UnboundedReceiver<Outgoing>,
+    current: Option<Outgoing>,
+    /// The frame that `current` is, and how much of it was written.
     frame: Vec<u8>,
     written: usize,
 }
 
-impl Outbox {
-    /// Writes frames as they come, while the connection takes them. Whoever stops waiting for it goes on by
-    /// the next call.
-    async fn write(&mut self, writer: &mut FrameWriter) {
+impl Outflow {
+    fn new(outgoing: mpsc::UnboundedReceiver<Outgoing>) -> Self {
+        Self { outgoing, current: None, frame: Vec::new(), written: 0 }
+    }
+
+    /// Writes what comes next, and gives it back when the connection has taken it. Whoever stops waiting goes on
+    /// by the next call.
+    async fn write(&mut self, writer: &mut FrameWriter) -> Outgoing {
         loop {
             while let Some(rest @ [_, ..]) = self.frame.get(self.written..) {
                 match poll_fn(|context| writer.poll_raw(context, rest)).await {
@@ -205,8 +208,14 @@ impl Outbox {
                     Err(_) => pending().await,
                 }
             }
-            match self.frames.recv().await {
-                Some(frame) => (self.frame, self.written) = (frame, 0),
+            if let Some(written) = self.current.take() {
+                return written;
+            }
+            match self.outgoing.recv().await {
+                Some(next) => {
+                    (self.frame, self.written) = (next.to_frame(), 0);
+                    self.current = Some(next);
+                }
                 None => pending().await,
             }
         }
@@ -231,16 +240,16 @@ impl Session {
     async fn run(
         mut self,
         mut connection: Connection,
-        frames: mpsc::UnboundedReceiver<Vec<u8>>,
+        outgoing: mpsc::UnboundedReceiver<Outgoing>,
         at_end: oneshot::Sender<Result<ProcessStatus, Error>>,
     ) {
-        let mut outbox = Outbox { frames, frame: Vec::new(), written: 0 };
-        let end = self.serve(&mut connection, &mut outbox).await;
+        let mut outflow = Outflow::new(outgoing);
+        let end = self.serve(&mut connection, &mut outflow).await;
         self.stdout.end();
         self.stderr.end();
         self.window.close();
         let kept = match end {
-            Ok(_) if outbox.is_between() => {
+            Ok(_) if outflow.is_between() => {
                 self.calls.keep(connection);
                 None
             }
@@ -261,7 +270,7 @@ impl Session {
     async fn serve(
         &mut self,
         connection: &mut Connection,
-        outbox: &mut Outbox,
+        outflow: &mut Outflow,
     ) -> Result<ProcessStatus, Error> {
         loop {
             let frame = tokio::select! {
@@ -270,7 +279,10 @@ impl Session {
                 silent = self.beat.stops() => {
                     return Err(AgentError::Hangs { silent }.into());
                 }
-                () = outbox.write(&mut connection.writer) => continue,
+                written = outflow.write(&mut connection.writer) => {
+                    self.was_written(&written);
+                    continue;
+                }
             };
             let vsock = self.calls.vsock();
             let Some((channel, bytes)) = frame.map_err(|error| error.explain(vsock))? else {
@@ -286,6 +298,15 @@ impl Session {
                     }
                 }
             }
+        }
+    }
+
+    fn was_written(&self, written: &Outgoing) {
+        match written {
+            Outgoing::Control(_) => {}
+            Outgoing::Input(bytes) => self.window.was_written(bytes.len()),
+            Outgoing::Credit(Channel::Stderr, bytes) => self.stderr.was_told(*bytes),
+            Outgoing::Credit(_, bytes) => self.stdout.was_told(*bytes),
         }
     }
 

@@ -21,13 +21,40 @@ const CREDIT_BYTES: usize = WINDOW_BYTES / 4;
 /// Small pieces are kept as one up to this.
 const JOINED_BYTES: usize = 4 << 10;
 
-/// Frames on their way to the agent.
-pub(super) type Outgoing = mpsc::UnboundedSender<Vec<u8>>;
+/// What is on its way to the agent. Its reader's credit and its input count until the connection has taken
+/// them, so that a guest that takes nothing, whatever else it says, makes the host keep no more.
+#[derive(Debug)]
+pub(super) enum Outgoing {
+    /// A signal, or another size of the terminal.
+    Control(Control),
+    /// A piece of the input; an empty one is its end.
+    Input(Vec<u8>),
+    /// So much of an output was read.
+    Credit(Channel, usize),
+}
+
+/// To the task that writes it.
+pub(super) type Outbox = mpsc::UnboundedSender<Outgoing>;
+
+impl Outgoing {
+    pub(super) fn to_frame(&self) -> Vec<u8> {
+        match self {
+            Self::Control(control) => Frame::message(control),
+            Self::Input(bytes) => {
+                [&Frame::header(Channel::Data, bytes.len())[..], &bytes[..]].concat()
+            }
+            Self::Credit(channel, bytes) => {
+                let credit = Credit { channel: *channel as u8, bytes: *bytes as u32 };
+                Frame::message(&Control::Credit(credit))
+            }
+        }
+    }
+}
 
 /// Output that came and was not read: at most a window of it, and the last of its program's.
 pub(super) struct Pipe {
     channel: Channel,
-    outgoing: Outgoing,
+    outbox: Outbox,
     state: Mutex<PipeState>,
 }
 
@@ -38,7 +65,7 @@ struct PipeState {
     read: usize,
     /// What the agent takes for unread: what came, less what it was told of.
     charged: usize,
-    /// What was read, and the agent was not told of.
+    /// What was read, and nobody was asked to tell the agent of.
     untold: usize,
     ended: bool,
     /// Nobody will read: what comes is thrown away.
@@ -58,8 +85,8 @@ impl PipeState {
 }
 
 impl Pipe {
-    pub(super) fn new(channel: Channel, outgoing: Outgoing) -> Self {
-        Self { channel, outgoing, state: Mutex::default() }
+    pub(super) fn new(channel: Channel, outbox: Outbox) -> Self {
+        Self { channel, outbox, state: Mutex::default() }
     }
 
     /// Takes a piece that came; an empty one is the end.
@@ -79,6 +106,11 @@ impl Pipe {
         }
         wake(&mut state.waker);
         Ok(())
+    }
+
+    /// The agent was told that so much was read.
+    pub(super) fn was_told(&self, bytes: usize) {
+        self.lock().charged -= bytes;
     }
 
     /// Nothing more will come.
@@ -123,10 +155,8 @@ impl Pipe {
         state.untold += bytes;
         if state.untold >= CREDIT_BYTES && !state.ended {
             let bytes = std::mem::take(&mut state.untold);
-            state.charged -= bytes;
-            let credit = Credit { channel: self.channel as u8, bytes: bytes as u32 };
             // The connection may have ended.
-            let _ = self.outgoing.send(Frame::message(&Control::Credit(credit)));
+            let _ = self.outbox.send(Outgoing::Credit(self.channel, bytes));
         }
     }
 
@@ -181,13 +211,16 @@ pub(super) struct Window(Mutex<WindowState>);
 
 struct WindowState {
     room: usize,
+    /// What waits to be written: never more than a window, whatever the agent says that it has room for.
+    waiting: usize,
     closed: bool,
     waker: Option<Waker>,
 }
 
 impl Default for Window {
     fn default() -> Self {
-        Self(Mutex::new(WindowState { room: WINDOW_BYTES, closed: false, waker: None }))
+        let state = WindowState { room: WINDOW_BYTES, waiting: 0, closed: false, waker: None };
+        Self(Mutex::new(state))
     }
 }
 
@@ -196,6 +229,13 @@ impl Window {
     pub(super) fn open(&self, bytes: usize) {
         let mut state = self.lock();
         state.room = state.room.saturating_add(bytes).min(WINDOW_BYTES);
+        wake(&mut state.waker);
+    }
+
+    /// So much input was written.
+    pub(super) fn was_written(&self, bytes: usize) {
+        let mut state = self.lock();
+        state.waiting -= bytes;
         wake(&mut state.waker);
     }
 
@@ -212,12 +252,14 @@ impl Window {
         if state.closed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        let taken = bytes.min(state.room).min(MAX_DATA_BYTES);
+        let room = state.room.min(WINDOW_BYTES - state.waiting);
+        let taken = bytes.min(room).min(MAX_DATA_BYTES);
         if taken == 0 && bytes > 0 {
             state.waker = Some(context.waker().clone());
             return Poll::Pending;
         }
         state.room -= taken;
+        state.waiting += taken;
         Poll::Ready(Ok(taken))
     }
 
@@ -231,19 +273,18 @@ impl Window {
 /// program has ended.
 pub struct ProcessInput {
     window: Arc<Window>,
-    outgoing: Outgoing,
+    outbox: Outbox,
     open: bool,
 }
 
 impl ProcessInput {
-    pub(super) fn new(window: Arc<Window>, outgoing: Outgoing) -> Self {
-        Self { window, outgoing, open: true }
+    pub(super) fn new(window: Arc<Window>, outbox: Outbox) -> Self {
+        Self { window, outbox, open: true }
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut frame = Frame::header(Channel::Data, bytes.len()).to_vec();
-        frame.extend_from_slice(bytes);
-        self.outgoing.send(frame).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        let sent = self.outbox.send(Outgoing::Input(bytes.to_vec()));
+        sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
     fn end(&mut self) {
@@ -300,8 +341,8 @@ mod tests {
 
     #[test]
     fn many_tiny_pieces_take_little_more_than_their_bytes_and_come_in_order() {
-        let (outgoing, _frames) = mpsc::unbounded_channel();
-        let pipe = Pipe::new(Channel::Stdout, outgoing);
+        let (outbox, _outgoing) = mpsc::unbounded_channel();
+        let pipe = Pipe::new(Channel::Stdout, outbox);
         let bytes: Vec<u8> = (0..WINDOW_BYTES + LAST_BYTES).map(|at| (at % 251) as u8).collect();
         let mut read = Vec::new();
         let context = Context::from_waker(Waker::noop());

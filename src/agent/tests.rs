@@ -251,6 +251,50 @@ async fn the_connection_of_a_program_that_has_ended_is_for_the_next_call() {
     let (mut process, mut agent) = process_of(&calls);
     let mut stdin = process.stdin.take().unwrap();
     stdin.write_all(b"input").await.unwrap();
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_has_room_without_end_and_takes_nothing_is_sent_no_more_than_a_window() {
+    let (mut process, mut agent) = process();
+    let mut stdin = process.stdin.take().unwrap();
+    let credit = crate::protocol::Credit { channel: Channel::Data as u8, bytes: u32::MAX };
+    let granting = std::thread::spawn(move || {
+        let credits = Frame::message(&Reply::Credit(credit)).repeat(100);
+        while agent.write_all(&credits).is_ok() {}
+    });
+    let (input, mut taken) = (vec![7; 1 << 20], 0);
+    let endless = async {
+        while taken < 64 << 20 {
+            taken += stdin.write(&input).await.unwrap();
+        }
+    };
+    // What the connection holds, and a window.
+    tokio::time::timeout(std::time::Duration::from_millis(300), endless).await.unwrap_err();
+    assert!((WINDOW_BYTES..4 << 20).contains(&taken), "{taken}");
+    drop(process);
+    granting.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_writes_without_end_and_does_not_hear_what_was_read_is_cut_off() {
+    const MOST: usize = 256 << 20;
+    let (mut process, mut agent) = process();
+    let mut stdout = process.stdout.take().unwrap();
+    let writing = std::thread::spawn(move || {
+        let output = piece(Channel::Stdout, &[7; MAX_DATA_BYTES]);
+        while agent.write_all(&output).is_ok() {}
+    });
+    let (mut buffer, mut read) = (vec![0; 1 << 20], 0);
+    while read < MOST {
+        match stdout.read(&mut buffer).await.unwrap() {
+            0 => break,
+            bytes => read += bytes,
+        }
+    }
+    assert!(read < MOST);
+    assert_eq!(process.wait().await.unwrap_err().kind(), &ErrorKind::Agent);
+    drop(process);
+    writing.join().unwrap();
+}
+
     process.signal(15);
     assert_eq!(heard(&mut agent), (Channel::Data as u8, b"input".to_vec()));
     let signal = (Channel::Message as u8, Control::Signal(15).to_bytes());
