@@ -101,11 +101,13 @@ impl fmt::Debug for FileReader {
 }
 
 /// A file of the guest that is written, for tokio's `AsyncWriteExt`. It is not there before
-/// [`finish`](Self::finish).
+/// [`finish`](Self::finish), which also says why a write failed: of a full disk the guest tells at once.
 #[must_use = "the file appears at `finish`"]
 pub struct FileWriter {
     connection: Connection,
     calls: Calls,
+    /// What the guest has said before all was written.
+    early: Option<Result<Reply, Error>>,
     /// A frame, and how much of it was written.
     pending: Vec<u8>,
     at: usize,
@@ -126,7 +128,7 @@ impl FileWriter {
             other => return Err(refused(other)),
         }
         let (calls, patience) = (calls.clone(), Patience::default());
-        Ok(Self { connection, calls, pending: Vec::new(), at: 0, patience })
+        Ok(Self { connection, calls, early: None, pending: Vec::new(), at: 0, patience })
     }
 
     /// Puts the file into its place.
@@ -145,7 +147,10 @@ impl FileWriter {
             }
             Err(error) => Err(error),
         };
-        let answer = self.connection.reply(&self.calls).await;
+        let answer = match self.early.take() {
+            Some(early) => early,
+            None => self.connection.reply(&self.calls).await,
+        };
         match (answer, ended) {
             (Ok(Reply::Done), Ok(())) => {
                 self.calls.keep(self.connection);
@@ -156,8 +161,29 @@ impl FileWriter {
         }
     }
 
+    /// Fails where the guest has said something, which is that it takes no more.
+    fn listen(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        if self.early.is_none()
+            && let Poll::Ready(frame) = self.connection.reader.poll_next(context)
+        {
+            let frame = frame.map_err(|error| error.explain(self.calls.vsock()));
+            self.early = Some(frame.and_then(|frame| match frame {
+                Some((channel, bytes)) => {
+                    let reply = Frame { channel, bytes: &bytes }.parse();
+                    reply.map_err(|malformed| AgentError::Malformed(malformed).into())
+                }
+                None => Err(lost(self.calls.vsock())),
+            }));
+        }
+        match self.early {
+            Some(_) => Err(io::ErrorKind::BrokenPipe.into()),
+            None => Ok(()),
+        }
+    }
+
     fn write_pending(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.at < self.pending.len() {
+            self.listen(context)?;
             let rest = &self.pending[self.at..];
             let wrote = self.connection.writer.poll_raw(context, rest);
             self.at += ready!(self.patience.poll(context, wrote)).map_err(io::Error::other)??;
@@ -213,8 +239,10 @@ mod tests {
     use tokio::io::AsyncReadExt;
 
     use super::*;
-    use crate::agent::tests::{calls, heard, pair};
-    use crate::protocol::{FileKind, Stat};
+    use crate::agent::tests::{agent_of, calls, heard, pair};
+    use crate::config::AgentConfig;
+    use crate::error::ErrorKind;
+    use crate::protocol::{Failure, FailureKind, FileKind, Stat};
 
     /// What sockets and a frame on either side hold: far less than a file may have.
     const FEW_BYTES: usize = 4 << 20;
@@ -271,6 +299,26 @@ mod tests {
         assert_eq!(bytes, taken);
         // The connection is for the next call.
         assert!(calls.take().is_some());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_whose_disk_is_full_is_sent_no_more() {
+        let (agent, mut guests) = agent_of(AgentConfig::new(), 1);
+        let mut guest = guests.remove(0);
+        let reading = std::thread::spawn(move || {
+            heard(&mut guest);
+            guest.write_all(&Frame::message(&Reply::Done)).unwrap();
+            heard(&mut guest);
+            let full = Failure { kind: FailureKind::Full, errno: 28, what: "write /f".into() };
+            guest.write_all(&Frame::message(&Reply::Failed(full))).unwrap();
+            // As the agent does, which throws it away.
+            std::io::copy(&mut guest, &mut std::io::sink())
+        });
+        let endless = tokio::io::repeat(7);
+        let error = agent.write_from("/f", endless, &WriteOptions::new()).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::File(io::ErrorKind::StorageFull), "{error}");
+        // The connection has ended.
+        reading.join().unwrap().unwrap();
     }
 
     #[tokio::test]

@@ -17,6 +17,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
 use super::connection::{Connection, PATIENCE, lost, silent};
 use super::files::{bytes, refused};
 use super::{Agent, AgentError};
@@ -226,7 +229,12 @@ impl BlockingWire {
         self.send_raw(frame)
     }
 
+    /// Fails where something was said meanwhile, which is that nothing more is taken.
     fn send_raw(&self, bytes: &[u8]) -> Result<(), TreeError> {
+        let look = recv(&*self.socket, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+        if !matches!(look, Err(Errno::AGAIN)) {
+            return Err(TreeError::Wire);
+        }
         (&*self.socket).write_all(bytes).map_err(|error| on_wire(&error))
     }
 

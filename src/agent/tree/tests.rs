@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use super::*;
-use crate::protocol::{Bytes, Entry, FileKind, Stat, Symlink};
+use crate::agent::tests::{agent_of, heard};
+use crate::config::AgentConfig;
+use crate::error::ErrorKind;
+use crate::protocol::{Bytes, Entry, Failure, FailureKind, FileKind, Stat, Symlink};
 
 struct Scratch(PathBuf);
 
@@ -174,6 +177,28 @@ fn too_much_too_deep_and_nonsense_are_refused() {
     let deep: Vec<_> =
         std::iter::once(directory("")).chain((0..9).map(|_| directory("d"))).collect();
     refused(&frames(&deep), "the connection is over");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_disk_is_full_is_sent_no_more_of_the_tree() {
+    let scratch = Scratch::new("full");
+    let path = scratch.0.join("large");
+    fs::write(&path, vec![7; 32 << 20]).unwrap();
+    let (agent, mut guests) = agent_of(AgentConfig::new(), 1);
+    let mut guest = guests.remove(0);
+    let reading = thread::spawn(move || {
+        heard(&mut guest);
+        guest.write_all(&Frame::message(&Reply::Done)).unwrap();
+        heard(&mut guest);
+        let full = Failure { kind: FailureKind::Full, errno: 28, what: "write /f".into() };
+        guest.write_all(&Frame::message(&Reply::Failed(full))).unwrap();
+        // As the agent does, which throws it away.
+        io::copy(&mut guest, &mut io::sink()).unwrap()
+    });
+    let error = agent.copy_in(&path, "/f").await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::File(io::ErrorKind::StorageFull), "{error}");
+    let rest = reading.join().unwrap();
+    assert!(rest < 4 << 20, "{rest} bytes");
 }
 
 #[test]
