@@ -61,8 +61,12 @@ pub(crate) enum AgentError {
     Source(#[source] io::Error),
     #[error("more than {limit} bytes of names in the directory")]
     List { limit: usize },
-    #[error("more than {limit} files, directories and links")]
+    #[error("more than {limit} files, directories and links in the tree")]
     Entries { limit: u64 },
+    #[error("more than {limit} bytes in the files of the tree")]
+    TreeSize { limit: u64 },
+    #[error("{} is a directory below {limit} others, which are as many as can be copied", path.display())]
+    Deep { path: PathBuf, limit: usize },
     #[error("more than {limit} bytes in the file")]
     FileSize { limit: u64 },
     #[error("the hook `{name}` {how}")]
@@ -101,6 +105,8 @@ impl From<AgentError> for Error {
             E::Process { status, .. } => ErrorKind::ProcessFailed(*status),
             E::List { .. }
             | E::Entries { .. }
+            | E::TreeSize { .. }
+            | E::Deep { .. }
             | E::Output { .. }
             | E::TooLong { .. }
             | E::FileSize { .. }
@@ -121,6 +127,19 @@ impl From<AgentError> for Error {
             }
             E::Output { .. } => "read the streams of `spawn`, or raise `Command::output_limit`",
             E::FileSize { .. } => "read it in pieces, by `Agent::open`",
+            E::List { .. } => "list it by a program in the guest, whose output is read as it comes",
+            E::Entries { .. } | E::TreeSize { .. } => "raise the `CopyLimits`, or copy less of it",
+            E::Deep { .. } => "copy an archive of it, and unpack that in the guest",
+            E::TooLong { .. } => "pass what is long by a file, or by the standard input",
+            E::NotReady { .. } => {
+                "look at the guest's console, and wait for longer or without a limit"
+            }
+            E::Silent { .. } => {
+                "resume the VM where it is paused; else look at the guest's console"
+            }
+            E::NotThere => {
+                "look at the guest's console: its agent has not come so far, or could not go on"
+            }
             E::Hangs { .. } => "look at the guest's console; what is left to do is to end the VM",
             E::Lost => "get the agent again from the VM, and look what of the call was done",
             E::NoRuntime => "call it in `#[tokio::main]`, or in a task of a runtime",

@@ -43,7 +43,7 @@ impl Sender<'_> {
             self.file(path)?;
         } else if kind.is_dir() {
             if depth == MAX_DEPTH {
-                return Err(AgentError::Tree { what: "directories that are too deep" }.into());
+                return Err(AgentError::Deep { path: path.to_owned(), limit: MAX_DEPTH }.into());
             }
             self.wire.send(&Node::Directory(entry(FileKind::Directory)))?;
             for child in fs::read_dir(path).map_err(on_host(path))? {

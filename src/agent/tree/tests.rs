@@ -202,6 +202,26 @@ async fn a_guest_whose_disk_is_full_is_sent_no_more_of_the_tree() {
 }
 
 #[test]
+fn a_tree_of_the_host_that_is_too_deep_is_named_as_such() {
+    let scratch = Scratch::new("deep");
+    let mut path = scratch.0.join("d");
+    for _ in 0..=MAX_DEPTH {
+        fs::create_dir(&path).unwrap();
+        path.push("d");
+    }
+    let (mut host, guest) = pair();
+    let taking = thread::spawn(move || {
+        let _ = io::copy(&mut &*guest.socket, &mut io::sink());
+    });
+    let sent = read::send(&mut host, &scratch.0.join("d"));
+    let Err(TreeError::Other(error)) = sent else { panic!("{sent:?}") };
+    assert_eq!(error.kind(), &ErrorKind::Resources);
+    assert!(error.to_string().contains("/d/d/d"), "{error}");
+    drop(host);
+    taking.join().unwrap();
+}
+
+#[test]
 fn a_guest_that_goes_silent_ends_the_copy() {
     let scratch = Scratch::new("silent");
     let patience = Duration::from_millis(50);

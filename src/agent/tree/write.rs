@@ -127,7 +127,7 @@ impl<'a> Writer<'a> {
                 Channel::Data => {
                     self.copied.bytes += bytes.len() as u64;
                     if self.copied.bytes > self.limits.bytes {
-                        return Err(AgentError::FileSize { limit: self.limits.bytes }.into());
+                        return Err(AgentError::TreeSize { limit: self.limits.bytes }.into());
                     }
                     end += bytes.len() as u64;
                     file.write_all(bytes).map_err(on_host(&path))?;
