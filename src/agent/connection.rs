@@ -17,8 +17,8 @@ use super::activity::Ongoing;
 use super::calls::Calls;
 use crate::error::Error;
 use crate::protocol::{
-    AGENT_PORT, Call, Channel, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES, Malformed,
-    Reply, Wire,
+    AGENT_PORT, Call, Channel, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES,
+    MAX_OPENING_BYTES, Malformed, Reply, Wire,
 };
 use crate::vsock::{Connecting, Vsock};
 
@@ -39,6 +39,13 @@ impl Connection {
     pub(super) fn new(socket: UnixStream) -> Self {
         let (reader, writer) = socket.into_split();
         Self { reader: FrameReader::new(reader), writer: FrameWriter(writer), ongoing: None }
+    }
+
+    /// One that the guest has opened, on which it says little.
+    pub(super) fn opened(socket: UnixStream) -> Self {
+        let mut connection = Self::new(socket);
+        connection.reader.max_bytes = MAX_OPENING_BYTES;
+        connection
     }
 
     /// Calls the agent, on a connection that waits for that, or on a new one. Nothing has been answered when
@@ -201,11 +208,20 @@ pub(super) struct FrameReader<R = OwnedReadHalf> {
     header_bytes: usize,
     body: Vec<u8>,
     body_bytes: usize,
+    /// The longest frame that is read.
+    max_bytes: usize,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     pub(super) fn new(stream: R) -> Self {
-        Self { stream, header: [0; HEADER_BYTES], header_bytes: 0, body: Vec::new(), body_bytes: 0 }
+        Self {
+            stream,
+            header: [0; HEADER_BYTES],
+            header_bytes: 0,
+            body: Vec::new(),
+            body_bytes: 0,
+            max_bytes: MAX_MESSAGE_BYTES,
+        }
     }
 
     /// The next frame; none at the end of the connection.
@@ -228,6 +244,9 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             }
         }
         let (channel, length) = Frame::parse_header(self.header)?;
+        if length > self.max_bytes {
+            return Poll::Ready(Err(Malformed { what: "a short frame", at: 0 }.into()));
+        }
         while self.body_bytes < length {
             // Not more than has come by much: a header alone takes no memory.
             if self.body_bytes == self.body.len() {

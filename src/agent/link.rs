@@ -230,7 +230,7 @@ struct Host {
 impl Host {
     async fn answer(self: Arc<Self>, stream: VsockStream) {
         let Ok(socket) = to_async(stream.into()) else { return };
-        let mut connection = Connection::new(socket);
+        let mut connection = Connection::opened(socket);
         let opening = timeout(OPENING, connection.reader.message::<Opening>()).await;
         // What says nothing that is understood is closed.
         match opening {

@@ -20,7 +20,7 @@ use crate::error::ErrorKind;
 use crate::exit::{ExitLatch, ProcessStatus};
 use crate::protocol::{
     Bytes, Call, Channel, Control, Entry, Exit, ExitCode, FileKind, Frame, HEADER_BYTES,
-    LAST_BYTES, MAX_DATA_BYTES, Reply, Stat, WINDOW_BYTES, Wire,
+    LAST_BYTES, MAX_DATA_BYTES, MAX_OPENING_BYTES, Reply, Stat, WINDOW_BYTES, Wire,
 };
 use crate::virtio::WeakDeviceHandle;
 use crate::vsock::Vsock;
@@ -69,6 +69,12 @@ async fn absurd_lengths_unknown_channels_and_cut_off_frames_are_errors() {
         agent.write_all(&header).unwrap();
         assert!(matches!(connection.reader.next().await, Err(ReadError::Malformed(_))));
     }
+    // Who has not said what for is not believed to have much to say.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut theirs = theirs.into_std().unwrap();
+    theirs.write_all(&Frame::header(Channel::Message, MAX_OPENING_BYTES + 1)).unwrap();
+    let mut opened = Connection::opened(ours);
+    assert!(matches!(opened.reader.next().await, Err(ReadError::Malformed(_))));
     let (mut connection, mut agent) = pair();
     agent.write_all(&Frame::header(Channel::Data, MAX_DATA_BYTES)).unwrap();
     agent.write_all(b"not all").unwrap();
@@ -246,12 +252,6 @@ async fn what_is_read_is_given_back_and_input_waits_for_room() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_connection_of_a_program_that_has_ended_is_for_the_next_call() {
-    let calls = calls();
-    let (mut process, mut agent) = process_of(&calls);
-    let mut stdin = process.stdin.take().unwrap();
-    stdin.write_all(b"input").await.unwrap();
-#[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_has_room_without_end_and_takes_nothing_is_sent_no_more_than_a_window() {
     let (mut process, mut agent) = process();
     let mut stdin = process.stdin.take().unwrap();
@@ -295,6 +295,12 @@ async fn a_guest_that_writes_without_end_and_does_not_hear_what_was_read_is_cut_
     writing.join().unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_connection_of_a_program_that_has_ended_is_for_the_next_call() {
+    let calls = calls();
+    let (mut process, mut agent) = process_of(&calls);
+    let mut stdin = process.stdin.take().unwrap();
+    stdin.write_all(b"input").await.unwrap();
     process.signal(15);
     assert_eq!(heard(&mut agent), (Channel::Data as u8, b"input".to_vec()));
     let signal = (Channel::Message as u8, Control::Signal(15).to_bytes());

@@ -7,6 +7,12 @@ use super::wire::{Malformed, Wire};
 /// The largest message: arguments and environment of a program are the largest that there are.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
+/// The largest message on a connection that the guest opens: many may be open that have said nothing yet.
+pub(crate) const MAX_OPENING_BYTES: usize = 16 << 10;
+
+/// The most that a failure says of what could not be done.
+pub(crate) const MAX_FAILURE_BYTES: usize = 4 << 10;
+
 /// The largest piece of a stream.
 pub(crate) const MAX_DATA_BYTES: usize = 64 << 10;
 

@@ -37,7 +37,8 @@ mod wire;
 mod tests;
 
 pub(crate) use self::frame::{
-    Channel, Decoder, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES,
+    Channel, Decoder, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_FAILURE_BYTES, MAX_MESSAGE_BYTES,
+    MAX_OPENING_BYTES,
 };
 pub(crate) use self::messages::*;
 pub(crate) use self::wire::{Bytes, Malformed, Wire};

@@ -5,22 +5,28 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::protocol::{Bytes, Failure, FailureKind};
+use crate::protocol::{Bytes, Failure, FailureKind, MAX_FAILURE_BYTES};
 
 impl Failure {
     pub(crate) fn new(kind: FailureKind, what: impl Into<String>) -> Self {
-        Self { kind, errno: 0, what: what.into() }
+        Self { kind, errno: 0, what: bounded(what.into()) }
     }
 
     /// The kind is that of the system's error.
     pub(crate) fn of(what: impl Into<String>, error: &io::Error) -> Self {
         let errno = error.raw_os_error().unwrap_or(0);
-        Self { kind: kind_of(error, errno), errno, what: what.into() }
+        Self { kind: kind_of(error, errno), errno, what: bounded(what.into()) }
     }
 
     pub(crate) fn of_path(verb: &str, path: &Path, error: &io::Error) -> Self {
         Self::of(format!("{verb} {}", path.display()), error)
     }
+}
+
+/// Names of programs and paths may be of any length, and an answer not.
+fn bounded(mut what: String) -> String {
+    what.truncate(what.floor_char_boundary(MAX_FAILURE_BYTES));
+    what
 }
 
 fn kind_of(error: &io::Error, errno: i32) -> FailureKind {
@@ -54,4 +60,17 @@ pub(crate) fn absolute(path: &Bytes) -> Result<PathBuf, Failure> {
         return Err(Failure::new(FailureKind::Invalid, "a path with a NUL"));
     }
     Ok(path.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_done_is_cut_between_two_characters() {
+        let failure = Failure::new(FailureKind::Other, format!("x{}", "\u{e4}".repeat(1 << 20)));
+        assert_eq!(failure.what.len(), MAX_FAILURE_BYTES - 1);
+        let error = io::ErrorKind::Other.into();
+        assert_eq!(Failure::of("y".repeat(1 << 20), &error).what.len(), MAX_FAILURE_BYTES);
+    }
 }
