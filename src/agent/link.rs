@@ -246,20 +246,24 @@ impl Host {
             return;
         }
         let known = self.greet(hello, &mut connection).await;
-        let ready = matches!(known, Some(Knowledge::Ready));
-        if let Some(known) = known {
-            self.report.send_replace(known);
+        if let Some(known) = &known {
+            self.report.send_replace(known.clone());
         }
-        if ready {
-            if let Some(identity) = &self.identity {
-                identity.set_told();
+        match known {
+            Some(Knowledge::Ready) => {
+                if let Some(identity) = &self.identity {
+                    identity.set_told();
+                }
+                let calls = &self.calls;
+                let is_paused = || calls.vsock().is_paused();
+                calls.pulse().hold(&mut connection, Rhythm::USUAL, is_paused).await;
+                // Of a VM that has ended, or of an agent that does not answer.
+                calls.forget();
+                self.report.send_replace(Knowledge::Nothing);
             }
-            let calls = &self.calls;
-            let is_paused = || calls.vsock().is_paused();
-            calls.pulse().hold(&mut connection, Rhythm::USUAL, is_paused).await;
-            // Of a VM that has ended, or of an agent that does not answer.
-            calls.forget();
-            self.report.send_replace(Knowledge::Nothing);
+            // It would call again at once, and say the same.
+            Some(Knowledge::Fault(_)) => drop(connection.reader.next().await),
+            Some(Knowledge::Version(_) | Knowledge::Nothing) | None => {}
         }
         self.greeted.store(false, Ordering::Release);
     }

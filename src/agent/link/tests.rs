@@ -80,14 +80,19 @@ async fn an_agent_is_ready_or_says_why_it_is_not() {
 
     let fault = |what: &str| Failure { kind: FailureKind::NotFound, errno: 2, what: what.into() };
     let (host, link) = self::host(AgentConfig::new());
-    let (greeting, _guest) = greet(&host, hello(VERSION, Some(fault("mount /data"))), &done());
-    greeting.await.unwrap();
+    let (greeting, guest) = greet(&host, hello(VERSION, Some(fault("mount /data"))), &done());
     let error = link.ready().await.unwrap_err();
     assert!(error.to_string().contains("mount /data: No such file"), "{error}");
+    // The line is held: an agent calls again when it ends.
+    guest.set_nonblocking(true).unwrap();
+    let read = (&guest).read(&mut [0]);
+    assert_eq!(read.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    drop(guest);
+    greeting.await.unwrap();
 
     let (host, link) = self::host(AgentConfig::new());
     let failed = Frame::message(&Reply::Failed(fault("set the clock")));
-    greet(&host, hello(VERSION, None), &failed).0.await.unwrap();
+    let (_greeting, _guest) = greet(&host, hello(VERSION, None), &failed);
     let error = link.ready().await.unwrap_err();
     assert!(error.to_string().contains("set the clock"), "{error}");
 }
