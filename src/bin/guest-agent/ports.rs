@@ -36,7 +36,7 @@ pub(crate) fn connect(mut connection: Connection, port: u16) -> io::Result<()> {
     }
 }
 
-/// Passes on what two streams say, until both have ended.
+/// Passes on what two streams say, until both have ended, or one is closed for both directions.
 pub(crate) fn pass_on(a: UnixStream, b: UnixStream) -> io::Result<()> {
     a.set_nonblocking(true)?;
     b.set_nonblocking(true)?;
@@ -58,6 +58,10 @@ pub(crate) fn pass_on(a: UnixStream, b: UnixStream) -> io::Result<()> {
 
 /// One direction.
 #[derive(Default)]
+        // Who wants no answer either is gone: what does not answer would be waited for in vain.
+        if there.is_over && !was_over && sys::takes_no_more(&a) {
+            break;
+        }
 struct Flow {
     buffer: Vec<u8>,
     begin: usize,

@@ -21,7 +21,9 @@ pub(crate) use self::process::{
     CgroupFds, LaunchFault, LaunchStep, Program, WaitStatus, has_children, hold_child_signals,
     kill, kill_process, launch, reap_orphan, wait, wait_for_child_signal,
 };
-pub(crate) use self::socket::{CID_HOST, NetlinkSocket, VsockListener, connect_vsock};
+pub(crate) use self::socket::{
+    CID_HOST, NetlinkSocket, VsockListener, connect_vsock, takes_no_more,
+};
 pub(crate) use self::system::{
     MountFlags, add_entropy, give_memory_back, keep_memory_small, kill_all, load_module, mount,
     power_off, raise_the_limit_of_open_files, remount_read_only, set_hostname, set_wall_clock,

@@ -1,10 +1,11 @@
 //! Sockets of families that the standard library does not know: vsock and netlink.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::ptr;
 
 use super::{checked, owned};
 
@@ -18,6 +19,7 @@ const SOCK_STREAM: c_int = 1;
 const SOCK_RAW: c_int = 3;
 const SOCK_CLOEXEC: c_int = 0o2_000_000;
 const NETLINK_ROUTE: c_int = 0;
+const MSG_NOSIGNAL: c_int = 0x4000;
 
 /// `struct sockaddr_vm` (vsock(7)).
 #[repr(C)]
@@ -42,6 +44,7 @@ unsafe extern "C" {
     fn bind(socket: c_int, address: *const SockaddrVm, length: u32) -> c_int;
     fn connect(socket: c_int, address: *const SockaddrVm, length: u32) -> c_int;
     fn listen(socket: c_int, backlog: c_int) -> c_int;
+    fn send(socket: c_int, bytes: *const c_void, length: usize, flags: c_int) -> isize;
     fn accept4(socket: c_int, address: *mut SockaddrVm, length: *mut u32, flags: c_int) -> c_int;
 }
 
@@ -58,6 +61,12 @@ pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<UnixStream> {
     // SAFETY: the kernel reads the address, which is as long as is said.
     checked(unsafe { connect(socket.as_raw_fd(), &address, SOCKADDR_BYTES) })?;
     Ok(UnixStream::from(socket))
+}
+
+/// Whether the other side of a stream has closed it for what this one sends, too.
+pub(crate) fn takes_no_more(stream: impl AsFd) -> bool {
+    // SAFETY: no byte is read.
+    unsafe { send(stream.as_fd().as_raw_fd(), ptr::null(), 0, MSG_NOSIGNAL) < 0 }
 }
 
 pub(crate) struct VsockListener(OwnedFd);

@@ -56,6 +56,19 @@ fn what_the_guest_closes_first_the_host_may_still_answer() {
 }
 
 #[test]
+fn a_host_that_has_gone_is_not_kept_for_a_server_that_never_answers() {
+    let ((mut host, theirs), (mut server, ours)) =
+        (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let passing = thread::spawn(move || pass_on(theirs, ours));
+    host.write_all(b"request").unwrap();
+    drop(host);
+    passing.join().unwrap().unwrap();
+    let mut request = String::new();
+    server.read_to_string(&mut request).unwrap();
+    assert_eq!(request, "request");
+}
+
+#[test]
 fn nobody_at_a_port_is_said_so_and_ipv6_is_tried() {
     let unused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = unused.local_addr().unwrap().port();
