@@ -3,27 +3,17 @@
 use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::protocol::{Call, Failure, FailureKind, Reply, Usage};
-use crate::sys::{self, CID_HOST, VsockListener};
-use crate::{THREAD_STACK_BYTES, cgroup, exec, files, ports, shutdown, tree};
+use crate::sys::{CID_HOST, VsockListener};
+use crate::threads::Threads;
+use crate::{cgroup, exec, files, ports, shutdown, tree};
 
-/// How many calls there may be at a time, with connections that wait for one: the host keeps few of
-/// those.
-pub(crate) const MAX_CALLS: usize = 1024;
-
-/// So many at once leave memory behind, which the allocator gives back when it is told to.
-const MANY_CALLS: usize = 32;
-
-/// How many there are.
-static CALLS: AtomicUsize = AtomicUsize::new(0);
-
-/// How many there were at most since memory was given back.
-static MOST_CALLS: AtomicUsize = AtomicUsize::new(0);
+/// With connections that wait for a call: the host keeps few of those.
+static CALLS: Threads = Threads::at_most(1024);
 
 /// Takes calls for ever.
 pub(crate) fn accept(listener: &VsockListener) -> ! {
@@ -40,7 +30,7 @@ pub(crate) fn accept(listener: &VsockListener) -> ! {
 
 fn begin(stream: UnixStream) {
     let Ok(spare) = stream.try_clone() else { return };
-    let began = spawn_bounded(move || {
+    let began = CALLS.spawn(move || {
         // An error is the connection's: nobody is there to hear of it.
         let _ = serve(Connection::new(stream));
     });
@@ -49,32 +39,6 @@ fn begin(stream: UnixStream) {
         let failure = Failure::of("take one more call", &error);
         let _ = Connection::new(spare).answer(Err(failure));
     }
-}
-
-/// Runs something on a thread of its own, unless there are too many of them.
-pub(crate) fn spawn_bounded(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    struct Place;
-    impl Drop for Place {
-        fn drop(&mut self) {
-            let left = CALLS.fetch_sub(1, Ordering::Relaxed) - 1;
-            if left < MANY_CALLS / 2 && MOST_CALLS.load(Ordering::Relaxed) >= MANY_CALLS {
-                MOST_CALLS.store(left, Ordering::Relaxed);
-                sys::give_memory_back();
-            }
-        }
-    }
-    let taken = CALLS.fetch_add(1, Ordering::Relaxed);
-    MOST_CALLS.fetch_max(taken + 1, Ordering::Relaxed);
-    let place = Place;
-    if taken >= MAX_CALLS {
-        return Err(io::ErrorKind::QuotaExceeded.into());
-    }
-    let thread = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
-    thread.spawn(move || {
-        let _place = place;
-        work();
-    })?;
-    Ok(())
 }
 
 /// Serves one call after the other, until the host closes the connection.

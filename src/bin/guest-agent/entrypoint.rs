@@ -6,14 +6,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError, mpsc};
-use std::thread;
 use std::time::Duration;
 
 use crate::children::Child;
 use crate::console::say;
 use crate::protocol::{Failure, Program, Setup};
 use crate::sys::{self, POLLIN, PollFd, WaitStatus};
-use crate::{THREAD_STACK_BYTES, program, shutdown};
+use crate::{program, shutdown, threads};
 
 /// How long other processes have to end when it has.
 const GRACE: Duration = Duration::from_secs(5);
@@ -33,10 +32,9 @@ pub(crate) fn start(entrypoint: &Program, setup: &Setup) -> Result<(), Failure> 
     let account = program::account(entrypoint)?;
     let (entrypoint, (report, started)) = (entrypoint.clone(), mpsc::channel());
     let (stop_signal, end_with_it) = (setup.stop_signal, setup.end_with_entrypoint);
-    let waiter = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
     // Who starts a child waits for it.
     let waiting =
-        waiter.spawn(move || match program::start(&entrypoint, account, streams, false) {
+        threads::spawn(move || match program::start(&entrypoint, account, streams, false) {
             Ok(child) => {
                 note(child.pid, stop_signal);
                 let _ = report.send(Ok(()));

@@ -33,6 +33,7 @@ mod program;
 mod protocol;
 mod shutdown;
 mod sys;
+mod threads;
 mod tree;
 
 #[cfg(test)]
@@ -45,13 +46,9 @@ mod scratch;
 use std::env;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
-use std::thread;
 
 use crate::boot::Booted;
 use crate::control::Control;
-
-/// Enough for every thread: what is large is on the heap, and nothing recurses.
-const THREAD_STACK_BYTES: usize = 64 << 10;
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
@@ -63,14 +60,12 @@ fn main() -> ExitCode {
     // Before there is another thread.
     sys::hold_child_signals();
     let Booted { setup, fault, listener } = boot::boot();
-    if let Some(listener) = listener {
-        let calls = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
-        if let Err(error) = calls.spawn(move || calls::accept(&listener)) {
-            console::say(&format!("cannot take calls: {error}"));
-        }
+    if let Some(listener) = listener
+        && let Err(error) = threads::spawn(move || calls::accept(&listener))
+    {
+        console::say(&format!("cannot take calls: {error}"));
     }
-    let control = thread::Builder::new().stack_size(THREAD_STACK_BYTES);
-    if let Err(error) = control.spawn(move || Control::new(fault, setup.interfaces).run()) {
+    if let Err(error) = threads::spawn(move || Control::new(fault, setup.interfaces).run()) {
         console::say(&format!("cannot call the host: {error}"));
     }
     children::reap_orphans()

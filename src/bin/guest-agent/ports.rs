@@ -11,9 +11,14 @@ use crate::connection::Connection;
 use crate::console::say;
 use crate::protocol::{Failure, HOST_PORT, Opening, Reply, Service};
 use crate::sys::{self, CID_HOST, POLLIN, POLLOUT, PollFd};
+use crate::threads::{self, Threads};
 
 /// How much of each direction is on its way.
 const BUFFER_BYTES: usize = 64 << 10;
+
+/// Connections of programs to services of the host. However many those open, the host's calls have threads of
+/// their own.
+static SERVED: Threads = Threads::at_most(512);
 
 /// Connects the host to a port, and passes on what both say.
 pub(crate) fn connect(mut connection: Connection, port: u16) -> io::Result<()> {
@@ -50,18 +55,19 @@ pub(crate) fn pass_on(a: UnixStream, b: UnixStream) -> io::Result<()> {
         ];
         sys::poll(&mut fds, None)?;
         // An error of either ends both: the streams are closed with their descriptors.
+        let was_over = there.is_over;
         there.advance(&a, &b)?;
         back.advance(&b, &a)?;
+        // Who wants no answer either is gone: what does not answer would be waited for in vain.
+        if there.is_over && !was_over && sys::takes_no_more(&a) {
+            break;
+        }
     }
     Ok(())
 }
 
 /// One direction.
 #[derive(Default)]
-        // Who wants no answer either is gone: what does not answer would be waited for in vain.
-        if there.is_over && !was_over && sys::takes_no_more(&a) {
-            break;
-        }
 struct Flow {
     buffer: Vec<u8>,
     begin: usize,
@@ -110,10 +116,8 @@ impl Flow {
 pub(crate) fn serve(services: Vec<Service>) -> Result<(), Failure> {
     for service in services {
         let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, service.port)));
-        let serving = listener.and_then(|listener| {
-            let thread = thread::Builder::new().stack_size(crate::THREAD_STACK_BYTES);
-            thread.spawn(move || accept(&listener, &service))
-        });
+        let serving =
+            listener.and_then(|listener| threads::spawn(move || accept(&listener, &service)));
         serving.map_err(|error| Failure::of("listen for a service of the host", &error))?;
     }
     Ok(())
@@ -128,7 +132,7 @@ fn accept(listener: &TcpListener, service: &Service) {
         };
         let name = service.name.clone();
         // Without a thread the stream is closed, as it is without a host.
-        let _ = crate::calls::spawn_bounded(move || {
+        let _ = SERVED.spawn(move || {
             if let Err(error) = reach(&name, stream) {
                 say(&format!("cannot reach the host's service {name}: {error}"));
             }

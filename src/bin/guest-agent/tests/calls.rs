@@ -1,7 +1,5 @@
 use std::io::{Read, Write};
-use std::sync::mpsc;
 
-use crate::calls::{MAX_CALLS, spawn_bounded};
 use crate::connection::Connection;
 use crate::exec::tests::{begin, code, finish, sh};
 use crate::host::{ask, data, dial, exec, failure};
@@ -38,29 +36,6 @@ fn an_ordinary_process_is_neither_switched_off_nor_frozen() {
     assert_eq!(failure(ask(&Call::Shutdown(0))).kind, FailureKind::NotAllowed);
     failure(ask(&Call::Freeze));
     assert_eq!(ask(&Call::Thaw), Reply::Done);
-}
-
-#[test]
-fn calls_are_bounded() {
-    let (sender, receiver) = mpsc::channel::<()>();
-    let receiver = std::sync::Arc::new(std::sync::Mutex::new(receiver));
-    let mut began = 0;
-    let refused = loop {
-        let receiver = receiver.clone();
-        let work = move || {
-            let _ = receiver.lock().unwrap().recv();
-        };
-        match spawn_bounded(work) {
-            Ok(()) => began += 1,
-            Err(error) => break error,
-        }
-    };
-    assert!(began <= MAX_CALLS, "{refused}");
-    drop(sender);
-    // Places become free again.
-    while spawn_bounded(|| ()).is_err() {
-        std::thread::yield_now();
-    }
 }
 
 #[test]

@@ -4,14 +4,13 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread;
 use std::time::Duration;
 
-use crate::calls;
 use crate::connection::Connection;
 use crate::protocol::{
     Bytes, Call, Channel, Entry, Exec, Failure, FileKind, Frame, Node, Program, Reply, Stat, Wire,
 };
+use crate::{calls, threads};
 
 /// Long enough for a busy machine; only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -21,12 +20,10 @@ pub(crate) fn dial() -> UnixStream {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
     ours.set_write_timeout(Some(PATIENCE)).unwrap();
-    thread::Builder::new()
-        .stack_size(crate::THREAD_STACK_BYTES)
-        .spawn(move || {
-            let _ = calls::serve(Connection::new(theirs));
-        })
-        .unwrap();
+    threads::spawn(move || {
+        let _ = calls::serve(Connection::new(theirs));
+    })
+    .unwrap();
     ours
 }
 
