@@ -4,11 +4,15 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::console::{Faults, say};
 use crate::protocol::{AGENT_PORT, Failure, FailureKind, MODULES_PATH, SETUP_PATH, Setup, Wire};
 use crate::sys::{self, VsockListener};
-use crate::{cgroup, entrypoint, identity, mounts, network, ports};
+use crate::{cgroup, entrypoint, identity, mounts, network, ports, shutdown};
+
+/// How long other processes have to end when the entrypoint has, and the guest with it.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// A guest that is up, as far as it could be.
 pub(crate) struct Booted {
@@ -50,7 +54,13 @@ pub(crate) fn boot() -> Booted {
     faults.note(write_nameservers(&setup.nameservers));
     faults.note(ports::serve(setup.services.clone()));
     if let Some(program) = setup.entrypoint.as_ref().filter(|_| is_rooted) {
-        faults.note(entrypoint::start(program, &setup));
+        let ends_with_it = setup.end_with_entrypoint;
+        let at_its_end = move || {
+            if ends_with_it {
+                let _ = shutdown::shut_down(GRACE);
+            }
+        };
+        faults.note(entrypoint::start(program, setup.stop_signal, at_its_end));
     }
     Booted { setup, fault: faults.first, listener }
 }

@@ -6,16 +6,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError, mpsc};
-use std::time::Duration;
 
 use crate::children::Child;
 use crate::console::say;
-use crate::protocol::{Failure, Program, Setup};
+use crate::protocol::{Failure, Program};
 use crate::sys::{self, POLLIN, PollFd, WaitStatus};
-use crate::{program, shutdown, threads};
-
-/// How long other processes have to end when it has.
-const GRACE: Duration = Duration::from_secs(5);
+use crate::{program, threads};
 
 /// Who is asked to end by a signal of its own, as long as the number is that process's.
 static ASKED_BY_SIGNAL: Mutex<Option<Running>> = Mutex::new(None);
@@ -27,11 +23,14 @@ struct Running {
 }
 
 /// Starts it, with the console as its output.
-pub(crate) fn start(entrypoint: &Program, setup: &Setup) -> Result<(), Failure> {
+pub(crate) fn start(
+    entrypoint: &Program,
+    stop_signal: Option<i32>,
+    at_its_end: impl FnOnce() + Send + 'static,
+) -> Result<(), Failure> {
     let streams = streams().map_err(|error| Failure::of("open the console", &error))?;
     let account = program::account(entrypoint)?;
     let (entrypoint, (report, started)) = (entrypoint.clone(), mpsc::channel());
-    let (stop_signal, end_with_it) = (setup.stop_signal, setup.end_with_entrypoint);
     // Who starts a child waits for it.
     let waiting =
         threads::spawn(move || match program::start(&entrypoint, account, streams, false) {
@@ -39,9 +38,7 @@ pub(crate) fn start(entrypoint: &Program, setup: &Setup) -> Result<(), Failure> 
                 note(child.pid, stop_signal);
                 let _ = report.send(Ok(()));
                 wait(child);
-                if end_with_it {
-                    let _ = shutdown::shut_down(GRACE);
-                }
+                at_its_end();
             }
             Err(failure) => {
                 let _ = report.send(Err(failure));
