@@ -2,9 +2,10 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, chroot};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,9 @@ const NEW_ROOT: &str = "/dormouse-root";
 const MOVED: &[&str] = &["/dev", "/proc", "/sys", "/run"];
 
 const EBUSY: i32 = 16;
+
+/// What is mounted at [`UPPER`]: no path leads there any more when the root lies over it.
+static UPPER_ROOT: OnceLock<File> = OnceLock::new();
 
 /// Mounts what the kernel has to show. It goes on with what follows if one of them fails.
 pub(crate) fn mount_kernels_own() -> Vec<Failure> {
@@ -138,6 +142,9 @@ pub(crate) fn switch_root(root: &Root) -> Result<(), Failure> {
             make_directory(Path::new(UPPER))?;
             mount_disk(*disk, Path::new(UPPER), Some("ext4"), MountFlags::NONE)?;
             mount_overlay(root)?;
+            if let Ok(upper) = File::open(UPPER) {
+                let _ = UPPER_ROOT.set(upper);
+            }
         }
     }
     enter(new_root, matches!(root.overlay, Overlay::ReadOnly))
@@ -191,6 +198,15 @@ fn enter(new_root: &Path, is_read_only: bool) -> io::Result<()> {
         let _ = sys::mount(Path::new("tmpfs"), tmp, "tmpfs", MountFlags::DATA, "mode=1777");
     }
     Ok(())
+}
+
+/// Has the disk that takes what is written over the root take no more, when the root does not: it is then as if
+/// it were unmounted.
+pub(crate) fn close_upper() {
+    if let Some(upper) = UPPER_ROOT.get() {
+        let path = format!("/proc/self/fd/{}", upper.as_raw_fd());
+        let _ = sys::remount_read_only(Path::new(&path));
+    }
 }
 
 /// Mounts another disk.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::console::say;
 use crate::protocol::{Failure, FailureKind};
-use crate::{cgroup, children, entrypoint, sys};
+use crate::{cgroup, children, entrypoint, mounts, sys};
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
@@ -80,6 +80,7 @@ fn unmount_all() {
             let _ = sys::remount_read_only(target);
         }
     }
+    mounts::close_upper();
 }
 
 /// A path of /proc/self/mounts, where spaces and the like are written as `\040`.
