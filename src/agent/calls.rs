@@ -6,11 +6,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{RecvFlags, recv};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
 
+use super::AgentError;
 use super::activity::{Activity, Ongoing};
-use super::connection::Connection;
+use super::connection::{Connection, PATIENCE, lost, silent, to_async};
 use super::pulse::Pulse;
-use crate::vsock::Vsock;
+use crate::error::Error;
+use crate::protocol::{AGENT_PORT, Call, Frame, HEADER_BYTES, MAX_MESSAGE_BYTES};
+use crate::vsock::{Connecting, Vsock};
 
 /// Connections that wait for a call, at most. Each is a thread in the guest, of some 12 KiB.
 const MAX_KEPT: usize = 8;
@@ -41,8 +46,41 @@ impl Calls {
         Self { shared: Arc::clone(&self.shared), activity: Some(activity) }
     }
 
+    /// Calls the agent, on a connection that waits for that, or on a new one. Nothing has been answered when
+    /// it returns.
+    pub(super) async fn call(&self, call: &Call) -> Result<Connection, Error> {
+        let message = Frame::call(call);
+        if message.len() - HEADER_BYTES > MAX_MESSAGE_BYTES {
+            return Err(AgentError::TooLong { bytes: message.len() }.into());
+        }
+        let ongoing = self.begin();
+        let called = async {
+            match self.call_again(&message).await? {
+                Some(connection) => Ok(connection),
+                None => call_anew(self.vsock(), &message).await,
+            }
+        };
+        let connection = timeout(PATIENCE, called).await.unwrap_or_else(|_| Err(silent()))?;
+        Ok(connection.counted(ongoing))
+    }
+
+    /// On a connection that was kept. None where there is none, and where the agent cannot have heard
+    /// anything of the call. Where it may have, it is not asked twice.
+    async fn call_again(&self, message: &[u8]) -> Result<Option<Connection>, Error> {
+        while let Some(socket) = self.take() {
+            let mut socket = to_async(socket)?;
+            if let Ok(written) = socket.write(message).await {
+                let rest = socket.write_all(&message[written..]).await;
+                return rest
+                    .map(|()| Some(Connection::new(socket)))
+                    .map_err(|_| lost(self.vsock()));
+            }
+        }
+        Ok(None)
+    }
+
     /// A call begins.
-    pub(super) fn begin(&self) -> Option<Ongoing> {
+    fn begin(&self) -> Option<Ongoing> {
         self.activity.as_ref().map(Activity::begin)
     }
 
@@ -86,6 +124,21 @@ impl Calls {
 
     fn lock(&self) -> MutexGuard<'_, Vec<UnixStream>> {
         self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// On a new connection.
+async fn call_anew(vsock: &Vsock, message: &[u8]) -> Result<Connection, Error> {
+    let mut socket = to_async(vsock.begin_connect(AGENT_PORT)?.into_socket())?;
+    // Written before the guest has accepted, which spares a round trip.
+    let opened = async {
+        socket.write_all(message).await?;
+        socket.read_u8().await
+    };
+    match opened.await {
+        Ok(answer) if Connecting::accepted(answer) => Ok(Connection::new(socket)),
+        Ok(_) => Err(AgentError::NotThere.into()),
+        Err(_) => Err(lost(vsock)),
     }
 }
 
@@ -150,9 +203,9 @@ mod tests {
         calls.keep(connection);
         // It looks alive, and takes nothing.
         deaf.shutdown(Shutdown::Read).unwrap();
-        Connection::call(&calls, &Call::Thaw).await.unwrap();
+        calls.call(&Call::Thaw).await.unwrap();
         assert_eq!(heard(&mut alive).0, Channel::Call as u8);
         // There is none any more, and the VM is gone.
-        Connection::call(&calls, &Call::Thaw).await.err().unwrap();
+        calls.call(&Call::Thaw).await.err().unwrap();
     }
 }

@@ -7,20 +7,19 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Sleep, sleep, timeout};
 
 use super::AgentError;
 use super::activity::Ongoing;
-use super::calls::Calls;
 use crate::error::Error;
 use crate::protocol::{
-    AGENT_PORT, Call, Channel, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES,
-    MAX_OPENING_BYTES, Malformed, Reply, Wire,
+    Channel, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES, MAX_OPENING_BYTES, Malformed,
+    Reply, Wire,
 };
-use crate::vsock::{Connecting, Vsock};
+use crate::vsock::Vsock;
 
 /// How long the agent may take for an answer, and for each piece of what it alone has to say or to take: a
 /// file, a tree. It takes milliseconds; only one that hangs, or a VM that is paused, takes longer. What a
@@ -48,59 +47,19 @@ impl Connection {
         connection
     }
 
-    /// Calls the agent, on a connection that waits for that, or on a new one. Nothing has been answered when
-    /// it returns.
-    pub(super) async fn call(calls: &Calls, call: &Call) -> Result<Self, Error> {
-        let message = Frame::call(call);
-        if message.len() - HEADER_BYTES > MAX_MESSAGE_BYTES {
-            return Err(AgentError::TooLong { bytes: message.len() }.into());
-        }
-        let ongoing = calls.begin();
-        let called = async {
-            let connection = match Self::call_again(calls, &message).await? {
-                Some(connection) => connection,
-                None => Self::call_anew(calls.vsock(), &message).await?,
-            };
-            Ok(Self { ongoing, ..connection })
-        };
-        timeout(PATIENCE, called).await.unwrap_or_else(|_| Err(silent()))
-    }
-
-    /// On a connection that was kept. None where there is none, and where the agent cannot have heard
-    /// anything of the call. Where it may have, it is not asked twice.
-    async fn call_again(calls: &Calls, message: &[u8]) -> Result<Option<Self>, Error> {
-        while let Some(socket) = calls.take() {
-            let mut socket = to_async(socket)?;
-            if let Ok(written) = socket.write(message).await {
-                let rest = socket.write_all(&message[written..]).await;
-                return rest.map(|()| Some(Self::new(socket))).map_err(|_| lost(calls.vsock()));
-            }
-        }
-        Ok(None)
-    }
-
-    async fn call_anew(vsock: &Vsock, message: &[u8]) -> Result<Self, Error> {
-        let mut socket = to_async(vsock.begin_connect(AGENT_PORT)?.into_socket())?;
-        // Written before the guest has accepted, which spares a round trip.
-        let opened = async {
-            socket.write_all(message).await?;
-            socket.read_u8().await
-        };
-        match opened.await {
-            Ok(answer) if Connecting::accepted(answer) => Ok(Self::new(socket)),
-            Ok(_) => Err(AgentError::NotThere.into()),
-            Err(_) => Err(lost(vsock)),
-        }
-    }
-
     /// The next answer of the agent, within [`PATIENCE`].
-    pub(super) async fn reply(&mut self, calls: &Calls) -> Result<Reply, Error> {
+    pub(super) async fn reply(&mut self, vsock: &Vsock) -> Result<Reply, Error> {
         match timeout(PATIENCE, self.reader.message()).await {
             Ok(Ok(Some(reply))) => Ok(reply),
-            Ok(Ok(None)) => Err(lost(calls.vsock())),
-            Ok(Err(error)) => Err(error.explain(calls.vsock())),
+            Ok(Ok(None)) => Err(lost(vsock)),
+            Ok(Err(error)) => Err(error.explain(vsock)),
             Err(_) => Err(silent()),
         }
+    }
+
+    /// The same, which carries a call that is counted.
+    pub(super) fn counted(self, ongoing: Option<Ongoing>) -> Self {
+        Self { ongoing, ..self }
     }
 
     /// The call is over, whatever becomes of the connection.

@@ -7,7 +7,6 @@ use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 
-use super::connection::Connection;
 use super::open_files::{FileReader, FileWriter};
 use super::{Agent, AgentError};
 use crate::error::Error;
@@ -125,10 +124,10 @@ impl Agent {
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn read_dir(&self, path: impl AsRef<Path>) -> Result<Vec<DirEntry>, Error> {
         let call = Call::List(bytes(path.as_ref()));
-        let mut connection = Connection::call(self.calls(), &call).await?;
+        let mut connection = self.calls().call(&call).await?;
         let (mut entries, mut bytes) = (Vec::new(), 0);
         loop {
-            match connection.reply(self.calls()).await? {
+            match connection.reply(self.calls().vsock()).await? {
                 Reply::Entry(entry) => {
                     // With what is kept beside it: a guest can send many names, and long ones.
                     bytes += entry.name.0.len() + size_of::<DirEntry>();

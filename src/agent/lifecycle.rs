@@ -7,7 +7,6 @@ use std::time::Duration;
 use tokio::task::JoinError;
 
 use super::Agent;
-use super::connection::Connection;
 use crate::config::HookName;
 use crate::error::Error;
 use crate::microvm::{MicroVm, Running, Terminated};
@@ -36,8 +35,8 @@ impl Agent {
         // Connections that wait for calls are not for the VMs that come of this one.
         let calls = self.link.calls();
         calls.forget();
-        let mut connection = Connection::call(calls, &Call::Freeze).await?;
-        Self::check_done(connection.reply(calls).await?)
+        let mut connection = calls.call(&Call::Freeze).await?;
+        Self::check_done(connection.reply(calls.vsock()).await?)
     }
 
     /// Lets the processes go on, after a [`freeze`](Self::freeze) of which nothing came, or in the
@@ -54,7 +53,7 @@ impl Agent {
     async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         // Held until the end: nothing is answered.
-        let _asked = Connection::call(self.link.calls(), &Call::Shutdown(grace_ms)).await?;
+        let _asked = self.link.calls().call(&Call::Shutdown(grace_ms)).await?;
         self.link.over().await;
         Ok(())
     }

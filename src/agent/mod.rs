@@ -46,7 +46,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::calls::Calls;
-use self::connection::Connection;
 use self::link::Link;
 use crate::config::HookName;
 use crate::error::Error;
@@ -128,8 +127,8 @@ impl Agent {
 
     /// The one answer to a call.
     async fn ask(&self, call: &Call) -> Result<Reply, Error> {
-        let mut connection = Connection::call(self.calls(), call).await?;
-        let reply = connection.reply(self.calls()).await?;
+        let mut connection = self.calls().call(call).await?;
+        let reply = connection.reply(self.calls().vsock()).await?;
         // An agent that has too many calls says so, and closes.
         if !matches!(reply, Reply::Failed(_)) {
             self.calls().keep(connection);

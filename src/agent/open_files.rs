@@ -31,8 +31,8 @@ pub struct FileReader {
 impl FileReader {
     pub(super) async fn begin(calls: &Calls, path: &Path) -> Result<Self, Error> {
         let read = Read { path: bytes(path), offset: 0, length: None };
-        let mut connection = Connection::call(calls, &Call::Read(read)).await?;
-        let metadata = match connection.reply(calls).await? {
+        let mut connection = calls.call(&Call::Read(read)).await?;
+        let metadata = match connection.reply(calls.vsock()).await? {
             Reply::Stat(stat) => Metadata(stat),
             other => return Err(refused(other)),
         };
@@ -122,8 +122,8 @@ impl FileWriter {
     ) -> Result<Self, Error> {
         let WriteOptions { mode, owner, sync } = *options;
         let write = Write { path: bytes(path), mode, owner, sync };
-        let mut connection = Connection::call(calls, &Call::Write(write)).await?;
-        match connection.reply(calls).await? {
+        let mut connection = calls.call(&Call::Write(write)).await?;
+        match connection.reply(calls.vsock()).await? {
             Reply::Done => {}
             other => return Err(refused(other)),
         }
@@ -149,7 +149,7 @@ impl FileWriter {
         };
         let answer = match self.early.take() {
             Some(early) => early,
-            None => self.connection.reply(&self.calls).await,
+            None => self.connection.reply(self.calls.vsock()).await,
         };
         match (answer, ended) {
             (Ok(Reply::Done), Ok(())) => {

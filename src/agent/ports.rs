@@ -9,7 +9,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 
 use super::activity::Ongoing;
-use super::connection::Connection;
 use super::{Agent, files};
 use crate::error::Error;
 use crate::protocol::{Call, Reply};
@@ -23,8 +22,8 @@ impl Agent {
     ///
     /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) where nobody listens; else as every call.
     pub async fn connect_tcp(&self, port: u16) -> Result<GuestStream, Error> {
-        let mut connection = Connection::call(self.calls(), &Call::Connect(port)).await?;
-        match connection.reply(self.calls()).await? {
+        let mut connection = self.calls().call(&Call::Connect(port)).await?;
+        match connection.reply(self.calls().vsock()).await? {
             Reply::Done => {
                 let (stream, ongoing) = connection.into_stream()?;
                 Ok(GuestStream { stream, _ongoing: ongoing })

@@ -57,8 +57,8 @@ impl Process {
     pub(super) async fn start(calls: &Calls, exec: Exec) -> Result<Self, Error> {
         let has_input = exec.stdin || exec.terminal.is_some();
         let program = exec.program.argv.first().map(|name| name.0.clone()).unwrap_or_default();
-        let mut connection = Connection::call(calls, &Call::Exec(exec)).await?;
-        match connection.reply(calls).await? {
+        let mut connection = calls.call(&Call::Exec(exec)).await?;
+        match connection.reply(calls.vsock()).await? {
             Reply::Started(id) => Ok(Self::serve(connection, calls, id, has_input)),
             Reply::Failed(failure) => Err(AgentError::exec(&program, failure)),
             _ => Err(AgentError::Unexpected.into()),

@@ -311,19 +311,19 @@ async fn the_connection_of_a_program_that_has_ended_is_for_the_next_call() {
     process.signal(9);
     drop((stdin, process));
     let call = async |answer: &Reply, agent: &mut StdStream| {
-        let mut connection = Connection::call(&calls, &Call::Thaw).await.unwrap();
+        let mut connection = calls.call(&Call::Thaw).await.unwrap();
         assert_eq!(heard(agent), (Channel::Call as u8, Call::Thaw.to_bytes()));
         agent.write_all(&Frame::message(answer)).unwrap();
-        assert_eq!(connection.reply(&calls).await.unwrap(), *answer);
+        assert_eq!(connection.reply(calls.vsock()).await.unwrap(), *answer);
         calls.keep(connection);
     };
     call(&Reply::Done, &mut agent).await;
     call(&Reply::Done, &mut agent).await;
     // What an agent has heard is not asked again, on whatever connection.
-    let mut connection = Connection::call(&calls, &Call::Freeze).await.unwrap();
+    let mut connection = calls.call(&Call::Freeze).await.unwrap();
     assert_eq!(heard(&mut agent), (Channel::Call as u8, Call::Freeze.to_bytes()));
     drop(agent);
-    connection.reply(&calls).await.unwrap_err();
+    connection.reply(calls.vsock()).await.unwrap_err();
     assert!(calls.take().is_none());
 }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use super::connection::{Connection, PATIENCE, lost, silent};
+use super::connection::{PATIENCE, lost, silent};
 use super::files::{bytes, refused};
 use super::{Agent, AgentError};
 use crate::error::Error;
@@ -134,8 +134,8 @@ impl Agent {
         call: &Call,
         work: impl FnOnce(&mut BlockingWire) -> Result<Copied, TreeError> + Send + 'static,
     ) -> Result<Copied, Error> {
-        let mut connection = Connection::call(self.calls(), call).await?;
-        match connection.reply(self.calls()).await? {
+        let mut connection = self.calls().call(call).await?;
+        match connection.reply(self.calls().vsock()).await? {
             Reply::Done => {}
             other => return Err(refused(other)),
         }
