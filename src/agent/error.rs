@@ -8,7 +8,7 @@ use thiserror::Error as ThisError;
 
 use crate::error::{Error, ErrorKind, printable};
 use crate::exit::{ExecFailure, ProcessStatus};
-use crate::protocol::{Failure, FailureKind, Malformed, VERSION};
+use crate::protocol::{Failure, FailureKind, Malformed, Reply, VERSION};
 
 #[derive(Debug, ThisError)]
 pub(crate) enum AgentError {
@@ -74,6 +74,14 @@ pub(crate) enum AgentError {
 }
 
 impl AgentError {
+    /// What an answer means that is none of those that were hoped for.
+    pub(super) fn refused(reply: Reply) -> Self {
+        match reply {
+            Reply::Failed(failure) => Self::Guest(failure),
+            _ => Self::Unexpected,
+        }
+    }
+
     pub(super) fn exec(program: &[u8], mut failure: Failure) -> Error {
         // Which the error says already.
         if failure.what == format!("run {}", program.escape_ascii()) {

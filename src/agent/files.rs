@@ -1,16 +1,16 @@
 //! Files of the guest: one at a time, in streams of any length.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 
-use super::open_files::{FileReader, FileWriter};
+use super::metadata::{DirEntry, Metadata, path_bytes};
+use super::open_files::{FileReader, FileWriter, WriteOptions};
 use super::{Agent, AgentError};
 use crate::error::Error;
-use crate::protocol::{Bytes, Call, FileKind, MAX_DATA_BYTES, MakeDirectory, Remove, Reply, Stat};
+use crate::protocol::{Call, MAX_DATA_BYTES, MakeDirectory, Remove, Reply};
 
 /// As much of a directory as [`Agent::read_dir`] takes.
 const LIST_LIMIT: usize = 64 << 20;
@@ -110,9 +110,9 @@ impl Agent {
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn metadata(&self, path: impl AsRef<Path>) -> Result<Metadata, Error> {
-        match self.ask(&Call::Stat(bytes(path.as_ref()))).await? {
+        match self.ask(&Call::Stat(path_bytes(path.as_ref()))).await? {
             Reply::Stat(stat) => Ok(Metadata(stat)),
-            other => Err(refused(other)),
+            other => Err(AgentError::refused(other).into()),
         }
     }
 
@@ -123,7 +123,7 @@ impl Agent {
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn read_dir(&self, path: impl AsRef<Path>) -> Result<Vec<DirEntry>, Error> {
-        let call = Call::List(bytes(path.as_ref()));
+        let call = Call::List(path_bytes(path.as_ref()));
         let mut connection = self.calls().call(&call).await?;
         let (mut entries, mut bytes) = (Vec::new(), 0);
         loop {
@@ -135,13 +135,13 @@ impl Agent {
                         return Err(AgentError::List { limit: LIST_LIMIT }.into());
                     }
                     let name = OsString::from_vec(entry.name.0);
-                    entries.push(DirEntry { name, metadata: Metadata(entry.stat) });
+                    entries.push(DirEntry::new(name, Metadata(entry.stat)));
                 }
                 Reply::Done => {
                     self.calls().keep(connection);
                     return Ok(entries);
                 }
-                other => return Err(refused(other)),
+                other => return Err(AgentError::refused(other).into()),
             }
         }
     }
@@ -152,7 +152,7 @@ impl Agent {
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
     pub async fn remove(&self, path: impl AsRef<Path>) -> Result<(), Error> {
-        self.done(&Call::Remove(Remove { path: bytes(path.as_ref()), recursive: false })).await
+        self.done(&Call::Remove(Remove { path: path_bytes(path.as_ref()), recursive: false })).await
     }
 
     /// Removes a directory with all that is in it, or a file.
@@ -161,7 +161,7 @@ impl Agent {
     ///
     /// As [`remove`](Self::remove).
     pub async fn remove_all(&self, path: impl AsRef<Path>) -> Result<(), Error> {
-        self.done(&Call::Remove(Remove { path: bytes(path.as_ref()), recursive: true })).await
+        self.done(&Call::Remove(Remove { path: path_bytes(path.as_ref()), recursive: true })).await
     }
 
     /// Makes a directory, and those above it; it may be there. Mode 0755.
@@ -170,142 +170,7 @@ impl Agent {
     ///
     /// As [`remove`](Self::remove).
     pub async fn create_dir_all(&self, path: impl AsRef<Path>) -> Result<(), Error> {
-        let make = MakeDirectory { path: bytes(path.as_ref()), mode: 0o755, parents: true };
+        let make = MakeDirectory { path: path_bytes(path.as_ref()), mode: 0o755, parents: true };
         self.done(&Call::MakeDirectory(make)).await
-    }
-}
-
-pub(super) fn bytes(path: &Path) -> Bytes {
-    Bytes::from(path.as_os_str().as_bytes())
-}
-
-pub(super) fn refused(reply: Reply) -> Error {
-    match reply {
-        Reply::Failed(failure) => AgentError::Guest(failure).into(),
-        _ => AgentError::Unexpected.into(),
-    }
-}
-
-/// How a file is written.
-#[derive(Clone, Debug, Default)]
-pub struct WriteOptions {
-    pub(super) mode: Option<u32>,
-    pub(super) owner: Option<(u32, u32)>,
-    pub(super) sync: bool,
-}
-
-impl WriteOptions {
-    /// As [`Agent::write`] does.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Permission bits, whatever those of an old file are.
-    #[must_use]
-    pub fn mode(mut self, mode: u32) -> Self {
-        self.mode = Some(mode & 0o7777);
-        self
-    }
-
-    /// User and group, by number.
-    #[must_use]
-    pub fn owner(mut self, uid: u32, gid: u32) -> Self {
-        self.owner = Some((uid, gid));
-        self
-    }
-
-    /// Whether the file is on its disk (fsync) before it takes its place. Off unless set.
-    #[must_use]
-    pub fn sync(mut self, on: bool) -> Self {
-        self.sync = on;
-        self
-    }
-}
-
-/// What a file of the guest is, in the guest's words.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Metadata(pub(super) Stat);
-
-/// The kind of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum FileType {
-    /// A regular file.
-    File,
-    /// A directory.
-    Directory,
-    /// A symbolic link.
-    Symlink,
-    /// A device, a pipe, or a socket.
-    Other,
-}
-
-impl Metadata {
-    /// The kind.
-    pub fn file_type(&self) -> FileType {
-        match self.0.kind {
-            FileKind::File => FileType::File,
-            FileKind::Directory => FileType::Directory,
-            FileKind::Symlink => FileType::Symlink,
-            FileKind::Other => FileType::Other,
-        }
-    }
-
-    /// Whether it is a directory.
-    pub fn is_dir(&self) -> bool {
-        self.file_type() == FileType::Directory
-    }
-
-    /// Permission bits, with those of set-user-id, set-group-id and sticky.
-    pub fn mode(&self) -> u32 {
-        self.0.mode & 0o7777
-    }
-
-    /// The user that it belongs to.
-    pub fn uid(&self) -> u32 {
-        self.0.uid
-    }
-
-    /// The group that it belongs to.
-    pub fn gid(&self) -> u32 {
-        self.0.gid
-    }
-
-    /// The size in bytes.
-    pub fn len(&self) -> u64 {
-        self.0.size
-    }
-
-    /// Whether there is nothing in it.
-    pub fn is_empty(&self) -> bool {
-        self.0.size == 0
-    }
-
-    /// When it was last written, where that is a time that this host can express.
-    pub fn modified(&self) -> Option<SystemTime> {
-        let since = Duration::from_nanos(self.0.modified_ns.unsigned_abs());
-        match self.0.modified_ns < 0 {
-            false => SystemTime::UNIX_EPOCH.checked_add(since),
-            true => SystemTime::UNIX_EPOCH.checked_sub(since),
-        }
-    }
-}
-
-/// An entry of a directory of the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DirEntry {
-    name: OsString,
-    metadata: Metadata,
-}
-
-impl DirEntry {
-    /// Its name, as the guest gives it: it may hold anything.
-    pub fn file_name(&self) -> &OsStr {
-        &self.name
-    }
-
-    /// What it is. Links are not followed.
-    pub fn metadata(&self) -> &Metadata {
-        &self.metadata
     }
 }

@@ -20,6 +20,7 @@ pub(crate) mod fuzzing;
 mod hooks;
 mod lifecycle;
 mod link;
+mod metadata;
 mod open_files;
 mod ports;
 mod process;
@@ -34,8 +35,8 @@ mod tests;
 pub(crate) use self::activity::{Activity, Ongoing};
 pub use self::command::{Command, Output};
 pub(crate) use self::error::AgentError;
-pub use self::files::{DirEntry, FileType, Metadata, WriteOptions};
-pub use self::open_files::{FileReader, FileWriter};
+pub use self::metadata::{DirEntry, FileType, Metadata};
+pub use self::open_files::{FileReader, FileWriter, WriteOptions};
 pub use self::ports::GuestStream;
 pub use self::process::Process;
 pub use self::streams::{ProcessInput, ProcessOutput};
@@ -107,7 +108,7 @@ impl Agent {
     pub async fn memory_bytes(&self) -> Result<u64, Error> {
         match self.ask(&Call::Usage).await? {
             Reply::Usage(usage) => Ok(usage.resident_bytes),
-            _ => Err(AgentError::Unexpected.into()),
+            other => Err(AgentError::refused(other).into()),
         }
     }
 
@@ -144,8 +145,7 @@ impl Agent {
     fn check_done(reply: Reply) -> Result<(), Error> {
         match reply {
             Reply::Done => Ok(()),
-            Reply::Failed(failure) => Err(AgentError::Guest(failure).into()),
-            _ => Err(AgentError::Unexpected.into()),
+            other => Err(AgentError::refused(other).into()),
         }
     }
 }

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use super::AgentError;
 use super::calls::Calls;
 use super::connection::{Connection, Patience, lost};
-use super::files::{Metadata, WriteOptions, bytes, refused};
+use super::metadata::{Metadata, path_bytes};
 use crate::error::Error;
 use crate::protocol::{Call, Channel, Frame, MAX_DATA_BYTES, Read, Reply, Wire, Write};
 
@@ -30,11 +30,11 @@ pub struct FileReader {
 
 impl FileReader {
     pub(super) async fn begin(calls: &Calls, path: &Path) -> Result<Self, Error> {
-        let read = Read { path: bytes(path), offset: 0, length: None };
+        let read = Read { path: path_bytes(path), offset: 0, length: None };
         let mut connection = calls.call(&Call::Read(read)).await?;
         let metadata = match connection.reply(calls.vsock()).await? {
             Reply::Stat(stat) => Metadata(stat),
-            other => return Err(refused(other)),
+            other => return Err(AgentError::refused(other).into()),
         };
         let (connection, calls) = (Some(connection), calls.clone());
         let (piece, at) = (Vec::new(), 0);
@@ -70,7 +70,8 @@ impl FileReader {
                 Ok(())
             }
             Some((Channel::Message, message)) => Err(Reply::from_bytes(&message)
-                .map_or_else(|e| AgentError::Malformed(e).into(), refused)),
+                .map_or_else(AgentError::Malformed, AgentError::refused)
+                .into()),
             Some(_) => Err(AgentError::Unexpected.into()),
             None => Err(lost(self.calls.vsock())),
         })
@@ -100,6 +101,42 @@ impl fmt::Debug for FileReader {
     }
 }
 
+/// How a file is written.
+#[derive(Clone, Debug, Default)]
+pub struct WriteOptions {
+    mode: Option<u32>,
+    owner: Option<(u32, u32)>,
+    sync: bool,
+}
+
+impl WriteOptions {
+    /// As [`Agent::write`](super::Agent::write) does.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Permission bits, whatever those of an old file are.
+    #[must_use]
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.mode = Some(mode & 0o7777);
+        self
+    }
+
+    /// User and group, by number.
+    #[must_use]
+    pub fn owner(mut self, uid: u32, gid: u32) -> Self {
+        self.owner = Some((uid, gid));
+        self
+    }
+
+    /// Whether the file is on its disk (fsync) before it takes its place. Off unless set.
+    #[must_use]
+    pub fn sync(mut self, on: bool) -> Self {
+        self.sync = on;
+        self
+    }
+}
+
 /// A file of the guest that is written, for tokio's `AsyncWriteExt`. It is not there before
 /// [`finish`](Self::finish), which also says why a write failed: of a full disk the guest tells at once.
 #[must_use = "the file appears at `finish`"]
@@ -121,11 +158,11 @@ impl FileWriter {
         options: &WriteOptions,
     ) -> Result<Self, Error> {
         let WriteOptions { mode, owner, sync } = *options;
-        let write = Write { path: bytes(path), mode, owner, sync };
+        let write = Write { path: path_bytes(path), mode, owner, sync };
         let mut connection = calls.call(&Call::Write(write)).await?;
         match connection.reply(calls.vsock()).await? {
             Reply::Done => {}
-            other => return Err(refused(other)),
+            other => return Err(AgentError::refused(other).into()),
         }
         let (calls, patience) = (calls.clone(), Patience::default());
         Ok(Self { connection, calls, early: None, pending: Vec::new(), at: 0, patience })
@@ -156,7 +193,7 @@ impl FileWriter {
                 self.calls.keep(self.connection);
                 Ok(())
             }
-            (Ok(other), _) => Err(refused(other)),
+            (Ok(other), _) => Err(AgentError::refused(other).into()),
             (Err(error), _) => Err(error),
         }
     }

@@ -9,7 +9,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 
 use super::activity::Ongoing;
-use super::{Agent, files};
+use super::{Agent, AgentError};
 use crate::error::Error;
 use crate::protocol::{Call, Reply};
 
@@ -28,7 +28,7 @@ impl Agent {
                 let (stream, ongoing) = connection.into_stream()?;
                 Ok(GuestStream { stream, _ongoing: ongoing })
             }
-            other => Err(files::refused(other)),
+            other => Err(AgentError::refused(other).into()),
         }
     }
 }

@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
 use super::connection::{PATIENCE, lost, silent};
-use super::files::{bytes, refused};
+use super::metadata::path_bytes;
 use super::{Agent, AgentError};
 use crate::error::Error;
 use crate::protocol::{Call, Channel, Frame, HEADER_BYTES, Node, Reply, Wire};
@@ -89,7 +89,7 @@ impl Agent {
         host: impl AsRef<Path>,
         guest: impl AsRef<Path>,
     ) -> Result<Copied, Error> {
-        let call = Call::CopyIn(bytes(guest.as_ref()));
+        let call = Call::CopyIn(path_bytes(guest.as_ref()));
         let host = host.as_ref().to_owned();
         self.copy(&call, move |wire| read::send(wire, &host)).await
     }
@@ -124,7 +124,7 @@ impl Agent {
         host: impl AsRef<Path>,
         limits: &CopyLimits,
     ) -> Result<Copied, Error> {
-        let call = Call::CopyOut(bytes(guest.as_ref()));
+        let call = Call::CopyOut(path_bytes(guest.as_ref()));
         let (host, limits) = (host.as_ref().to_owned(), limits.clone());
         self.copy(&call, move |wire| write::receive(wire, &host, &limits)).await
     }
@@ -137,7 +137,7 @@ impl Agent {
         let mut connection = self.calls().call(call).await?;
         match connection.reply(self.calls().vsock()).await? {
             Reply::Done => {}
-            other => return Err(refused(other)),
+            other => return Err(AgentError::refused(other).into()),
         }
         let (stream, ongoing) = connection.into_stream()?;
         let socket = stream.into_std().and_then(|socket| blocking(socket, PATIENCE));
@@ -259,7 +259,7 @@ impl BlockingWire {
     fn last_word(&mut self) -> Result<(), TreeError> {
         match self.message()? {
             Reply::Done => Ok(()),
-            other => Err(refused(other).into()),
+            other => Err(AgentError::refused(other).into()),
         }
     }
 }
