@@ -86,7 +86,7 @@ impl Link {
         config: &AgentConfig,
         renewal: Option<Renewal>,
     ) -> Result<Self, Error> {
-        tokio::runtime::Handle::try_current().map_err(|_| AgentError::NoRuntime)?;
+        check_runtime()?;
         let listener = Descriptor(vm.agent_listener()?);
         #[expect(
             deprecated,
@@ -156,6 +156,11 @@ impl Drop for Link {
     fn drop(&mut self) {
         self.keeper.abort();
     }
+}
+
+/// That this is within a runtime.
+pub(super) fn check_runtime() -> Result<(), AgentError> {
+    tokio::runtime::Handle::try_current().map(drop).map_err(|_| AgentError::NoRuntime)
 }
 
 /// Who a clone is from now on; none for a VM that is the same as before.

@@ -56,9 +56,9 @@ use crate::protocol::{Call, Reply};
 
 /// The agent in a guest: a handle that clones and crosses threads. Calls on it run side by side.
 ///
-/// It keeps nothing of its VM alive. While the VM is paused calls wait; when it is over, or was
-/// suspended, they fail and say so. A VM that was resumed from files has another:
-/// [`MicroVm::agent`] again.
+/// It keeps nothing of its VM alive. While the VM is paused calls wait, each for a minute at most, and
+/// programs that run for as long as it lasts; when it is over, or was suspended, they fail and say so. A VM
+/// that was resumed from files has another: [`MicroVm::agent`] again.
 ///
 /// All calls have to be made within a tokio runtime.
 ///
@@ -182,6 +182,8 @@ impl MicroVm<Running> {
     /// As that one, and [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the console's last
     /// lines, where the guest lives and its agent has not called.
     pub async fn agent_within(&self, timeout: Duration) -> Result<Agent, Error> {
+        // A timer needs one, and says so by a panic.
+        link::check_runtime().map_err(|error| self.agent_error(error))?;
         match tokio::time::timeout(timeout, self.agent()).await {
             Ok(agent) => agent,
             Err(_) => {

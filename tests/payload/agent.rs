@@ -3,9 +3,11 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use dormouse::{
@@ -60,6 +62,18 @@ fn the_agents_port_is_taken_in_a_vm_that_is_made_and_in_its_clones() {
         assert_eq!(clone.listen(AGENT_PORT).unwrap_err().kind(), &ErrorKind::PortInUse);
         let woken = vm.suspend_in_memory().unwrap().resume().unwrap();
         assert_eq!(woken.listen(AGENT_PORT).unwrap_err().kind(), &ErrorKind::PortInUse);
+    }
+}
+
+#[test]
+fn without_a_runtime_an_agent_cannot_be_had_and_says_why() {
+    let binary = Binary::new("runtime");
+    let vm = MicroVm::create(binary.config()).unwrap().start().unwrap();
+    let context = &mut Context::from_waker(Waker::noop());
+    for polled in [pin!(vm.agent()).poll(context), pin!(vm.agent_within(PATIENCE)).poll(context)] {
+        let Poll::Ready(Err(error)) = polled else { panic!("{polled:?}") };
+        assert_eq!(error.kind(), &ErrorKind::Config);
+        assert!(error.how_to_fix().unwrap().contains("tokio::main"), "{error}");
     }
 }
 
