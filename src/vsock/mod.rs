@@ -36,6 +36,8 @@ pub(crate) enum VsockError {
     NoDevice,
     #[error("the VM is over: {status}")]
     Over { status: ExitStatus },
+    #[error("the VM was suspended, or dropped")]
+    Gone,
     #[error("nobody listens at port {port} of the guest")]
     Refused { port: u32 },
     #[error("the guest did not answer a connection to its port {port} within {seconds} s")]
@@ -60,6 +62,10 @@ impl From<VsockError> for Error {
                 Some("add `.vsock(VsockConfig::default())` to the VM's configuration"),
             ),
             VsockError::Over { status } => (ErrorKind::GuestEnded(status.clone()), None),
+            VsockError::Gone => (
+                ErrorKind::GuestEnded(ExitStatus::Terminated),
+                Some("where it was suspended, ask the VM that `resume` gives"),
+            ),
             VsockError::Refused { .. } => (
                 ErrorKind::Refused,
                 Some("connect again when the program in the guest listens, or let it connect"),
@@ -221,10 +227,12 @@ impl Vsock {
         self.exit.get().map(|_| self.over())
     }
 
-    /// A VM that did not end by itself was ended by the host.
+    /// Why the VM is not there any more.
     fn over(&self) -> VsockError {
-        let status = self.exit.get().cloned().unwrap_or(ExitStatus::Terminated);
-        VsockError::Over { status: self.console.explain(status) }
+        match self.exit.get() {
+            Some(status) => VsockError::Over { status: self.console.explain(status.clone()) },
+            None => VsockError::Gone,
+        }
     }
 }
 
