@@ -73,6 +73,19 @@ fn a_full_disk_is_said_and_the_old_file_stays() {
         let error = guest.agent.write("/tmp/file", vec![1; 4 << 20]).await.unwrap_err();
         assert_eq!(error.kind(), &kind(io::ErrorKind::StorageFull), "{error}");
         assert_eq!(guest.sh("cat /tmp/file; ls -A /tmp").await, "old\nfile\n");
+        // A source that has no end, and a tree.
+        let endless = tokio::io::repeat(7);
+        let options = WriteOptions::new();
+        let error = guest.agent.write_from("/tmp/file", endless, &options).await.unwrap_err();
+        assert_eq!(error.kind(), &kind(io::ErrorKind::StorageFull), "{error}");
+        let scratch = Scratch::new("full");
+        fs::write(scratch.0.join("large"), vec![1; 4 << 20]).unwrap();
+        let error = guest.agent.copy_in(&scratch.0, "/tmp/tree").await.unwrap_err();
+        assert_eq!(error.kind(), &kind(io::ErrorKind::StorageFull), "{error}");
+        assert_eq!(
+            guest.sh("cat /tmp/file; ls -A /tmp /tmp/tree").await,
+            "old\n/tmp:\nfile\ntree\n\n/tmp/tree:\n"
+        );
     });
 }
 

@@ -50,6 +50,27 @@ fn ports_of_the_guest_are_reached_many_at_once_and_closed_by_halves() {
 }
 
 #[test]
+fn connections_that_are_dropped_leave_nothing_in_the_guest_whatever_its_server_does() {
+    block_on(async {
+        let guest = Guest::boot(config(AgentConfig::new())).await;
+        // It takes every connection, and never reads or writes.
+        guest.sh("(nc -ll -p 9100 -e sleep 1000) >/dev/null 2>&1 &").await;
+        drop(guest.connect(9100).await);
+        let threads: u32 = guest.sh("ls /proc/1/task | wc -l").await.trim().parse().unwrap();
+        let mut streams = Vec::new();
+        for _ in 0..20 {
+            streams.push(guest.agent.connect_tcp(9100).await.unwrap());
+        }
+        let now: u32 = guest.sh("ls /proc/1/task | wc -l").await.trim().parse().unwrap();
+        assert!(now > threads + 10, "{now}, {threads} before");
+        drop(streams);
+        let script =
+            format!("while test $(ls /proc/1/task | wc -l) -gt {threads}; do sleep 0.1; done");
+        guest.sh(&script).await;
+    });
+}
+
+#[test]
 fn a_guest_reaches_the_services_of_the_host_that_it_may_and_no_others() {
     block_on(async {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
