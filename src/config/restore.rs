@@ -51,7 +51,8 @@ pub enum Clock {
     #[default]
     Advance,
     /// The guest was frozen: its clocks go on where they stopped. No timer is early; the wall
-    /// clock is late by the time that the VM was suspended, until somebody in the guest sets it.
+    /// clock is late by the time that the VM was suspended, until somebody in the guest sets it,
+    /// as the agent does.
     Freeze,
 }
 
