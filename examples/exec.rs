@@ -31,6 +31,8 @@ async fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
 
     let vm = MicroVm::create(config)?.start()?;
     let agent = vm.agent().await?;
+    // All that busybox does under its own name: ls, uname, wget, …
+    agent.exec("busybox", ["--install", "-s", "/bin"]).await?.check()?;
     let command = agent.command(&argv[0]).args(&argv[1..]).timeout(Duration::from_secs(60));
     let mut process = command.spawn().await?;
     let mut output = process.stdout.take().ok_or("no output")?;
