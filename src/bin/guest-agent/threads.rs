@@ -9,6 +9,9 @@ use crate::sys;
 /// Enough for every thread: what is large is on the heap, and nothing recurses.
 const STACK_BYTES: usize = 64 << 10;
 
+/// What the kernel says where there may be no more threads (pthread_create(3)).
+const EAGAIN: i32 = 11;
+
 /// So many at once leave memory behind, which the allocator gives back when it is told to.
 const MANY: usize = 32;
 
@@ -40,7 +43,7 @@ impl Threads {
         self.most.fetch_max(taken + 1, Ordering::Relaxed);
         let place = Place(self);
         if taken >= self.max {
-            return Err(io::ErrorKind::QuotaExceeded.into());
+            return Err(io::Error::from_raw_os_error(EAGAIN));
         }
         spawn(move || {
             let _place = place;
@@ -79,7 +82,7 @@ mod tests {
             SOME.spawn(wait).unwrap();
         }
         let refused = SOME.spawn(|| ()).unwrap_err();
-        assert_eq!(refused.kind(), io::ErrorKind::QuotaExceeded);
+        assert_eq!(refused.raw_os_error(), Some(EAGAIN));
         drop(sender);
         while SOME.spawn(|| ()).is_err() {
             thread::yield_now();
