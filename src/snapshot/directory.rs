@@ -6,12 +6,13 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{self, Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{
-    AtFlags, CWD, Mode, OFlags, RenameFlags, openat, renameat, renameat_with, unlinkat,
+    AtFlags, CWD, Dir, Mode, OFlags, RenameFlags, openat, renameat, renameat_with, unlinkat,
 };
 use thiserror::Error as ThisError;
 
@@ -57,9 +58,8 @@ pub(super) struct OpenDirectory {
 
 impl OpenDirectory {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = openat(CWD, path, flags, Mode::empty())?;
-        Ok(Self { path: path::absolute(path)?, directory: directory.into() })
+        let directory = open_directory(CWD, path, OFlags::empty())?;
+        Ok(Self { path: path::absolute(path)?, directory })
     }
 
     /// Opens a file in it for reading. Whoever wrote the snapshot may have put a link there, to a
@@ -78,8 +78,7 @@ impl OpenDirectory {
 
     /// The directory, opened once more: a lock on it is another one.
     pub(super) fn reopen(&self) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(openat(&self.directory, ".", flags, Mode::empty())?.into())
+        open_directory(&self.directory, Path::new("."), OFlags::empty())
     }
 
     /// Puts a file into it whole, or not at all, whatever has its path by now.
@@ -146,7 +145,13 @@ impl Staging {
         let name = target.file_name().and_then(|name| name.to_str()).ok_or_else(no_name)?;
         check_target(target)?;
         // Where a link leads: a rename would take the link itself for what is to be replaced.
-        let linked = fs::canonicalize(target).ok();
+        let linked = match fs::canonicalize(target) {
+            Err(source) if target.is_symlink() => {
+                let path = target.to_owned();
+                return Err(DirectoryError::Io { attempt: "follow the link", path, source });
+            }
+            linked => linked.ok(),
+        };
         let target = linked.as_deref().unwrap_or(target);
         let name = target.file_name().and_then(|name| name.to_str()).unwrap_or(name);
         let parent = parent(target);
@@ -252,15 +257,26 @@ impl Drop for Staging {
 
 /// Removes the files of a snapshot and their directory, as far as it has no others.
 pub(crate) fn remove_snapshot(path: &Path) {
-    let Ok(entries) = fs::read_dir(path) else { return };
+    if let Ok(directory) = open_directory(CWD, path, OFlags::empty()) {
+        remove_files(&directory);
+        let _ = fs::remove_dir(path);
+    }
+}
+
+fn remove_files(directory: &File) {
     // Without its state it is no snapshot any more, however far the rest comes.
-    let _ = fs::remove_file(path.join(STATE));
+    let _ = unlinkat(directory, STATE, AtFlags::empty());
+    let Ok(entries) = Dir::read_from(directory) else { return };
     for entry in entries.flatten() {
-        if entry.file_name().to_str().is_some_and(is_known) {
-            let _ = fs::remove_file(entry.path());
+        if entry.file_name().to_str().is_ok_and(is_known) {
+            let _ = unlinkat(directory, entry.file_name(), AtFlags::empty());
         }
     }
-    let _ = fs::remove_dir(path);
+}
+
+fn open_directory(at: impl AsFd, path: &Path, more: OFlags) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | more;
+    Ok(openat(at, path, flags, Mode::empty())?.into())
 }
 
 /// Opens and locks a directory that was just made; `None` where it was removed before.
@@ -320,9 +336,11 @@ fn remove_abandoned(parent: &Path, name: &str) {
         if !partial {
             continue;
         }
-        let lock = File::open(entry.path()).map(|directory| (directory.try_lock(), directory));
-        if let Ok((Ok(()), _directory)) = lock {
-            remove_snapshot(&entry.path());
+        // In a folder of many anybody may give such a name to a link to a snapshot, or to a FIFO.
+        let Ok(directory) = open_directory(CWD, &entry.path(), OFlags::NOFOLLOW) else { continue };
+        if directory.try_lock().is_ok() {
+            remove_files(&directory);
+            let _ = fs::remove_dir(entry.path());
         }
     }
 }

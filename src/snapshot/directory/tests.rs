@@ -146,3 +146,29 @@ fn directories_with_other_things_are_never_replaced() {
     }
     assert_eq!(scratch.names(), ["thesis.txt"]);
 }
+
+#[test]
+fn a_link_or_a_fifo_with_the_name_of_what_was_abandoned_is_left_alone() {
+    let scratch = Scratch::new("planted");
+    let other = scratch.0.join("other");
+    save(&other, "of somebody else").unwrap();
+    let link = scratch.0.join(".base.partial-1-0");
+    std::os::unix::fs::symlink(&other, &link).unwrap();
+    let fifo = scratch.0.join(".base.partial-1-1");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    // Neither followed nor waited for.
+    save(&scratch.0.join("base"), "new").unwrap();
+    assert_eq!(fs::read_to_string(other.join(STATE)).unwrap(), "of somebody else");
+    assert!(other.join(memory_name(0)).exists() && link.is_symlink() && fifo.exists());
+}
+
+#[test]
+fn a_link_that_leads_nowhere_is_refused_and_stays() {
+    let scratch = Scratch::new("nowhere");
+    let link = scratch.0.join("latest");
+    std::os::unix::fs::symlink("gone", &link).unwrap();
+    let refusal = save(&link, "new").unwrap_err().to_string();
+    assert!(refusal.contains("follow the link"), "{refusal}");
+    assert_eq!(scratch.names(), ["latest"]);
+}
