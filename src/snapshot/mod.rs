@@ -213,12 +213,27 @@ impl Snapshot {
         let verified = self.0.image.verify(&|_| ControlFlow::Continue(()));
         let damaged = |source| SnapshotError::Memory { directory: directory.to_owned(), source };
         verified.map_err(damaged)?;
-        for (index, disk) in self.0.state.disks.iter().enumerate() {
+        let mut disks = self.0.state.disks.iter().enumerate();
+        let verified = disks.try_for_each(|(index, disk)| {
             let path = directory.join(disk_name(index));
-            let verified = disk.verify(&path, &mut |_| ControlFlow::Continue(()));
-            verified.map_err(SnapshotError::from)?;
+            disk.verify(&path, &mut |_| ControlFlow::Continue(()))
+        });
+        // What is wrong with another's disks says nothing of these.
+        self.check_disks_in_place()?;
+        Ok(verified.map_err(SnapshotError::from)?)
+    }
+
+    /// Disks are opened by their paths: whether those were of this snapshot.
+    fn check_disks_in_place(&self) -> Result<(), SnapshotError> {
+        match &self.0.place {
+            Place::Directory(directory)
+                if self.0.state.disks.iter().any(SavedDisk::has_file)
+                    && !directory.is_in_place() =>
+            {
+                Err(SnapshotError::Replaced { directory: directory.path.clone() })
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Writes a snapshot of the same VM whose memory is one layer and whose files are no other

@@ -10,7 +10,6 @@ use super::{Inner, Place, Snapshot, State};
 use crate::arch::layout;
 use crate::config::{Clock, MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
-use crate::disk::SavedDisk;
 use crate::error::Error;
 use crate::kvm::{ClockPolicy, Vcpu};
 use crate::machine::{Cpus, Machine, Shell, ShellConfig};
@@ -80,13 +79,7 @@ impl Snapshot {
             None => self.shell_over(options, |ram| ram.map_image(image), recorder)?,
         };
         let (machine, vcpus) = Machine::from_shell(shell, &config, console, recorder)?;
-        // Its disks were opened by their paths.
-        if let Place::Directory(directory) = &self.0.place
-            && state.disks.iter().any(SavedDisk::has_file)
-            && !directory.is_in_place()
-        {
-            return Err(SnapshotError::Replaced { directory: directory.path.clone() }.into());
-        }
+        self.check_disks_in_place()?;
         recorder.run(Phase::Restore, || {
             let clock = match options.clock {
                 Clock::Advance => ClockPolicy::Advance,
