@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 
 /// Changes to what the guest's CPUID shows: bits to clear and to set.
 ///
-/// The starting point is what KVM offers on this host (KVM_GET_SUPPORTED_CPUID). A VM that is
-/// to run on several hosts hides what not all of them have.
+/// The starting point is what KVM offers on this host (KVM_GET_SUPPORTED_CPUID), but for what a
+/// snapshot could not keep: shadow stacks, and VMX and SVM, by which a guest has guests of its own.
+/// A VM that is to run on several hosts hides what not all of them have.
 ///
 /// ```
 /// use dormouse::{CpuTemplate, CpuidRegister};

@@ -30,5 +30,7 @@ fn a_template_hides_a_feature_from_the_guest() {
     let all = flags(CpuTemplate::default());
     let some = flags(hidden);
     assert!(all.contains(&"sse4_2".to_owned()) && all.contains(&"hypervisor".to_owned()));
+    // A snapshot would not have their state.
+    assert!(["svm", "vmx", "user_shstk"].iter().all(|flag| !all.contains(&flag.to_string())));
     assert!(some.contains(&"sse4_1".to_owned()) && !some.contains(&"sse4_2".to_owned()));
 }

@@ -40,6 +40,7 @@ pub(crate) fn for_vcpu(
     let topology = Topology { id: u32::from(id), count: u32::from(count), amd };
     hide_unusable_amx(&mut entries);
     hide_shadow_stacks(&mut entries);
+    hide_nested_virtualization(&mut entries);
     for leaf in [0xb, 0x1f] {
         if leaf <= max_leaf {
             entries.extend(topology.extended_topology(leaf));
@@ -100,6 +101,19 @@ fn hide_shadow_stacks(entries: &mut [kvm_cpuid_entry2]) {
     const SHADOW_STACKS: u32 = 1 << 7;
     for entry in entries.iter_mut().filter(|entry| entry.function == 7 && entry.index == 0) {
         entry.ecx &= !SHADOW_STACKS;
+    }
+}
+
+/// VMX (leaf 1, ECX bit 5) and SVM (leaf 0x8000_0001, ECX bit 2): what a guest's own guests are is
+/// in KVM_GET_NESTED_STATE alone (api.rst §4.114), which no snapshot has. A hypervisor that was
+/// restored without it would find its guests gone in the middle of their work.
+fn hide_nested_virtualization(entries: &mut [kvm_cpuid_entry2]) {
+    for entry in entries {
+        match entry.function {
+            0x1 => entry.ecx &= !(1 << 5),
+            0x8000_0001 => entry.ecx &= !(1 << 2),
+            _ => {}
+        }
     }
 }
 
@@ -176,10 +190,11 @@ mod tests {
         };
         CpuId::from_entries(&[
             entry(0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65),
-            entry(1, 0, 0x0710_0800, 1 << 21, HTT),
+            entry(1, 0, 0x0710_0800, 1 << 21 | 1 << 5, HTT),
             entry(4, 0xfc1f_c143, 0, 0, 0),
             entry(7, 0, 1 << 16, 1 << 7, 0),
             entry(0xb, 1, 2, 0x100, 7),
+            entry(0x8000_0001, 0, 0, 1 << 2 | 1 << 6, 0),
             entry(0x8000_0008, 0, 0, 0xffff, 0),
         ])
         .unwrap()
@@ -212,6 +227,8 @@ mod tests {
     fn what_a_restore_would_lose_is_not_shown() {
         let entries = for_vcpu(&host(), 0, 1, &CpuTemplate::default());
         assert_eq!(leaf(&entries, 7, 0).ecx & 1 << 7, 0, "shadow stacks");
+        assert_eq!(leaf(&entries, 1, 0).ecx & 1 << 5, 0, "VMX");
+        assert_eq!(leaf(&entries, 0x8000_0001, 0).ecx, 1 << 6, "SVM, and nothing else");
     }
 
     #[test]
