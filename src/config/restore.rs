@@ -103,7 +103,8 @@ impl RestoreOptions {
     }
 
     /// What this VM writes to a disk goes to this file, which is created; without it, to a file
-    /// without a name in the folder for temporary files, and is gone with the VM.
+    /// without a name in the folder for temporary files, and is gone with the VM. Where the disk stands on
+    /// a copy in a snapshot, a VM that is suspended is saved with what is in the file, and goes on without it.
     #[must_use]
     pub fn disk_delta(mut self, index: usize, path: impl Into<PathBuf>) -> Self {
         self.disks.entry(index).or_default().delta = Some(path.into());

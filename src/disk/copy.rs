@@ -1,4 +1,5 @@
-//! Saving a disk: a copy of its file, or one delta of all that lies over it.
+//! Saving a disk: a copy of its file, or one delta of all that lies over it. Where the file is itself a
+//! copy that some snapshot has, the next one has it too, by another name: each is whole by itself.
 //!
 //! A file system that can share blocks (FICLONE: btrfs, XFS) does; elsewhere the kernel copies
 //! what is no hole (copy_file_range), and where it cannot, we do. The copy is then read once for its
@@ -7,15 +8,16 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{copy_file_range, ioctl_ficlone};
+use rustix::fs::{AtFlags, CWD, copy_file_range, ioctl_ficlone, linkat};
 
 use super::checksums::{Checksums, Failed};
 use super::delta::Delta;
 use super::progress::Progress;
-use super::saved::{Base, SavedDisk};
+use super::saved::{Base, SavedDisk, below_path};
 use super::{Disk, extents};
 use crate::disk::DiskError;
 
@@ -27,7 +29,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 
 impl Disk {
     /// Leaves the disk where it is, for a guest that sleeps, and with `sync` on the host's disk; what
-    /// would be gone with the disk is saved.
+    /// would be gone with the disk, or with the snapshot that it stands on, is saved.
     ///
     /// # Errors
     ///
@@ -35,12 +37,13 @@ impl Disk {
     pub(crate) fn leave(
         &mut self,
         to: &Path,
+        whole: Option<&Checksums>,
         sync: bool,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
         let has_name = self.delta.as_ref().is_none_or(|delta| delta.has_name());
-        if self.read_only || !self.frozen.is_empty() || !has_name {
-            return self.save(to, progress);
+        if self.read_only || !self.frozen.is_empty() || !has_name || whole.is_some() {
+            return self.save(to, whole, progress);
         }
         let failed = |source| DiskError::Save { path: to.to_owned(), source };
         // The guest's last write is in its time of modification.
@@ -62,10 +65,11 @@ impl Disk {
     /// may be under way, and none may come meanwhile.
     ///
     /// A disk without deltas that the guest writes to becomes a copy of its file at `to`; what
-    /// lies over a file becomes one delta at `to`. Of a file that the guest only reads there is
-    /// nothing to save. Costs a reading of what is saved, and its writing where blocks cannot be
-    /// shared. The file at `to` is new, and there only if this succeeds; it is the caller's to
-    /// sync.
+    /// lies over a file becomes one delta at `to`. Where the file is a copy that a snapshot has, it is
+    /// `whole`, and its checksums are known: it is saved too, beside `to`. Of a file that the guest
+    /// only reads there is nothing to save. Costs a reading of what is saved, and its writing where
+    /// blocks cannot be shared. The files are new, and there only if this succeeds; they are the
+    /// caller's to sync.
     ///
     /// # Errors
     ///
@@ -73,37 +77,50 @@ impl Disk {
     pub(crate) fn save(
         &self,
         to: &Path,
+        whole: Option<&Checksums>,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
-        let failed = |source| DiskError::Save { path: to.to_owned(), source };
-        let base = || -> Result<Base, DiskError> {
-            // It may have lost its name, or be about to be used from another folder.
-            let path = fs::canonicalize(&self.path).or_else(|_| std::path::absolute(&self.path));
-            Ok(Base { path: path.map_err(failed)?, facts: self.facts })
+        let failed = |error| match error {
+            Failed::Interrupted => DiskError::Interrupted,
+            Failed::Io(source) => DiskError::Save { path: to.to_owned(), source },
         };
         if !self.has_deltas() && self.read_only {
-            return Ok(SavedDisk::ReadOnly { base: base()? });
+            return Ok(SavedDisk::ReadOnly { base: self.base().map_err(failed)? });
         }
-        let mut options = File::options();
-        // What is on a disk is its owner's alone, as what is in memory.
-        options.read(true).write(true).create_new(true).mode(0o600);
-        let file = options.open(to).map_err(failed)?;
-        let saved = match self.has_deltas() {
-            true => self.save_deltas(&file, progress),
-            false => self.save_file(&file, progress),
-        };
-        let saved = saved.and_then(|()| Checksums::of(&file, progress));
-        let data = saved.map_err(|error| {
-            let _ = fs::remove_file(to);
-            match error {
-                Failed::Interrupted => DiskError::Interrupted,
-                Failed::Io(error) => failed(error),
-            }
-        })?;
-        match self.has_deltas() {
-            true => Ok(SavedDisk::Delta { base: base()?, data }),
-            false => Ok(SavedDisk::Raw { data }),
+        if !self.has_deltas() {
+            let data = create(to, progress, |file, progress| self.save_file(file, progress));
+            return Ok(SavedDisk::Raw { data: data.map_err(failed)? });
         }
+        let below = below_path(to);
+        if whole.is_some() {
+            self.share_file(&below, progress).map_err(failed)?;
+        }
+        let data = create(to, progress, |file, progress| self.save_deltas(file, progress));
+        if data.is_err() && whole.is_some() {
+            let _ = fs::remove_file(&below);
+        }
+        let data = data.map_err(failed)?;
+        match whole.cloned() {
+            Some(below) => Ok(SavedDisk::Layered { below, data }),
+            None => Ok(SavedDisk::Delta { base: self.base().map_err(failed)?, data }),
+        }
+    }
+
+    fn base(&self) -> Result<Base, Failed> {
+        // It may have lost its name, or be about to be used from another folder.
+        let path = fs::canonicalize(&self.path).or_else(|_| std::path::absolute(&self.path))?;
+        Ok(Base { path, facts: self.facts })
+    }
+
+    /// Gives the file another name, or where that cannot be, another file its content.
+    fn share_file(&self, to: &Path, progress: &mut Progress<'_>) -> Result<(), Failed> {
+        // By what is open, whatever has become of its name.
+        let open = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        if linkat(CWD, open, CWD, to, AtFlags::SYMLINK_FOLLOW).is_ok() {
+            return Ok(());
+        }
+        let copy = |file: &File, progress: &mut Progress<'_>| self.save_file(file, progress);
+        create(to, progress, copy).map(|_| ())
     }
 
     fn save_file(&self, to: &File, progress: &mut Progress<'_>) -> Result<(), Failed> {
@@ -134,6 +151,22 @@ impl Disk {
         }
         Ok(merged.write_bitmap()?)
     }
+}
+
+/// Makes a file, and the checksums of what was written to it. Where that fails there is no file.
+fn create(
+    path: &Path,
+    progress: &mut Progress<'_>,
+    write: impl FnOnce(&File, &mut Progress<'_>) -> Result<(), Failed>,
+) -> Result<Checksums, Failed> {
+    let mut options = File::options();
+    // What is on a disk is its owner's alone, as what is in memory.
+    options.read(true).write(true).create_new(true).mode(0o600);
+    let file = options.open(path)?;
+    let written = write(&file, progress).and_then(|()| Checksums::of(&file, progress));
+    written.inspect_err(|_| {
+        let _ = fs::remove_file(path);
+    })
 }
 
 /// Copies a saved file, with its holes, to one that is empty. Where `progress` breaks off, the

@@ -24,12 +24,13 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+pub(crate) use self::checksums::Checksums;
 pub(crate) use self::copy::{copy_file, write_sparse};
 use self::delta::Delta;
 pub(crate) use self::error::DiskError;
 pub(crate) use self::extents::Extents;
 pub(crate) use self::progress::Progress;
-pub(crate) use self::saved::SavedDisk;
+pub(crate) use self::saved::{BELOW, SavedDisk};
 use crate::config::{BlockConfig, FileFacts, Writes};
 use crate::memory::{Clear, GuestBytes, Transfer};
 

@@ -19,6 +19,9 @@ pub(crate) enum SavedDisk {
     Raw { data: Checksums },
     /// The saved file is a delta over the disk's file.
     Delta { base: Base, data: Checksums },
+    /// The saved file is a delta over a whole disk, which is [saved too](below_path): an earlier
+    /// snapshot's, that the disk stood on.
+    Layered { below: Checksums, data: Checksums },
     /// The disk's file, and the delta that it may have, stay where they are: the guest sleeps.
     /// Nothing was saved.
     Left {
@@ -34,6 +37,16 @@ pub(crate) struct Base {
     pub(super) path: PathBuf,
     pub(super) facts: FileFacts,
 }
+
+/// Where the whole disk is that lies below a saved delta.
+pub(super) fn below_path(saved: &Path) -> PathBuf {
+    let mut path = saved.as_os_str().to_owned();
+    path.push(BELOW);
+    path.into()
+}
+
+/// What its name has behind that of the delta.
+pub(crate) const BELOW: &str = "-below";
 
 impl SavedDisk {
     /// The configuration of a disk that goes on from the saved one, for one VM of many: the saved
@@ -63,9 +76,9 @@ impl SavedDisk {
                 _ => config.below(base),
             },
             Self::Delta { base, .. } => config.below(base).over(saved),
-            Self::Raw { data } => {
-                let facts = FileFacts { bytes: data.bytes, modified: None, inode: None };
-                config.below(&Base { path: saved.to_owned(), facts })
+            Self::Raw { data } => config.below(&Base::saved(saved.to_owned(), data)),
+            Self::Layered { below, .. } => {
+                config.below(&Base::saved(below_path(saved), below)).over(saved)
             }
         }
     }
@@ -79,16 +92,22 @@ impl SavedDisk {
         }
     }
 
-    /// Whether there is a saved file.
-    pub(crate) fn has_file(&self) -> bool {
-        matches!(self, Self::Raw { .. } | Self::Delta { .. })
+    /// The saved files: what their names have behind the disk's, and how long they are.
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let (data, below) = match self {
+            Self::Raw { data } | Self::Delta { data, .. } => (Some(data), None),
+            Self::Layered { below, data } => (Some(data), Some(below)),
+            Self::ReadOnly { .. } | Self::Left { .. } => (None, None),
+        };
+        let data = data.map(|data| ("", data.bytes));
+        data.into_iter().chain(below.map(|below| (BELOW, below.bytes)))
     }
 
-    /// How long the saved file is, where there is one.
-    pub(crate) fn file_bytes(&self) -> Option<u64> {
+    /// The checksums of the whole disk that a VM of this one stands on, where it is a saved file.
+    pub(crate) fn whole(&self) -> Option<&Checksums> {
         match self {
-            Self::Raw { data } | Self::Delta { data, .. } => Some(data.bytes),
-            Self::ReadOnly { .. } | Self::Left { .. } => None,
+            Self::Raw { data: whole } | Self::Layered { below: whole, .. } => Some(whole),
+            Self::ReadOnly { .. } | Self::Delta { .. } | Self::Left { .. } => None,
         }
     }
 
@@ -98,7 +117,7 @@ impl SavedDisk {
             Self::ReadOnly { base } | Self::Delta { base, .. } | Self::Left { base, .. } => {
                 Some(&base.path)
             }
-            Self::Raw { .. } => None,
+            Self::Raw { .. } | Self::Layered { .. } => None,
         }
     }
 
@@ -165,12 +184,12 @@ impl SavedDisk {
                 base.path = path.to_owned();
                 (base.facts.modified, base.facts.inode) = (None, None);
             }
-            Self::Raw { .. } => {}
+            Self::Raw { .. } | Self::Layered { .. } => {}
         }
         moved
     }
 
-    /// Reads the saved file whole, and says where it is not what it was. A disk of which nothing
+    /// Reads the saved files whole, and says where it is not what it was. A disk of which nothing
     /// was saved is not looked at.
     ///
     /// # Errors
@@ -185,7 +204,18 @@ impl SavedDisk {
         match self {
             Self::ReadOnly { .. } | Self::Left { .. } => Ok(()),
             Self::Raw { data } | Self::Delta { data, .. } => data.verify(saved, progress),
+            Self::Layered { below, data } => {
+                below.verify(&below_path(saved), progress)?;
+                data.verify(saved, progress)
+            }
         }
+    }
+}
+
+impl Base {
+    /// A file of a snapshot, which is known by its size alone.
+    fn saved(path: PathBuf, data: &Checksums) -> Self {
+        Self { path, facts: FileFacts { bytes: data.bytes, modified: None, inode: None } }
     }
 }
 

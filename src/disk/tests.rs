@@ -100,7 +100,7 @@ fn a_disk_is_copied_with_its_holes_and_its_clones_leave_the_copy_alone() {
     let mut disk = Disk::open(&config).unwrap();
     write(&mut disk, &mut model, 3000, 5, 0x33);
     let copy = folder.path("copy");
-    let saved = disk.save(&copy, &mut go_on).unwrap();
+    let saved = disk.save(&copy, None, &mut go_on).unwrap();
     assert_eq!(fs::read(&copy).unwrap(), model);
     assert!(fs::metadata(&copy).unwrap().blocks() * 512 < 300_000, "holes are holes");
     saved.verify(&copy, &mut go_on).unwrap();
@@ -132,7 +132,7 @@ fn generations_of_deltas_become_one_and_every_clone_reads_its_own() {
     write(&mut disk, &mut model, 50, 4, 0);
     for generation in 0..4u8 {
         let path = folder.path(&format!("saved-{generation}"));
-        let saved = disk.save(&path, &mut go_on).unwrap();
+        let saved = disk.save(&path, None, &mut go_on).unwrap();
         assert!(matches!(saved, SavedDisk::Delta { .. }));
         saved.verify(&path, &mut go_on).unwrap();
         assert_eq!(content(&disk), model, "the parent is as it was");
@@ -164,14 +164,14 @@ fn several_frozen_deltas_are_read_from_the_top() {
     let disk = Disk::open(&config.clone().discard_writes()).unwrap();
     assert!(content(&disk) == model);
     let path = folder.path("merged");
-    let saved = disk.save(&path, &mut go_on).unwrap();
+    let saved = disk.save(&path, None, &mut go_on).unwrap();
     assert!(content(&Disk::open(&saved.config(&config, &path, None)).unwrap()) == model);
 
     // A disk that the guest only reads stays one.
     let config = config.read_only();
     let disk = Disk::open(&config).unwrap();
     let path = folder.path("read-only");
-    let saved = disk.save(&path, &mut go_on).unwrap();
+    let saved = disk.save(&path, None, &mut go_on).unwrap();
     let again = Disk::open(&saved.config(&config, &path, None)).unwrap();
     assert!(again.is_read_only() && content(&again) == model);
 }
@@ -182,7 +182,7 @@ fn of_a_disk_that_is_only_read_nothing_is_saved() {
     let (base, model) = folder.base();
     let config = BlockConfig::new(&base).read_only();
     let path = folder.path("nothing");
-    let saved = Disk::open(&config).unwrap().save(&path, &mut go_on).unwrap();
+    let saved = Disk::open(&config).unwrap().save(&path, None, &mut go_on).unwrap();
     assert!(!path.exists());
     saved.verify(&path, &mut go_on).unwrap();
     let disk = Disk::open(&saved.config(&config, &path, None)).unwrap();
@@ -195,7 +195,7 @@ fn a_disk_that_changed_below_its_delta_is_refused_and_the_fact_is_named() {
     let (base, _) = folder.base();
     let config = BlockConfig::new(&base).discard_writes();
     let path = folder.path("delta");
-    let saved = Disk::open(&config).unwrap().save(&path, &mut go_on).unwrap();
+    let saved = Disk::open(&config).unwrap().save(&path, None, &mut go_on).unwrap();
     let config = saved.config(&config, &path, None);
     let refusal = || Disk::open(&config).unwrap_err().to_string();
     Disk::open(&config).unwrap();
@@ -223,7 +223,7 @@ fn a_saved_copy_that_was_cut_is_refused() {
     let (base, _) = folder.base();
     let config = BlockConfig::new(&base);
     let path = folder.path("copy");
-    let saved = Disk::open(&config).unwrap().save(&path, &mut go_on).unwrap();
+    let saved = Disk::open(&config).unwrap().save(&path, None, &mut go_on).unwrap();
     File::options().write(true).open(&path).unwrap().set_len(BYTES as u64 - 512).unwrap();
     let refused = Disk::open(&saved.config(&config, &path, None)).unwrap_err();
     assert!(matches!(refused, DiskError::BaseChanged { fact: "size in bytes", .. }), "{refused}");
@@ -235,12 +235,12 @@ fn verify_finds_any_bit_that_flipped_also_in_holes_and_at_the_ends() {
     let (base, mut model) = folder.base();
     let raw = Disk::open(&BlockConfig::new(&base)).unwrap();
     let path = folder.path("copy");
-    let saved = raw.save(&path, &mut go_on).unwrap();
+    let saved = raw.save(&path, None, &mut go_on).unwrap();
     drop(raw);
     let mut disk = Disk::open(&BlockConfig::new(&base).discard_writes()).unwrap();
     write(&mut disk, &mut model, 100, 5, 1);
     let delta_path = folder.path("delta");
-    let delta = disk.save(&delta_path, &mut go_on).unwrap();
+    let delta = disk.save(&delta_path, None, &mut go_on).unwrap();
     for (saved, path) in [(saved, path), (delta, delta_path)] {
         saved.verify(&path, &mut go_on).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -271,8 +271,8 @@ fn a_disk_that_is_left_where_it_is_is_synced_where_that_is_asked_for() {
     let mut disk = Disk::open(&BlockConfig::new("/proc/self/oom_score_adj")).unwrap();
     let folder = Folder::new();
     let path = folder.path("copy");
-    assert!(matches!(disk.leave(&path, false, &mut go_on), Ok(SavedDisk::Left { .. })));
-    let refused = disk.leave(&path, true, &mut go_on).unwrap_err();
+    assert!(matches!(disk.leave(&path, None, false, &mut go_on), Ok(SavedDisk::Left { .. })));
+    let refused = disk.leave(&path, None, true, &mut go_on).unwrap_err();
     assert!(matches!(refused, DiskError::Save { .. }), "{refused}");
 }
 
@@ -289,16 +289,16 @@ fn a_save_that_is_broken_off_or_fails_leaves_nothing() {
             seen += bytes;
             ControlFlow::Break(())
         };
-        let broken = disk.save(&path, &mut once).unwrap_err();
+        let broken = disk.save(&path, None, &mut once).unwrap_err();
         assert!(matches!(broken, DiskError::Interrupted) && seen > 0);
         assert!(!path.exists());
         // What is there is not overwritten.
         fs::write(&path, "mine").unwrap();
-        let refused = disk.save(&path, &mut go_on).unwrap_err();
+        let refused = disk.save(&path, None, &mut go_on).unwrap_err();
         assert!(matches!(refused, DiskError::Save { .. }), "{refused}");
         assert_eq!(fs::read(&path).unwrap(), b"mine");
         fs::remove_file(&path).unwrap();
-        disk.save(&path, &mut go_on).unwrap();
+        disk.save(&path, None, &mut go_on).unwrap();
         fs::remove_file(&path).unwrap();
     }
 }
@@ -335,4 +335,73 @@ fn a_hole_of_exbibytes_is_no_disk_below_a_delta() {
     Disk::open(&BlockConfig::new(&path)).unwrap();
     let error = Disk::open(&BlockConfig::new(&path).discard_writes()).unwrap_err();
     assert!(matches!(error, DiskError::TooLarge { .. }), "{error}");
+}
+
+#[test]
+fn generations_over_a_saved_copy_have_it_too_and_need_no_other() {
+    let folder = Folder::new();
+    let (base, mut model) = folder.base();
+    let mut config = BlockConfig::new(&base);
+    let mut disk = Disk::open(&config).unwrap();
+    write(&mut disk, &mut model, 10, 20, 0xa1);
+    let mut path = folder.path("first");
+    let mut saved = disk.save(&path, None, &mut go_on).unwrap();
+    let first = fs::metadata(&path).unwrap().ino();
+    for generation in 0..4u8 {
+        config = saved.config(&config, &path, None);
+        disk = Disk::open(&config).unwrap();
+        write(&mut disk, &mut model, 15 + usize::from(generation), 3, generation);
+        let next = folder.path(&format!("saved-{generation}"));
+        // One that sleeps takes nothing for granted either, also with a delta that has a name.
+        let next_saved = match generation % 2 {
+            0 => disk.save(&next, saved.whole(), &mut go_on),
+            _ => disk.leave(&next, saved.whole(), false, &mut go_on),
+        };
+        let next_saved = next_saved.unwrap();
+        let below = folder.path(&format!("saved-{generation}-below"));
+        assert_eq!(fs::metadata(&below).unwrap().ino(), first, "the same file by another name");
+        for (behind, _) in saved.files() {
+            let mut name = path.as_os_str().to_owned();
+            name.push(behind);
+            fs::remove_file(name).unwrap();
+        }
+        drop(disk);
+        next_saved.verify(&next, &mut go_on).unwrap();
+        (saved, path) = (next_saved, next);
+        let clone = Disk::open(&saved.config(&config, &path, None)).unwrap();
+        assert!(content(&clone) == model);
+    }
+    let text = serde_json::to_string(&saved).unwrap();
+    assert_eq!(serde_json::from_str::<SavedDisk>(&text).unwrap(), saved);
+    // Both files are looked at.
+    for file in [path.clone(), folder.path("saved-3-below")] {
+        let file = File::options().read(true).write(true).open(file).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 5000).unwrap();
+        file.write_all_at(&[!byte[0]], 5000).unwrap();
+        saved.verify(&path, &mut go_on).unwrap_err();
+        file.write_all_at(&byte, 5000).unwrap();
+    }
+    saved.verify(&path, &mut go_on).unwrap();
+}
+
+#[test]
+fn a_copy_that_cannot_be_linked_is_copied_and_a_save_of_it_that_fails_leaves_nothing() {
+    let folder = Folder::new();
+    let (base, mut model) = folder.base();
+    let config = BlockConfig::new(&base);
+    let path = folder.path("first");
+    let saved = Disk::open(&config).unwrap().save(&path, None, &mut go_on).unwrap();
+    let mut disk = Disk::open(&saved.config(&config, &path, None)).unwrap();
+    write(&mut disk, &mut model, 0, 2, 9);
+    // It has no name any more.
+    fs::remove_file(&path).unwrap();
+    let next = folder.path("next");
+    let broken = disk.save(&next, saved.whole(), &mut |_| ControlFlow::Break(())).unwrap_err();
+    assert!(matches!(broken, DiskError::Interrupted));
+    assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1, "what is left beside the base");
+    let again = disk.save(&next, saved.whole(), &mut go_on).unwrap();
+    drop(disk);
+    again.verify(&next, &mut go_on).unwrap();
+    assert!(content(&Disk::open(&again.config(&config, &next, None)).unwrap()) == model);
 }

@@ -46,7 +46,7 @@ impl MicroVm<Paused> {
 
     /// Writes the VM to a directory, and ends it here: what is left is files. Its disks stay where
     /// they are, and it goes on with them in [`resume`](MicroVm::<Suspended>::resume); what would be
-    /// gone with the VM, a delta without a name, is saved. Takes as long as a
+    /// gone with the VM, a delta without a name, or with the snapshot that it came from, is saved. Takes as long as a
     /// [`snapshot`](Self::snapshot) does for the memory. The files stay when the `Suspended` is
     /// dropped: [`MicroVm::<Suspended>::open`] finds the VM again, in this process or another, and
     /// [`Snapshot::open`] what clones are made of.

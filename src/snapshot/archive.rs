@@ -14,7 +14,7 @@ use tar::{Archive, Builder, Entries, Entry, HeaderMode};
 use thiserror::Error as ThisError;
 use zstd::stream::{read::Decoder, write::Encoder};
 
-use super::directory::{OpenDirectory, STATE, Staging, WRITTEN, disk_name, memory_name};
+use super::directory::{OpenDirectory, STATE, Staging, WRITTEN, memory_name};
 use super::error::SnapshotError;
 use super::options::{SaveStage, SnapshotOptions};
 use super::{Place, Snapshot, State, format, random_bytes};
@@ -419,8 +419,6 @@ impl State {
     fn files(&self) -> impl Iterator<Item = (String, u64)> {
         let memory = self.memory.iter().enumerate();
         let memory = memory.map(|(layer, saved)| (memory_name(layer), saved.file_bytes()));
-        let disks = self.disks.iter().enumerate();
-        let disks = disks.filter_map(|(index, disk)| Some((disk_name(index), disk.file_bytes()?)));
-        memory.chain(disks)
+        memory.chain(self.disk_files().map(|(_, name, bytes)| (name, bytes)))
     }
 }

@@ -17,6 +17,7 @@ use rustix::fs::{
 use thiserror::Error as ThisError;
 
 use super::random_bytes;
+use crate::disk::BELOW;
 
 /// The file that makes a directory a snapshot.
 pub(crate) const STATE: &str = "state";
@@ -35,7 +36,7 @@ pub(crate) fn disk_name(index: usize) -> String {
 
 /// Is this the name of a file that a snapshot has?
 fn is_known(name: &str) -> bool {
-    let numbered = |prefix: &str| {
+    let numbered = |name: &str, prefix: &str| {
         name.strip_prefix(prefix).is_some_and(|rest| {
             !rest.is_empty() && rest.len() <= 4 && rest.bytes().all(|byte| byte.is_ascii_digit())
         })
@@ -44,7 +45,8 @@ fn is_known(name: &str) -> bool {
     let part = name.strip_prefix(WRITTEN).and_then(|rest| rest.strip_prefix('.'));
     let is_part =
         part.is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
-    name == STATE || name == WRITTEN || is_part || numbered("memory-") || numbered("disk-")
+    let is_disk = numbered(name.strip_suffix(BELOW).unwrap_or(name), "disk-");
+    name == STATE || name == WRITTEN || is_part || numbered(name, "memory-") || is_disk
 }
 
 /// A snapshot's directory, kept open: another may take its path, and what is read has to be all

@@ -173,9 +173,8 @@ impl Snapshot {
         for (index, saved) in state.memory.iter().enumerate() {
             layers.push((file(&memory_name(index))?, saved.clone()));
         }
-        let disks = state.disks.iter().enumerate().filter(|(_, disk)| disk.has_file());
-        for (index, _) in disks {
-            file(&disk_name(index))?;
+        for (_, name, _) in state.disk_files() {
+            file(&name)?;
         }
         let ranges = layout::ram_ranges(state.config.memory_bytes);
         let image = MemoryImage::open(&ranges, layers)
@@ -207,7 +206,8 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), which names what differs.
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), which names what differs, or says that
+    /// another snapshot has its place.
     pub fn verify(&self) -> Result<(), Error> {
         let Some(directory) = self.directory() else { return Ok(()) };
         let verified = self.0.image.verify(&|_| ControlFlow::Continue(()));
@@ -227,8 +227,7 @@ impl Snapshot {
     fn check_disks_in_place(&self) -> Result<(), SnapshotError> {
         match &self.0.place {
             Place::Directory(directory)
-                if self.0.state.disks.iter().any(SavedDisk::has_file)
-                    && !directory.is_in_place() =>
+                if self.0.state.disk_files().next().is_some() && !directory.is_in_place() =>
             {
                 Err(SnapshotError::Replaced { directory: directory.path.clone() })
             }
@@ -302,6 +301,14 @@ impl Snapshot {
 }
 
 impl State {
+    /// The files of disks: of which disk, their names, how long they are.
+    fn disk_files(&self) -> impl Iterator<Item = (usize, String, u64)> {
+        let disks = self.disks.iter().enumerate();
+        disks.flat_map(|(index, disk)| {
+            disk.files().map(move |(behind, bytes)| (index, disk_name(index) + behind, bytes))
+        })
+    }
+
     /// Counts that a hostile file may have wrong.
     fn check(&self) -> Result<(), String> {
         self.config.check().map_err(|error| error.to_string())?;

@@ -15,7 +15,7 @@ use super::error::SnapshotError;
 use super::options::{SaveStage, SnapshotOptions};
 use super::{CloneNames, Inner, MAX_NOTED, Place, Sleep, Snapshot, State, Temporary};
 use super::{format, random_bytes};
-use crate::disk::{self, DiskError};
+use crate::disk::{self, DiskError, SavedDisk};
 use crate::error::Error;
 use crate::kvm::{FreshState, Vcpu};
 use crate::machine::Machine;
@@ -92,9 +92,11 @@ impl Sleeper<'_> {
                 done += bytes;
                 options.report(SaveStage::Disk(index), done, None)
             };
+            let origin = self.origin.and_then(|origin| origin.0.state.disks.get(index));
+            let whole = origin.and_then(SavedDisk::whole);
             let disk = match disks {
-                Disks::Copy => disk.save(&path(index), &mut report),
-                Disks::InPlace => disk.leave(&path(index), options.sync, &mut report),
+                Disks::Copy => disk.save(&path(index), whole, &mut report),
+                Disks::InPlace => disk.leave(&path(index), whole, options.sync, &mut report),
             };
             saved.push(disk.map_err(|error| match error {
                 DiskError::Interrupted => SnapshotError::Interrupted,
@@ -155,9 +157,7 @@ impl Snapshot {
         let file = staging.create(&name)?;
         let merged = self.0.image.merge(&file, &report_memory(options));
         let merged = merged.map_err(SnapshotError::save_memory(staging.path(&name)))?;
-        let disks = self.0.state.disks.iter().enumerate().filter(|(_, disk)| disk.has_file());
-        for (index, _) in disks {
-            let name = disk_name(index);
+        for (index, name, _) in self.0.state.disk_files() {
             let from = self.file(&name).map_err(SnapshotError::open(&self.path(&name)))?;
             let to = staging.create(&name)?;
             let mut done = 0;

@@ -24,6 +24,7 @@ mod tracer;
 #[allow(dead_code, reason = "benchmarks use more of it")]
 mod virtio_guest;
 mod vsock;
+mod whole;
 
 use std::io::{self, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};

@@ -115,6 +115,13 @@ fn files_that_are_not_there_or_have_another_length_are_refused() {
     }
     memory.set_len(32 << 20).unwrap();
     golden.open().unwrap();
+    let mut layered = Golden::new();
+    let file = serde_json::json!({"bytes": 512, "chunks": []});
+    layered.state.disks[0] =
+        saved_disk(&serde_json::json!({"layered": {"below": file, "data": file}}));
+    assert!(layered.open().unwrap_err().to_string().contains("disk-0-below"));
+    fs::write(layered.temporary.0.join("disk-0-below"), [0; 512]).unwrap();
+    layered.open().unwrap();
     fs::remove_file(golden.temporary.0.join("disk-0")).unwrap();
     assert!(golden.open().unwrap_err().to_string().contains("disk-0"));
 }

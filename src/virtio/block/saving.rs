@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Block;
-use crate::disk::{Disk, DiskError, Progress, SavedDisk};
+use crate::disk::{Checksums, Disk, DiskError, Progress, SavedDisk};
 use crate::virtio::DeviceHandle;
 
 /// The disk of a device that stands still, which gets it back when this is dropped. The device
@@ -30,9 +30,10 @@ impl DeviceHandle<Block> {
     pub(crate) fn save(
         &self,
         to: &Path,
+        whole: Option<&Checksums>,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
-        self.lend().disk.as_ref().ok_or(DiskError::Over)?.save(to, progress)
+        self.lend().disk.as_ref().ok_or(DiskError::Over)?.save(to, whole, progress)
     }
 
     /// Leaves the disk where it is, as [`Disk::leave`] says. The device is paused.
@@ -43,10 +44,11 @@ impl DeviceHandle<Block> {
     pub(crate) fn leave(
         &self,
         to: &Path,
+        whole: Option<&Checksums>,
         sync: bool,
         progress: &mut Progress<'_>,
     ) -> Result<SavedDisk, DiskError> {
-        self.lend().disk.as_mut().ok_or(DiskError::Over)?.leave(to, sync, progress)
+        self.lend().disk.as_mut().ok_or(DiskError::Over)?.leave(to, whole, sync, progress)
     }
 
     fn lend(&self) -> Lent<'_> {

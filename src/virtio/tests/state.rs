@@ -139,7 +139,7 @@ fn the_disk_of_a_paused_device_is_saved_and_both_go_on() {
         used.ready(0);
         ControlFlow::Continue(())
     };
-    let saved = used.save(&path, &mut go_on).unwrap();
+    let saved = used.save(&path, None, &mut go_on).unwrap();
     let state = used.state();
     used.resume();
     driver.write_blocks(3, &[8; 512]).unwrap();
@@ -154,7 +154,7 @@ fn the_disk_of_a_paused_device_is_saved_and_both_go_on() {
     driver.read_blocks(3, &mut sectors).unwrap();
     assert_eq!(sectors, [7; 1024]);
     used.close();
-    assert!(matches!(used.save(&path, &mut go_on), Err(DiskError::Over)));
+    assert!(matches!(used.save(&path, None, &mut go_on), Err(DiskError::Over)));
 }
 
 /// Requests that a driver rang for, and that the device did not take because it was over its
