@@ -11,6 +11,7 @@ mod hostile;
 mod lifecycle;
 mod limits;
 mod network;
+mod overrides;
 mod prepared;
 mod process;
 mod rate_limits;
@@ -24,6 +25,8 @@ mod tracer;
 #[allow(dead_code, reason = "benchmarks use more of it")]
 mod virtio_guest;
 mod vsock;
+#[allow(dead_code, reason = "benchmarks use more of it")]
+mod vsock_guest;
 mod whole;
 
 use std::io::{self, Write};
