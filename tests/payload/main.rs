@@ -16,6 +16,7 @@ mod prepared;
 mod process;
 mod rate_limits;
 mod resources;
+mod saving;
 mod seccomp;
 #[cfg(feature = "session")]
 mod session;

@@ -18,7 +18,7 @@ use crate::resources::{self, alone};
 use crate::{Output, PATIENCE, create, output};
 
 /// A directory that goes with the test.
-pub struct Scratch(PathBuf);
+pub struct Scratch(pub PathBuf);
 
 impl Scratch {
     pub fn new() -> Self {
