@@ -236,12 +236,11 @@ impl Snapshot {
     }
 
     /// Writes a snapshot of the same VM whose memory is one layer and whose files are no other
-    /// snapshot's. It takes reading and writing all of the memory.
+    /// snapshot's, also of one in memory. It takes reading and writing all of the memory.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written, and for a
-    /// snapshot in memory.
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written.
     pub fn merge(&self, directory: impl AsRef<Path>) -> Result<Self, Error> {
         self.merge_with(directory, &SnapshotOptions::default())
     }

@@ -10,6 +10,7 @@ mod guest;
 mod hostile;
 mod lifecycle;
 mod limits;
+mod memory;
 mod network;
 mod overrides;
 mod prepared;
