@@ -13,6 +13,7 @@ mod limits;
 mod memory;
 mod network;
 mod overrides;
+mod pool;
 mod prepared;
 mod process;
 mod rate_limits;
