@@ -7,22 +7,28 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use dormouse::{ErrorKind, Snapshot};
+use dormouse::{BlockConfig, ErrorKind, Snapshot};
 
 use crate::snapshot::{Guest, Scratch};
 
 const DIRECTORY: &str = "DORMOUSE_TEST_CRASH";
 
-/// Saves the same guest to the same place for ever, each time with another number in ten pages.
+/// Saves a guest to the same place for ever, each time with another number in ten pages: one that comes
+/// from there, where a snapshot is, and else one that boots.
 fn save_for_ever(directory: &Path) -> ! {
-    let mut guest = Guest::boot();
+    let mut guest = match Snapshot::open(directory) {
+        Ok(snapshot) => Guest::restore(&snapshot),
+        Err(_) => Guest::boot_with(|config| {
+            config.block(BlockConfig::new(directory.with_extension("disk")))
+        }),
+    };
     for value in (1..=200).cycle() {
         guest.write(10, value);
         let (vm, output) = guest.pause();
-        vm.snapshot(directory).unwrap();
         if value == 1 {
-            println!("saved");
+            println!("saving");
         }
+        vm.snapshot(directory).unwrap();
         guest = Guest::resumed(vm, output);
     }
     unreachable!("the cycle has no end")
@@ -35,8 +41,15 @@ fn a_kill_at_any_moment_of_a_save_leaves_a_snapshot_that_is_right() {
     }
     let scratch = Scratch::new();
     let directory = scratch.join("base");
+    fs::write(scratch.join("base.disk"), vec![1; 256 << 10]).unwrap();
     let mut seed = 7u64;
     for round in 0..200 {
+        // Every fourth time, in the first save of all.
+        let micros = if round % 4 == 0 { 0x7ff } else { 0x3fff };
+        if round % 4 == 0 && directory.exists() {
+            fs::remove_dir_all(&directory).unwrap();
+        }
+        let had_one = directory.exists();
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--test-threads=1", "--nocapture", "a_kill_at_any_moment"])
             .env(DIRECTORY, &directory)
@@ -45,23 +58,27 @@ fn a_kill_at_any_moment_of_a_save_leaves_a_snapshot_that_is_right() {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert!(lines.any(|line| line.unwrap().ends_with("saved")), "round {round}");
+        assert!(lines.any(|line| line.unwrap().ends_with("saving")), "round {round}");
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        sleep(Duration::from_micros(seed >> 32 & 0x3fff));
+        sleep(Duration::from_micros(seed >> 32 & micros));
         child.kill().unwrap();
         child.wait().unwrap();
 
+        // What the kill left is not taken for a snapshot, and goes with the next save.
+        let is_left = |name: &String| !["base", "base.disk"].contains(&name.as_str());
+        let left: Vec<_> = scratch.names().into_iter().filter(is_left).collect();
+        assert!(left.len() <= 1, "{left:?}");
+        if let [left] = &left[..] {
+            assert!(left.starts_with(".base.partial-"), "{left}");
+        }
+        if !had_one && !directory.exists() {
+            continue;
+        }
         let snapshot = Snapshot::open(&directory).unwrap_or_else(|error| panic!("{error:?}"));
         snapshot.verify().unwrap();
         if round % 10 == 0 {
             let sum = Guest::restore(&snapshot).sum(10);
             assert!(sum > 0 && sum.is_multiple_of(10), "{sum}");
-        }
-        // What the kill left is not taken for a snapshot, and goes with the next save.
-        let left: Vec<_> = scratch.names().into_iter().filter(|name| name != "base").collect();
-        assert!(left.len() <= 1, "{left:?}");
-        if let [left] = &left[..] {
-            assert!(left.starts_with(".base.partial-"), "{left}");
         }
     }
 }
@@ -118,6 +135,15 @@ fn a_full_disk_leaves_the_old_snapshot_and_the_vm() {
     let guest = Guest { vm: failed.vm, output: guest.output };
     assert_eq!(guest.sum(10), 50);
     guest.off();
+    // In the middle of a disk, which is more than there is room for.
+    let image = scratch.join("image");
+    fs::write(&image, vec![1; 700 << 10]).unwrap();
+    let guest = Guest::boot_with(|config| config.block(BlockConfig::new(&image)));
+    let (vm, output) = guest.pause();
+    let error = vm.snapshot(&directory).unwrap_err();
+    assert!(error.to_string().contains("No space left on device"), "{error}");
+    assert_eq!(fs::read_dir(&small).unwrap().count(), 1);
+    Guest::resumed(vm, output).off();
     let old = Snapshot::open(&directory).unwrap();
     old.verify().unwrap();
     assert_eq!(Guest::restore(&old).sum(10), 30);

@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use dormouse::{
     ErrorKind, ExitStatus, MicroVm, Paused, Pool, PoolOptions, RestoreOptions, Running, Snapshot,
-    SnapshotOptions, Suspended,
+    SnapshotOptions, Suspended, VmConfig,
 };
 
 use crate::guest::Program;
 use crate::resources::{self, alone};
-use crate::{Output, PATIENCE, create, output};
+use crate::{Output, PATIENCE, config, output};
 
 /// A directory that goes with the test.
 pub struct Scratch(pub PathBuf);
@@ -58,8 +58,14 @@ pub struct Guest {
 
 impl Guest {
     pub fn boot() -> Self {
-        let (vm, output) = create(&Program::Memory);
-        let vm = vm.start().unwrap();
+        Self::boot_with(|config| config)
+    }
+
+    /// With what a test adds to its configuration.
+    pub fn boot_with(with: impl FnOnce(VmConfig) -> VmConfig) -> Self {
+        let (writer, output) = output();
+        let config = with(config(&Program::Memory).console(writer));
+        let vm = MicroVm::create(config).unwrap().start().unwrap();
         assert_eq!([output.next(), output.next()], *b"B>");
         Self { vm, output }
     }
