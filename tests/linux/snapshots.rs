@@ -175,10 +175,11 @@ fn fio_goes_on_under_linux_6_1_on_2_vcpus() {
 }
 
 /// 32 clones of one VM: nothing random is the same in two of them.
-fn clones_differ(release: Release) {
+fn clones_differ(vcpus: u8) {
     let add =
         |initramfs: dormouse::InitramfsBuilder| initramfs.host_file("bin/guest-tool", guest_tool());
-    let guest = Guest::boot(config_with(release, &[], SHELL, add).memory_mib(128));
+    let config = config_with(Release::Linux6_12, &[], SHELL, add).memory_mib(128);
+    let guest = Guest::boot(config.vcpus(vcpus));
     let original = guest.ask(RANDOM);
     let mut vm = guest.pause();
     let mut seen: HashSet<String> = original.lines().map(str::to_owned).collect();
@@ -218,8 +219,14 @@ fn of_a_clone(vm: &MicroVm<Running>, command: &str) -> String {
 }
 
 #[test]
-fn thirty_two_clones_of_linux_6_12_share_no_random_bytes() {
-    clones_differ(Release::Linux6_12);
+fn thirty_two_clones_of_linux_6_12_on_1_vcpu_share_no_random_bytes() {
+    clones_differ(1);
+}
+
+/// Each processor has random numbers of its own.
+#[test]
+fn thirty_two_clones_of_linux_6_12_on_2_vcpus_share_no_random_bytes() {
+    clones_differ(2);
 }
 
 /// Lets so many seconds pass for everybody: on a machine of our own by its clock.
@@ -257,7 +264,10 @@ fn clocks_are_right(name: &str, config: VmConfig, source: &str) {
     let current = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
     assert_eq!(guest.ask(current).trim(), source);
     let start = lateness(&guest);
-    guest.ask("cut -d. -f1 /proc/uptime >/uptime; (sleep 100000; echo >/slept) & (sleep 40; echo >/dozed) & true");
+    guest.ask(
+        "cut -d. -f1 /proc/uptime >/uptime; date +%s >/date; \
+        (sleep 100000; echo >/slept) & (sleep 40; echo >/dozed) & true",
+    );
     let mut vm = guest.pause();
     for (at, seconds) in [1, 60, 86_400].into_iter().enumerate() {
         let dir = scratch.0.join(at.to_string());
@@ -277,6 +287,11 @@ fn clocks_are_right(name: &str, config: VmConfig, source: &str) {
         let uptime = "echo $(($(cut -d. -f1 /proc/uptime) - $(cat /uptime)))";
         let uptime: i64 = guest.ask(uptime).trim().parse().unwrap();
         assert!(uptime >= seconds, "up for {uptime} s after {seconds} s");
+        // CLOCK_MONOTONIC went on by as much as the wall clock.
+        let apart =
+            "echo $(($(date +%s) - $(cat /date) - $(cut -d. -f1 /proc/uptime) + $(cat /uptime)))";
+        let apart: i64 = guest.ask(apart).trim().parse().unwrap();
+        assert!((-2..=2).contains(&apart), "{apart} s apart after {seconds} s");
         // Sleeps that begin now end.
         guest.ask("sleep 1");
         guest.is_sane();
@@ -284,14 +299,28 @@ fn clocks_are_right(name: &str, config: VmConfig, source: &str) {
     }
 }
 
-#[test]
-fn clocks_are_right_after_a_second_a_minute_and_a_day() {
-    clocks_are_right("clocks", config(Release::Linux6_12, &[], SHELL).vcpus(2), "kvm-clock");
+fn kvm_clock_is_right(name: &str, release: Release, vcpus: u8) {
+    clocks_are_right(name, config(release, &[], SHELL).vcpus(vcpus), "kvm-clock");
 }
 
 #[test]
-fn clocks_of_linux_6_1_are_right_after_a_second_a_minute_and_a_day() {
-    clocks_are_right("clocks-6.1", config(Release::Linux6_1, &[], SHELL), "kvm-clock");
+fn clocks_of_linux_6_12_on_1_vcpu_are_right_after_a_second_a_minute_and_a_day() {
+    kvm_clock_is_right("clocks-6.12-1", Release::Linux6_12, 1);
+}
+
+#[test]
+fn clocks_of_linux_6_12_on_2_vcpus_are_right_after_a_second_a_minute_and_a_day() {
+    kvm_clock_is_right("clocks-6.12-2", Release::Linux6_12, 2);
+}
+
+#[test]
+fn clocks_of_linux_6_1_on_1_vcpu_are_right_after_a_second_a_minute_and_a_day() {
+    kvm_clock_is_right("clocks-6.1-1", Release::Linux6_1, 1);
+}
+
+#[test]
+fn clocks_of_linux_6_1_on_2_vcpus_are_right_after_a_second_a_minute_and_a_day() {
+    kvm_clock_is_right("clocks-6.1-2", Release::Linux6_1, 2);
 }
 
 #[test]
@@ -301,21 +330,21 @@ fn a_guest_that_counts_by_its_tsc_is_right_after_a_second_a_minute_and_a_day() {
     clocks_are_right("clocks-tsc", config.cmdline(cmdline), "tsc");
 }
 
-#[test]
-fn another_process_wakes_a_guest_that_this_one_put_to_sleep() {
+/// A guest wakes in a process of its own, which runs this very test.
+fn another_process_wakes(test: &str, release: Release, vcpus: u8) {
     const DIRECTORY: &str = "DORMOUSE_TEST_SNAPSHOT";
     if let Some(dir) = std::env::var_os(DIRECTORY) {
         let guest = Guest::restore(&Snapshot::open(dir).unwrap(), Clock::Advance);
         assert_eq!(guest.ask("cat /kept"), "something\n");
         return guest.is_sane();
     }
-    let scratch = Scratch::new("process");
+    let scratch = Scratch::new(test);
     let dir = scratch.0.join("asleep");
-    let guest = Guest::boot(config(Release::Linux6_12, &[], SHELL).vcpus(2));
+    let guest = Guest::boot(config(release, &[], SHELL).vcpus(vcpus));
     guest.ask("echo something >/kept");
     drop(guest.vm.suspend(&dir).unwrap());
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--test-threads=1", "another_process_wakes"])
+        .args(["--test-threads=1", "--exact", &format!("snapshots::{test}")])
         .env(DIRECTORY, &dir)
         .output()
         .unwrap();
@@ -323,41 +352,76 @@ fn another_process_wakes_a_guest_that_this_one_put_to_sleep() {
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
-/// What a clone writes to its disk, nobody else reads.
+#[test]
+fn another_process_wakes_linux_6_12_on_2_vcpus() {
+    another_process_wakes("another_process_wakes_linux_6_12_on_2_vcpus", Release::Linux6_12, 2);
+}
+
+#[test]
+fn another_process_wakes_linux_6_1_on_1_vcpu() {
+    another_process_wakes("another_process_wakes_linux_6_1_on_1_vcpu", Release::Linux6_1, 1);
+}
+
+/// What a clone writes to its disk, nobody else reads; and where a snapshot goes, those after it stand.
 #[test]
 fn disks_of_clones_are_their_own() {
     let scratch = Scratch::new("disks");
-    let image = Image::new("clones", 16);
-    fs::write(&image.0, vec![b'0'; 16 << 20]).unwrap();
+    let [image, own] = ["clones", "clones-own"].map(|name| Image::new(name, 16));
+    for image in [&image, &own] {
+        fs::write(&image.0, vec![b'0'; 16 << 20]).unwrap();
+    }
     let disks = [
         BlockConfig::new(&image.0).delta(scratch.0.join("delta")),
         BlockConfig::new(&image.0).discard_writes(),
+        BlockConfig::new(&own.0),
     ];
     let config = config(Release::Linux6_12, DISK, SHELL);
     let guest = Guest::boot(disks.into_iter().fold(config, VmConfig::block));
-    let write = |value: &str| {
-        let dd = |disk| {
-            format!(
-                "yes {value} | tr -d '\\n' | head -c 8192 | dd of=/dev/{disk} bs=4k conv=fsync 2>/dev/null"
-            )
-        };
-        format!("{}; {}", dd("vda"), dd("vdb"))
+    let write = |guest: &Guest, value: u32| {
+        guest.ask(&format!(
+            "for disk in vda vdb vdc; do yes {value} | tr -d '\\n' | head -c 8192 | \
+             dd of=/dev/$disk bs=4k conv=fsync 2>/dev/null; done"
+        ));
     };
-    let read = "for disk in vda vdb; do dd if=/dev/$disk bs=1k count=12 iflag=direct 2>/dev/null | fold -w 1 | sort | uniq -c | tr -d ' ' | tr '\\n' ' '; done; echo";
-    guest.ask(&write("1"));
+    let has = |guest: &Guest, value: u32| {
+        let read = "for disk in vda vdb vdc; do dd if=/dev/$disk bs=1k count=12 iflag=direct 2>/dev/null | \
+            fold -w 1 | sort | uniq -c | tr -d ' ' | tr '\\n' ' '; done; echo";
+        assert_eq!(guest.ask(read).trim(), format!("40960 8192{value} ").repeat(3).trim());
+    };
+    let goes_on = |vm: MicroVm<Paused>, transcript| Guest { vm: vm.resume().unwrap(), transcript };
+    write(&guest, 1);
     let transcript = guest.transcript.clone();
     let vm = guest.pause();
     let snapshot = vm.snapshot(scratch.0.join("base")).unwrap();
-    let original = Guest { vm: vm.resume().unwrap(), transcript };
-    original.ask(&write("2"));
-    let clones = [(); 2].map(|()| Guest::restore(&snapshot, Clock::Advance));
-    assert_eq!(clones[0].ask(read), "40960 81921 40960 81921 \n");
-    clones[0].ask(&write("3"));
-    assert_eq!(clones[1].ask(read), "40960 81921 40960 81921 \n");
-    assert_eq!(clones[0].ask(read), "40960 81923 40960 81923 \n");
-    assert_eq!(original.ask(read), "40960 81922 40960 81922 \n");
+    let original = goes_on(vm, transcript.clone());
+    write(&original, 2);
+    let [one, other] = [(); 2].map(|()| Guest::restore(&snapshot, Clock::Advance));
+    has(&one, 1);
+    write(&one, 3);
+    has(&other, 1);
+    has(&one, 3);
+    has(&original, 2);
     snapshot.verify().unwrap();
+    // A fork is a clone too.
+    let mut vm = original.pause();
+    let said = Transcript::default();
+    let options = RestoreOptions::new().console(said.clone());
+    let fork = goes_on(vm.fork_with(1, |_| options.clone()).unwrap().remove(0), said);
+    let original = goes_on(vm, transcript);
+    write(&fork, 4);
+    has(&original, 2);
+    write(&original, 5);
+    has(&fork, 4);
+    drop((original, other));
     assert_eq!(fs::read(&image.0).unwrap(), vec![b'0'; 16 << 20], "the base was written to");
+    // Neither needs what it came from.
+    for (guest, value, name) in [(one, 3, "one"), (fork, 4, "fork")] {
+        let saved = guest.pause().snapshot(scratch.0.join(name)).unwrap();
+        if name == "one" {
+            fs::remove_dir_all(scratch.0.join("base")).unwrap();
+        }
+        has(&Guest::restore(&saved, Clock::Advance), value);
+    }
 }
 
 /// A connection does not outlive a restore, and its ends learn of it; the next one works.

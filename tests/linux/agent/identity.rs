@@ -7,7 +7,7 @@ use dormouse::{
 };
 
 use super::{Guest, block_on, busybox, config, config_of, sh};
-use crate::{PATIENCE, Release, Scratch};
+use crate::{PATIENCE, Release, Scratch, guest_tool};
 
 #[test]
 fn clones_are_others_before_their_programs_go_on_and_their_agents_answer_at_once() {
@@ -52,6 +52,29 @@ fn clones_are_others(release: Release) {
             assert_eq!(seen, format!("{} clone-{at}\n", id.trim()));
             let uuid = sh(&agent, "cat /proc/sys/kernel/random/uuid").await.unwrap();
             assert!(ids.insert(uuid));
+        }
+    });
+}
+
+/// As above: what is random in 32 of them, the agent has made so.
+#[test]
+fn thirty_two_clones_of_linux_6_1_on_2_vcpus_share_no_random_bytes() {
+    block_on(async {
+        let archive = busybox().host_file("bin/guest-tool", guest_tool());
+        let config = config_of(Release::Linux6_1, archive, AgentConfig::new());
+        let guest = Guest::boot(config.memory_mib(160).vcpus(2)).await;
+        let random = "guest-tool random; cat /proc/sys/kernel/random/uuid; \
+            head -c 16 /dev/urandom | sha256sum; head -c 4 /dev/urandom | sha256sum";
+        let mut seen: HashSet<_> = guest.sh(random).await.lines().map(str::to_owned).collect();
+        guest.agent.freeze().await.unwrap();
+        let mut parent = guest.vm.pause().unwrap();
+        for (at, clone) in parent.fork(32).unwrap().into_iter().enumerate() {
+            let clone = clone.resume().unwrap();
+            let answer = sh(&clone.agent().await.unwrap(), random).await.unwrap();
+            assert_eq!(answer.lines().count(), 4, "{answer}");
+            for line in answer.lines() {
+                assert!(seen.insert(line.to_owned()), "clone {at} has {line} like another");
+            }
         }
     });
 }
