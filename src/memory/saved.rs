@@ -43,6 +43,11 @@ impl SavedMemory {
         self.pages.saturating_mul(PAGE_BYTES as u64)
     }
 
+    /// How many checksums there are: one for each MiB that is not all zeros.
+    pub(crate) fn checksum_count(&self) -> usize {
+        self.checksums.len()
+    }
+
     /// What is wrong with it as the memory of a VM with `pages` pages, over another or not.
     pub(super) fn fault(&self, pages: u64, is_bottom: bool) -> Option<&'static str> {
         if self.pages != pages {

@@ -24,7 +24,8 @@ pub(crate) const VERSION: u32 = 1;
 const MAGIC: [u8; 8] = *b"DORMOUSE";
 const HEADER_BYTES: usize = 24;
 const CHECKSUM_BYTES: usize = 4;
-/// What a state may take: the checksums of 1 TiB of memory are 4 MiB, and 32 vCPUs 1 MiB.
+/// What a state may take: the checksums of 1 TiB of memory are 24 MiB, those of a disk of as much 11 MiB,
+/// and 32 vCPUs 1 MiB.
 pub(crate) const MAX_STATE_BYTES: u64 = 64 << 20;
 
 /// Why a file is no state of a snapshot, or none for this crate.
@@ -54,9 +55,13 @@ impl From<FormatError> for io::Error {
     }
 }
 
-/// A state as the bytes of its file.
+/// A state as the bytes of its file, of which none is longer than what is read again.
 pub(crate) fn encode(state: &impl Serialize) -> Result<Vec<u8>, FormatError> {
-    Ok(framed(rmp_serde::to_vec_named(state).map_err(FormatError::Encode)?))
+    let bytes = framed(rmp_serde::to_vec_named(state).map_err(FormatError::Encode)?);
+    match bytes.len() as u64 <= MAX_STATE_BYTES {
+        true => Ok(bytes),
+        false => Err(FormatError::TooLong),
+    }
 }
 
 /// A map with its header and checksum.
@@ -172,6 +177,12 @@ mod tests {
             flipped[bit / 8] ^= 1 << (bit % 8);
             refusal(&flipped);
         }
+    }
+
+    #[test]
+    fn what_would_not_be_read_again_is_not_written() {
+        let long = State { words: vec![u64::MAX; 8 << 20], ..state() };
+        assert!(matches!(encode(&long), Err(FormatError::TooLong)));
     }
 
     #[test]

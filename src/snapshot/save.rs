@@ -212,11 +212,20 @@ fn finish(staging: Staging, state: &State, options: &SnapshotOptions) -> Result<
     Ok(staging.commit(options.sync)?)
 }
 
+/// Those of 1 TiB. As many may come with the next layer, and all have to fit into a state.
+const MAX_SHARED_CHECKSUMS: usize = 1 << 20;
+
+/// Whether there are layers, and not so many that no other may lie over them.
+pub(super) fn take_another(layers: &[SavedMemory]) -> bool {
+    let checksums: usize = layers.iter().map(SavedMemory::checksum_count).sum();
+    (1..MAX_LAYERS).contains(&layers.len()) && checksums <= MAX_SHARED_CHECKSUMS
+}
+
 /// Gives the files of an origin's layers a second name; `None` where that is not possible: they
-/// have no name any more, they never had one, or it is in another file system.
+/// have no name any more, they never had one, it is in another file system, or they are too many.
 fn share_layers(origin: &Snapshot, staging: &Staging) -> Option<Vec<SavedMemory>> {
     let layers = &origin.0.state.memory;
-    if layers.is_empty() || layers.len() >= MAX_LAYERS {
+    if !take_another(layers) {
         return None;
     }
     for (index, file) in origin.0.image.files().enumerate() {

@@ -105,6 +105,22 @@ fn sizes_and_counts_that_no_machine_has_are_refused() {
 }
 
 #[test]
+fn another_layer_is_made_where_a_state_has_room_for_all_of_them() {
+    let layer = |checksums: u32| {
+        let checksums: Vec<_> =
+            (0..checksums).map(|chunk| serde_json::json!({"chunk": chunk, "crc32": 7})).collect();
+        let layer = serde_json::json!({
+            "pages": 1 << 28, "present_pages": 0, "complete": true, "runs": [], "checksums": checksums
+        });
+        SavedMemory::deserialize(layer).unwrap()
+    };
+    let takes = |layers: Vec<SavedMemory>| save::take_another(&layers);
+    assert!(!takes(vec![]) && takes(vec![layer(1); 15]) && !takes(vec![layer(1); 16]));
+    let large = layer(70_000);
+    assert!(takes(vec![large.clone(); 14]) && !takes(vec![large; 15]));
+}
+
+#[test]
 fn files_that_are_not_there_or_have_another_length_are_refused() {
     let golden = Golden::new();
     golden.open().unwrap();
