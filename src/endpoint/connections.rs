@@ -1,13 +1,16 @@
 //! Connections to the applications of a guest, kept from one request to the next.
 //!
 //! A connection that waits does not keep its session awake. It ends when the session sleeps, which its task sees at once; a
-//! request that was given to it and not sent comes back, and goes out on another.
+//! request that was given to it and not sent comes back, and goes out on another. One that was sent to an application
+//! that closed the connection just then is sent again, where it may be: others get a connection that has not waited.
+//!
+//! Source: RFC 9112 §9.3.1, retrying requests; RFC 9110 §9.2.2, idempotent methods.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -133,12 +136,14 @@ impl Guest {
         mut request: Request<Upload>,
         limits: &EndpointLimits,
     ) -> Result<(Response<Incoming>, Lent), Fault> {
+        let is_repeatable = request.method().is_idempotent() && request.body().is_end_stream();
         loop {
-            let (connection, is_new) = match self.connections.take(port) {
-                Some(connection) => (connection, false),
-                None => {
-                    (self.connections.open(connect(upstream, port, limits).await?).await?, true)
-                }
+            // One that may not be used ends here, so that an application that serves one at a time does not wait for it.
+            let kept = self.connections.take(port).filter(|_| is_repeatable);
+            let spare = kept.as_ref().map(|_| copy(&request));
+            let connection = match kept {
+                Some(connection) => connection,
+                None => self.connections.open(connect(upstream, port, limits).await?).await?,
             };
             let mut lent = Lent { connection: Some(connection), guest: Arc::clone(self), port };
             let Some(Connection { sender, .. }) = &mut lent.connection else { continue };
@@ -146,7 +151,7 @@ impl Guest {
             let sending = sender.try_send_request(request);
             match answer(sending, progress, limits).await? {
                 Ok(answer) => return Ok((answer, lent)),
-                Err(error) => request = again(error, is_new)?,
+                Err(error) => request = again(error, spare.is_none(), spare)?,
             }
         }
     }
@@ -179,7 +184,7 @@ impl Guest {
             let sending = sender.try_send_request(request);
             match answer(sending, progress, limits).await? {
                 Ok(answer) => return Ok(answer),
-                Err(error) => request = again(error, is_new)?,
+                Err(error) => request = again(error, is_new, None)?,
             }
         }
     }
@@ -241,12 +246,23 @@ async fn answer(
     }
 }
 
-/// The request again, where it was not sent because a connection that had waited is gone.
-fn again(mut error: TrySendError<Request<Upload>>, is_new: bool) -> Result<Request<Upload>, Fault> {
-    match error.take_message() {
-        Some(request) if !is_new => Ok(request),
-        _ => Err(fault(&error.into_error())),
-    }
+/// A request without a body, again.
+fn copy(request: &Request<Upload>) -> Request<Upload> {
+    let mut copy = Request::new(Upload::empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.headers_mut() = request.headers().clone();
+    copy
+}
+
+/// The request again, where the connection had waited and is gone: the one that was not sent, or else its copy.
+fn again(
+    mut error: TrySendError<Request<Upload>>,
+    is_new: bool,
+    copy: Option<Request<Upload>>,
+) -> Result<Request<Upload>, Fault> {
+    let request = error.take_message().or(copy);
+    request.filter(|_| !is_new && !error.error().is_parse()).ok_or_else(|| fault(error.error()))
 }
 
 fn fault(error: &hyper::Error) -> Fault {

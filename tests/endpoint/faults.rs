@@ -1,12 +1,13 @@
 //! Applications that are down, hang, close early or do not speak HTTP, and VMs that die.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dormouse::EndpointLimits;
 use http_body_util::{BodyExt, Full};
-use hyper::Request;
 use hyper::body::Bytes;
+use hyper::{Method, Request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::app::App;
@@ -164,20 +165,60 @@ fn a_connection_that_an_application_has_given_up_costs_no_request() {
     run(async {
         // It answers once a connection, and does not say so.
         let app = App::serve(|mut stream| async move {
-            let mut request = [0; 4096];
-            if matches!(stream.read(&mut request).await, Ok(1..)) {
-                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") && !request.ends_with(b"body") {
+                match stream.read_u8().await {
+                    Ok(byte) => request.push(byte),
+                    Err(_) => return,
+                }
             }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
         });
         let setup = Setup::with_app(app.await, open()).await;
         let mut sender = h1(setup.endpoint.address()).await;
-        for _ in 0..50 {
-            let request = Request::post("/").header("host", "one.localhost");
-            let request = request.body(Full::new(Bytes::from_static(b"body"))).unwrap();
+        for number in 0..100 {
+            let method = [Method::GET, Method::POST][number % 2].clone();
+            let request = Request::builder().method(method.clone()).uri("/");
+            let body = if method == Method::POST { "body" } else { "" };
+            let request = request.header("host", "one.localhost").body(Full::from(body)).unwrap();
             sender.ready().await.unwrap();
             let answer = sender.send_request(request).await.unwrap();
             assert_eq!(read(answer).await.1, "ok");
         }
+    });
+}
+
+#[test]
+fn a_request_is_sent_again_where_it_may_be_when_its_connection_is_closed_as_it_comes() {
+    run(async {
+        // It closes each connection with the second request on it, whose first letter it notes.
+        let unheard = Arc::new(Mutex::new(Vec::new()));
+        let notes = Arc::clone(&unheard);
+        let app = App::serve(move |mut stream| {
+            let notes = Arc::clone(&notes);
+            async move {
+                let mut request = [0; 4096];
+                if matches!(stream.read(&mut request).await, Ok(1..)) {
+                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+                    let _ = stream.write_all(answer).await;
+                    if matches!(stream.read(&mut request).await, Ok(1..)) {
+                        notes.lock().unwrap().push(request[0]);
+                    }
+                }
+            }
+        });
+        let setup = Setup::with_app(app.await, open()).await;
+        let mut sender = h1(setup.endpoint.address()).await;
+        let methods = [Method::GET, Method::DELETE, Method::OPTIONS, Method::POST];
+        for method in methods.iter().cycle().take(40) {
+            let request =
+                Request::builder().method(method).uri("/").header("host", "one.localhost");
+            sender.ready().await.unwrap();
+            let answer = sender.send_request(request.body(Full::<Bytes>::default()).unwrap()).await;
+            assert_eq!(read(answer.unwrap()).await.1, "ok", "{method}");
+        }
+        let unheard = unheard.lock().unwrap();
+        assert!(unheard.contains(&b'D') && !unheard.contains(&b'P'), "{unheard:?}");
     });
 }
 
