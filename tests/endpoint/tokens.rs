@@ -118,16 +118,18 @@ fn a_token_that_the_same_key_made_for_something_else_opens_nothing() {
             LocalToken::encrypt(&key, claims.as_bytes(), Some(br#"{"kid":"first"}"#), None).unwrap()
         };
         assert_eq!(ask(&setup, "one.localhost", &mint(&|_| {})).await.0, 200);
-        let others: [&dyn Fn(&mut Claims); 5] = [
+        let others: [&dyn Fn(&mut Claims); 7] = [
             &|claims| claims.audience("another").unwrap(),
             &|claims| claims.non_expiring(),
             &|claims| claims.subject("ONE").unwrap(),
             &|claims| claims.expiration("2020-01-01T00:00:00Z").unwrap(),
             &|claims| claims.issued_at("2020-01-01T00:00:00Z").unwrap(),
+            &|claims| claims.issued_at("2999-01-01T00:00:00Z").unwrap(),
+            &|claims| claims.not_before("2999-01-01T00:00:00Z").unwrap(),
         ];
         for (number, change) in others.iter().enumerate() {
             let answer = ask(&setup, "one.localhost", &mint(change)).await;
-            // When it was made does not matter.
+            // When it was made does not matter: a clock that was set back since then makes no token invalid.
             assert_eq!(is_forbidden(answer), number < 4, "{number}");
         }
     });

@@ -167,6 +167,32 @@ fn type_in(session: &Session, bytes: &[u8]) {
 }
 
 #[test]
+fn a_watch_sees_changes_in_their_order_until_the_session_is_over() {
+    use SessionState::{Running, Suspended, Suspending, Terminated, Terminating};
+    block_on(async {
+        let house = House::new().await;
+        let session = house.halted(SessionPolicy::new()).await;
+        let mut watch = session.watch();
+        assert_eq!((watch.state(), watch.event().state), (Running, Running));
+        let watching = tokio::spawn(async move {
+            let mut seen = Vec::new();
+            while let Some(event) = watch.changed().await {
+                seen.push(event.state);
+            }
+            (seen, watch.changed().await)
+        });
+        session.suspend().await.unwrap();
+        session.resume().await.unwrap();
+        session.terminate().await.unwrap();
+        let (seen, after) = watching.await.unwrap();
+        // Those that came one after the other at once may be one to it; the last is always seen.
+        let mut all = [Suspending, Suspended, Running, Terminating, Terminated].into_iter();
+        assert!(seen.iter().all(|state| all.any(|one| one == *state)), "{seen:?}");
+        assert_eq!((seen.last(), after), (Some(&Terminated), None));
+    });
+}
+
+#[test]
 fn a_vm_of_any_state_becomes_a_session_but_one_that_is_over() {
     block_on(async {
         let house = House::new().await;

@@ -50,6 +50,12 @@ async fn ask(endpoint: &Endpoint, id: &str) -> (u16, Bytes) {
     (answer.status().as_u16(), answer.into_body().collect().await.unwrap().to_bytes())
 }
 
+/// The status, and the stage that failed.
+fn stage(answer: (u16, Bytes)) -> (u16, String) {
+    let json: serde_json::Value = serde_json::from_slice(&answer.1).unwrap();
+    (answer.0, json["stage"].as_str().unwrap().to_owned())
+}
+
 async fn endpoint(upstreams: impl Upstreams) -> Arc<Endpoint> {
     let options = EndpointOptions::new().without_tokens();
     Arc::new(Endpoint::bind("127.0.0.1:0", upstreams, options).await.unwrap())
@@ -103,15 +109,32 @@ fn a_session_without_ports_or_that_is_over_or_stays_asleep_is_no_hanging_request
         let house = House::new().await;
         let session = house.halted(SessionPolicy::new()).await;
         let endpoint = endpoint(house.sessions.clone()).await;
-        let stage = |answer: (u16, Bytes)| {
-            let json: serde_json::Value = serde_json::from_slice(&answer.1).unwrap();
-            (answer.0, json["stage"].as_str().unwrap().to_owned())
-        };
         assert_eq!(stage(ask(&endpoint, session.id()).await), (502, "connect".into()));
         session.set_policy(SessionPolicy::new().auto_resume(false)).await.unwrap();
         session.suspend().await.unwrap();
         assert_eq!(stage(ask(&endpoint, session.id()).await), (502, "wake".into()));
         session.terminate().await.unwrap();
         assert_eq!(stage(ask(&endpoint, session.id()).await), (404, "route".into()));
+    });
+}
+
+#[test]
+fn a_session_whose_files_are_damaged_is_a_bad_gateway_until_they_are_whole_again() {
+    block_on(async {
+        let house = House::new().await;
+        let session = house.halted(SessionPolicy::new()).await;
+        let found = session.clone();
+        let greeter = move |_: &str| Some(Arc::new(Greeter(found.clone())) as Arc<dyn Upstream>);
+        let endpoint = endpoint(greeter).await;
+        session.suspend().await.unwrap();
+        let state = house.path().join(session.id()).join("asleep/state");
+        let whole = std::fs::read(&state).unwrap();
+        for damaged in [&whole[..whole.len() / 2], b"", b"nonsense"] {
+            std::fs::write(&state, damaged).unwrap();
+            assert_eq!(stage(ask(&endpoint, "any").await), (502, "wake".into()));
+            assert_eq!(session.state(), SessionState::Suspended);
+        }
+        std::fs::write(&state, whole).unwrap();
+        assert_eq!(ask(&endpoint, "any").await, (200, Bytes::from("hello")));
     });
 }
