@@ -64,8 +64,10 @@ fn request(method: &Method, uri: &Uri, version: Version, mut headers: HeaderMap)
     port::strip_subprotocols(&mut headers);
     assert!(!headers.contains_key(CONNECTION) && !headers.contains_key(TRANSFER_ENCODING));
     assert!(headers.keys().all(|name| !name.as_str().starts_with(OWN_HEADERS)));
-    let subprotocols = headers.get("sec-websocket-protocol").map(HeaderValue::as_bytes);
-    assert!(subprotocols.is_none_or(|names| !names.starts_with(b"lambda-microvms.auth")));
+    let names = headers.get("sec-websocket-protocol").map(|names| names.to_str().expect("text"));
+    let mut names = names.unwrap_or_default().split(',').map(str::trim);
+    let is_own = |name: &str| name == "lambda-microvms" || name.starts_with("lambda-microvms.");
+    assert!(!names.any(is_own), "the application sees what is the endpoint's");
 }
 
 /// Bytes that come in pieces are the same when it is known what they begin.
