@@ -3,10 +3,8 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http_body_util::BodyExt;
@@ -20,8 +18,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+
+use crate::client::pipe;
 
 pub type AppBody = UnsyncBoxBody<Bytes, io::Error>;
 
@@ -223,24 +222,4 @@ fn slow() -> Response<AppBody> {
         }
     });
     Response::new(body(sent))
-}
-
-/// A body that somebody writes to.
-pub fn pipe() -> (mpsc::Sender<Frame<Bytes>>, Piped) {
-    let (sender, frames) = mpsc::channel(1);
-    (sender, Piped(frames))
-}
-
-pub struct Piped(mpsc::Receiver<Frame<Bytes>>);
-
-impl Body for Piped {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        self.0.poll_recv(context).map(|frame| frame.map(Ok))
-    }
 }

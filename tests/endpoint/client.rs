@@ -1,15 +1,22 @@
-//! Clients: one that sends what it is told byte by byte, and hyper's.
+//! Clients: one that sends what it is told byte by byte, and those that other people use.
 
+use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
+use futures_util::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Empty};
-use hyper::body::{Body, Bytes, Incoming};
+use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
 
 /// What a server answers, in text.
 #[derive(Debug)]
@@ -97,4 +104,42 @@ pub fn request(path: &str) -> Request<Empty<Bytes>> {
 pub async fn read(answer: Response<Incoming>) -> (StatusCode, Bytes) {
     let status = answer.status();
     (status, answer.into_body().collect().await.unwrap().to_bytes())
+}
+
+/// A request whose body is written while it goes on.
+pub fn upload(uri: &str) -> (mpsc::Sender<Frame<Bytes>>, Request<Piped>) {
+    let (sender, body) = pipe();
+    let request = Request::post(uri).header("host", "one.localhost").body(body).unwrap();
+    (sender, request)
+}
+
+/// A body that somebody writes to.
+pub fn pipe() -> (mpsc::Sender<Frame<Bytes>>, Piped) {
+    let (sender, frames) = mpsc::channel(1);
+    (sender, Piped(frames))
+}
+
+pub struct Piped(mpsc::Receiver<Frame<Bytes>>);
+
+impl Body for Piped {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        self.0.poll_recv(context).map(|frame| frame.map(Ok))
+    }
+}
+
+/// Says things of all sizes, and hears them.
+pub async fn talk<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut WebSocketStream<S>) {
+    for length in [0, 1, 125, 126, 65_536, 4 << 20] {
+        let message = Message::binary(vec![b'w'; length]);
+        socket.send(message.clone()).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), message);
+    }
+    socket.send(Message::text("wörter")).await.unwrap();
+    assert_eq!(socket.next().await.unwrap().unwrap(), Message::text("wörter"));
 }

@@ -13,9 +13,9 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Role;
 
 use crate::app::App;
-use crate::client::{h2, read, request};
-use crate::streams::{upload, write};
-use crate::websocket::{self, talk};
+use crate::client::{h2, read, request, talk, upload};
+use crate::streams::write;
+use crate::websocket;
 use crate::{Setup, run};
 
 /// A request in HTTP/2's own form.

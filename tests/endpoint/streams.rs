@@ -13,21 +13,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::app::{App, Piped, pipe};
-use crate::client::{exchange, get, h1, read, request};
+use crate::app::App;
+use crate::client::{exchange, get, h1, read, request, upload};
 use crate::{Setup, open, run};
 
 /// More than what sockets and buffers on the way hold.
 const LARGE: usize = 64 << 20;
 /// What they may hold: that of the kernel is up to 10 MiB for each of two connections.
 const HELD: usize = 32 << 20;
-
-/// A request whose body is written while it goes on.
-pub fn upload(uri: &str) -> (mpsc::Sender<Frame<Bytes>>, Request<Piped>) {
-    let (sender, body) = pipe();
-    let request = Request::post(uri).header("host", "one.localhost").body(body).unwrap();
-    (sender, request)
-}
 
 /// Writes so many bytes.
 pub async fn write(sender: mpsc::Sender<Frame<Bytes>>, mut left: usize) {

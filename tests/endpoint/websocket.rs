@@ -5,7 +5,6 @@ use std::time::Duration;
 use dormouse::{EndpointOptions, TokenKeys};
 use futures_util::{SinkExt, StreamExt};
 use hyper::header::HeaderValue;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -16,7 +15,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, accept_hdr_async, client_async};
 
 use crate::app::App;
-use crate::client::{exchange, get};
+use crate::client::{exchange, get, talk};
 use crate::{Setup, open, run};
 
 /// An application that says back what it hears; of subprotocols it knows `chat`.
@@ -58,17 +57,6 @@ async fn connect(
         request.headers_mut().insert(*name, HeaderValue::from_str(value).unwrap());
     }
     client_async(request, TcpStream::connect(address).await.unwrap()).await
-}
-
-/// Says things of all sizes, and hears them.
-pub async fn talk<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut WebSocketStream<S>) {
-    for length in [0, 1, 125, 126, 65_536, 4 << 20] {
-        let message = Message::binary(vec![b'w'; length]);
-        socket.send(message.clone()).await.unwrap();
-        assert_eq!(socket.next().await.unwrap().unwrap(), message);
-    }
-    socket.send(Message::text("wörter")).await.unwrap();
-    assert_eq!(socket.next().await.unwrap().unwrap(), Message::text("wörter"));
 }
 
 #[test]

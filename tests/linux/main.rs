@@ -11,6 +11,8 @@ mod cpu;
 mod debian_image;
 mod devices;
 mod disks;
+#[cfg(feature = "endpoint")]
+mod endpoint;
 mod ends;
 mod images;
 mod network;
