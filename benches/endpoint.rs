@@ -1,9 +1,12 @@
 //! What the endpoint costs: an answer of 1 KiB from a server of hyper's, asked for directly by TCP, and through an
 //! endpoint. The endpoint reaches the server as it reaches one in a guest, by a UNIX socket; for comparison, by TCP too.
-//! Clients, endpoint and server share this process and its two threads.
+//! Clients, endpoint and server share this process and its two threads, as they do with proxies that do less, which say what
+//! of the cost is any proxy's.
 //!
 //! `cargo bench --bench endpoint --features endpoint` prints a table, with `-- --json` one JSON object a line.
 
+#[path = "endpoint/proxies.rs"]
+mod proxies;
 mod report;
 
 use std::convert::Infallible;
@@ -48,23 +51,27 @@ fn main() {
         let by_tcp = endpoint(Guest::Tcp(server), open).await;
         let token = keys.mint("guest", 8080, Duration::from_secs(3600)).expect("a token");
         let token = Some(token.as_str().to_owned());
-        let direct = Target { address: server, token: None };
+        let direct = Target::new(server, None);
+        let bytes = Target::new(proxies::copies_bytes().await, None);
+        let requests = Target::new(proxies::passes_requests().await, None);
         let ways = [
-            ("through an endpoint without tokens", Target::new(&by_unix, None), true),
-            ("through an endpoint with tokens", Target::new(&with_token, token), true),
-            ("through one, and by TCP from there", Target::new(&by_tcp, None), false),
+            Way("an endpoint without tokens", Target::new(by_unix.address(), None), true),
+            Way("an endpoint with tokens", Target::new(with_token.address(), token), true),
+            Way("an endpoint, and by TCP from there", Target::new(by_tcp.address(), None), false),
+            Way("a proxy that copies bytes", bytes, false),
+            Way("hyper's server and client alone", requests, false),
         ];
-        let mut metrics = Vec::new();
-        for (name, way, has_bar) in &ways {
-            metrics.push(throughput(name, way, &direct, *has_bar).await);
-        }
-        for (name, way, has_bar) in &ways {
-            metrics.extend(latency(name, way, &direct, *has_bar).await);
+        let mut metrics = throughput(&ways, &direct).await;
+        for way in &ways {
+            metrics.extend(latency(way, &direct).await);
         }
         metrics.sort_by_key(|metric| metric.unit as u8);
         report(&metrics, "the same server without the endpoint");
     });
 }
+
+/// What requests go through, where that is, and whether it has to be quick.
+struct Way(&'static str, Target, bool);
 
 /// Where requests go.
 #[derive(Clone)]
@@ -74,8 +81,8 @@ struct Target {
 }
 
 impl Target {
-    fn new(endpoint: &Endpoint, token: Option<String>) -> Self {
-        Self { address: endpoint.address(), token }
+    fn new(address: SocketAddr, token: Option<String>) -> Self {
+        Self { address, token }
     }
 
     async fn connect(&self) -> SendRequest<Empty<Bytes>> {
@@ -120,29 +127,34 @@ impl Target {
     }
 }
 
-async fn throughput(name: &str, way: &Target, direct: &Target, has_bar: bool) -> Metric {
-    let mut metric = Metric {
-        name: format!("{CLIENTS} clients {name}"),
+/// All in turn, so that each is beside the same rounds of the server alone.
+async fn throughput(ways: &[Way], direct: &Target) -> Vec<Metric> {
+    let metric = |Way(name, _, has_bar): &Way| Metric {
+        name: format!("{CLIENTS} clients through {name}"),
         unit: Unit::ThousandsPerSecond,
         ours: Vec::new(),
         floor: Vec::new(),
         bar: has_bar.then_some(Bar::AtLeast(0.5)),
     };
+    let mut metrics: Vec<_> = ways.iter().map(metric).collect();
     for round in 0..1 + ROUNDS {
-        let (ours, floor) = (way.rate().await, direct.rate().await);
-        if round > 0 {
-            metric.ours.push(ours / 1e3);
-            metric.floor.push(floor / 1e3);
+        let floor = direct.rate().await;
+        for (Way(_, target, _), metric) in ways.iter().zip(&mut metrics) {
+            let ours = target.rate().await;
+            if round > 0 {
+                metric.ours.push(ours / 1e3);
+                metric.floor.push(floor / 1e3);
+            }
         }
     }
-    metric
+    metrics
 }
 
-/// How long one request takes where no other is under way, and what of that is the endpoint's.
-async fn latency(name: &str, way: &Target, direct: &Target, has_bar: bool) -> [Metric; 2] {
+/// How long one request takes where no other is under way, and what of that is not the server's.
+async fn latency(Way(name, way, has_bar): &Way, direct: &Target) -> [Metric; 2] {
     let (mut through, mut straight) = (way.connect().await, direct.connect().await);
     let mut whole = Metric {
-        name: format!("one request {name}"),
+        name: format!("one request through {name}"),
         unit: Unit::Micros,
         ours: Vec::new(),
         floor: Vec::new(),
@@ -158,7 +170,7 @@ async fn latency(name: &str, way: &Target, direct: &Target, has_bar: bool) -> [M
     }
     let median = |samples: &[f64]| whole.percentile(samples, 50).expect("samples");
     let added = Metric {
-        name: format!("of that, added {name}"),
+        name: format!("of that, added by {name}"),
         unit: Unit::Micros,
         ours: vec![median(&whole.ours) - median(&whole.floor)],
         floor: Vec::new(),
