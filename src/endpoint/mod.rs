@@ -68,6 +68,9 @@ use crate::error::Error;
 /// for gRPC, and where the header `X-aws-proxy-force-h2` says so. It is told where the request came from by `Forwarded` and
 /// `X-Forwarded-…`, which say nothing that the client made up.
 ///
+/// An idempotent request without a body is sent again where the application closes a connection that was kept just as it comes.
+/// No other request reaches the application twice.
+///
 /// A session that sleeps is woken, once for however many ask, and the requests are held meanwhile. It stays awake until
 /// the last of them is over, bodies and WebSockets included; connections that are kept for later do not keep it awake.
 ///
