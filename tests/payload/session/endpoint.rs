@@ -61,14 +61,18 @@ async fn endpoint(upstreams: impl Upstreams) -> Arc<Endpoint> {
     Arc::new(Endpoint::bind("127.0.0.1:0", upstreams, options).await.unwrap())
 }
 
+/// One that leads to this session by every name.
+async fn greeting(session: &Session) -> Arc<Endpoint> {
+    let found = session.clone();
+    endpoint(move |_: &str| Some(Arc::new(Greeter(found.clone())) as Arc<dyn Upstream>)).await
+}
+
 #[test]
 fn requests_for_a_session_that_sleeps_are_all_answered_after_one_resume() {
     block_on(async {
         let house = House::new().await;
         let session = house.halted(SessionPolicy::new()).await;
-        let found = session.clone();
-        let greeter = move |_: &str| Some(Arc::new(Greeter(found.clone())) as Arc<dyn Upstream>);
-        let endpoint = endpoint(greeter).await;
+        let endpoint = greeting(&session).await;
         let mut events = session.events();
         for _ in 0..3 {
             session.suspend().await.unwrap();
@@ -93,9 +97,7 @@ fn a_session_sleeps_between_requests_although_connections_are_kept() {
     block_on(async {
         let house = House::new().await;
         let session = house.halted(SessionPolicy::new().idle_after(SHORT)).await;
-        let found = session.clone();
-        let greeter = move |_: &str| Some(Arc::new(Greeter(found.clone())) as Arc<dyn Upstream>);
-        let endpoint = endpoint(greeter).await;
+        let endpoint = greeting(&session).await;
         for _ in 0..3 {
             assert_eq!(ask(&endpoint, "any").await.0, 200);
             until(&session, SessionState::Suspended).await;
@@ -123,9 +125,7 @@ fn a_session_whose_files_are_damaged_is_a_bad_gateway_until_they_are_whole_again
     block_on(async {
         let house = House::new().await;
         let session = house.halted(SessionPolicy::new()).await;
-        let found = session.clone();
-        let greeter = move |_: &str| Some(Arc::new(Greeter(found.clone())) as Arc<dyn Upstream>);
-        let endpoint = endpoint(greeter).await;
+        let endpoint = greeting(&session).await;
         session.suspend().await.unwrap();
         let state = house.path().join(session.id()).join("asleep/state");
         let whole = std::fs::read(&state).unwrap();
