@@ -279,8 +279,11 @@ fn clocks_are_right(name: &str, config: VmConfig, source: &str) {
         assert_eq!(frozen.ask("ls /slept 2>/dev/null; true"), "");
         drop(frozen);
         let guest = Guest::restore(&snapshot, Clock::Advance);
-        let late = lateness(&guest) - start;
-        assert!((-1..=1).contains(&late), "{late} s late after {seconds} s, and {start} s before");
+        // Right; or as far from it as before, or nearer: what KVM shows a guest whose processors' TSCs are not
+        // one runs at the rate that it knew when it was loaded, and begins anew with each restore.
+        let late = lateness(&guest);
+        let range = start.min(0) - 1..=start.max(0) + 1;
+        assert!(range.contains(&late), "{late} s late after {seconds} s, and {start} s before");
         let dozed = guest.ask("sleep 1; ls /dozed 2>/dev/null; true");
         assert_eq!(dozed == "/dozed\n", at > 0, "{dozed:?} after {seconds} s");
         assert_eq!(guest.ask("ls /slept 2>/dev/null; true"), "");
