@@ -21,9 +21,11 @@ impl Tasks {
     pub(super) fn spawn(&self, task: impl Future + Send + 'static) -> AbortHandle {
         let end = self.end.wait();
         let until_end = async move {
+            // The end first: a task would tell its client of the end of another.
             tokio::select! {
-                _ = task => {}
+                biased;
                 () = end => {}
+                _ = task => {}
             }
         };
         self.tracker.spawn(until_end).abort_handle()
