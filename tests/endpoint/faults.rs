@@ -126,8 +126,13 @@ fn an_answer_that_breaks_off_never_passes_for_a_whole_one() {
             assert_eq!(answer.status(), 200);
             assert!(answer.into_body().collect().await.is_err(), "{words:?}");
             let mut sender = h2(setup.endpoint.address()).await;
-            let answer = sender.send_request(request("http://one.localhost/")).await.unwrap();
-            assert!(answer.into_body().collect().await.is_err(), "{words:?}");
+            let answer = sender.send_request(request("http://one.localhost/")).await;
+            // A reset of the stream may overtake the head.
+            let whole = match answer {
+                Ok(answer) => answer.into_body().collect().await.is_ok(),
+                Err(_) => false,
+            };
+            assert!(!whole, "{words:?}");
         }
     });
 }
