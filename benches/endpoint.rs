@@ -27,7 +27,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use report::{Bar, Metric, Unit, micros, report};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Builder;
 
 /// Connections of clients that ask at once.
@@ -42,7 +42,7 @@ const SIZE: usize = 1024;
 fn main() {
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(async {
-        let server = serve_tcp().await;
+        let server = proxies::listen(serve).await;
         let keys = TokenKeys::generate().expect("keys");
         let open = EndpointOptions::new().without_tokens();
         let locked = EndpointOptions::new().tokens(keys.clone());
@@ -187,19 +187,6 @@ async fn times(target: &Target, sender: &mut SendRequest<Empty<Bytes>>) -> Vec<f
         times.push(micros(begin.elapsed()));
     }
     times
-}
-
-async fn serve_tcp() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a socket");
-    let address = listener.local_addr().expect("an address");
-    tokio::spawn(async move {
-        loop {
-            let (stream, _) = listener.accept().await.expect("a client");
-            stream.set_nodelay(true).expect("no delay");
-            tokio::spawn(serve(stream));
-        }
-    });
-    address
 }
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {

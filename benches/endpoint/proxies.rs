@@ -51,7 +51,8 @@ fn connect() -> UnixStream {
     ours
 }
 
-async fn listen<F>(proxy: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
+/// Has each connection of a new address served.
+pub(super) async fn listen<F>(serve: impl Fn(TcpStream) -> F + Send + 'static) -> SocketAddr
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -61,7 +62,7 @@ where
         loop {
             let (client, _) = listener.accept().await.expect("a client");
             client.set_nodelay(true).expect("no delay");
-            tokio::spawn(proxy(client));
+            tokio::spawn(serve(client));
         }
     });
     address
