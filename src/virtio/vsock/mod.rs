@@ -169,7 +169,11 @@ impl Vsock {
     /// when the VM goes on.
     fn tell_reset(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
         let ram = queues.ram();
-        let Some(event) = queues.get(EVENT) else { return Ok(()) };
+        let Some(event) = queues.get(EVENT) else {
+            // A driver without a queue for events cannot be told, and does not expect it.
+            self.reset = TransportReset::Known;
+            return Ok(());
+        };
         if self.reset == TransportReset::Owed {
             // Before the guest can have answered.
             let given = event.given(ram)?;

@@ -353,6 +353,22 @@ fn a_restored_guest_is_told_of_the_reset_before_anything_else() {
 }
 
 #[test]
+fn a_restored_guest_without_a_queue_for_events_is_not_kept_waiting() {
+    let (guest, handle, _) = guest();
+    handle.pause();
+    let mut state = handle.state();
+    state.queues[2].ready = false;
+    let (transport, restored, vsock) = device(&VsockConfig::default());
+    restored.restore(&state).unwrap();
+    let mut guest = RawGuest { transport, ..guest };
+    restored.resume();
+    (0..3).for_each(|queue| guest.transport.notify(queue));
+    let listener = vsock.listen(9).unwrap();
+    guest.connect(1, 9);
+    listener.accept_timeout(PATIENCE).unwrap();
+}
+
+#[test]
 fn a_restored_guest_without_buffers_for_events_is_told_when_it_has_one() {
     let (guest, handle, _) = guest();
     handle.pause();
