@@ -1,13 +1,20 @@
 //! Connections to the applications of a guest, kept from one request to the next.
 //!
-//! A connection that waits does not keep its session awake. It ends when the session sleeps, which its task sees at once; a
+//! A connection that waits does not keep its session awake. It ends when the session sleeps, which is seen when it is taken; a
 //! request that was given to it and not sent comes back, and goes out on another. One that was sent to an application
 //! that closed the connection just then is sent again, where it may be: others get a connection that has not waited.
 //!
+//! The task of a request moves the bytes of its connection itself. Most answers are all there when their head is; where more is
+//! to come, the connection gets a task of its own.
+//!
 //! Source: RFC 9112 §9.3.1, retrying requests; RFC 9110 §9.2.2, idempotent methods.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
+use std::mem::replace;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use hyper::body::{Body, Incoming};
@@ -15,8 +22,9 @@ use hyper::client::conn::{TrySendError, http1, http2};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout};
 
+use super::alarm::Alarm;
 use super::fault::{Fault, Stage};
 use super::guest::Guest;
 use super::options::EndpointLimits;
@@ -35,7 +43,7 @@ type Http2 = http2::SendRequest<Upload>;
 
 /// Those of one guest, by port.
 pub(super) struct Connections {
-    waiting: Mutex<HashMap<u16, Vec<Waiting>>>,
+    waiting: Mutex<HashMap<u16, VecDeque<Waiting>>>,
     /// One for all requests at a time. Whoever finds none makes it, and the others wait for that.
     shared: Mutex<HashMap<u16, Arc<tokio::sync::Mutex<Option<Http2>>>>>,
     tasks: Tasks,
@@ -48,7 +56,27 @@ struct Waiting {
 
 struct Connection {
     sender: http1::SendRequest<Upload>,
-    task: AbortHandle,
+    driver: Driver,
+    alarm: Alarm,
+}
+
+/// What moves the bytes of a connection.
+enum Driver {
+    /// Its request does, and nobody while it waits.
+    Request(Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>),
+    Task(AbortHandle),
+    Over,
+}
+
+impl Driver {
+    /// Where it is the request's to do.
+    fn drive(&mut self, context: &mut Context<'_>) {
+        if let Self::Request(connection) = self
+            && connection.as_mut().poll(context).is_ready()
+        {
+            *self = Self::Over;
+        }
+    }
 }
 
 impl Connections {
@@ -56,35 +84,85 @@ impl Connections {
         Self { waiting: Mutex::default(), shared: Mutex::default(), tasks }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u16, Vec<Waiting>>> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u16, VecDeque<Waiting>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The one that has waited the shortest time.
     fn take(&self, port: u16) -> Option<Connection> {
-        let mut waiting = self.waiting();
-        let waiting = waiting.get_mut(&port)?;
-        while let Some(Waiting { connection, since }) = waiting.pop() {
+        loop {
+            let Waiting { mut connection, since } = self.waiting().get_mut(&port)?.pop_back()?;
+            // This sees whether it has ended, and makes it forget the task of its last request.
+            connection.driver.drive(&mut Context::from_waker(Waker::noop()));
             if since.elapsed() < KEPT_FOR && connection.sender.is_ready() {
                 return Some(connection);
             }
         }
-        None
     }
 
     fn keep(&self, port: u16, connection: Connection) {
+        let now = Instant::now();
         let mut waiting = self.waiting();
         let waiting = waiting.entry(port).or_default();
-        waiting.retain(|one| one.since.elapsed() < KEPT_FOR && !one.connection.sender.is_closed());
+        while waiting.front().is_some_and(|one| now - one.since >= KEPT_FOR) {
+            waiting.pop_front();
+        }
         if waiting.len() < MAX_KEPT {
-            waiting.push(Waiting { connection, since: Instant::now() });
+            waiting.push_back(Waiting { connection, since: now });
         }
     }
 
-    async fn open(&self, stream: UpstreamStream) -> Result<Connection, Fault> {
+    async fn open(
+        &self,
+        stream: UpstreamStream,
+        limits: &EndpointLimits,
+    ) -> Result<Connection, Fault> {
         let handshake = http1::handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(|error| fault(&error))?;
-        Ok(Connection { sender, task: self.tasks.spawn(connection.with_upgrades()) })
+        let driver = Driver::Request(Box::pin(connection.with_upgrades()));
+        Ok(Connection { sender, driver, alarm: Alarm::new(Instant::now() + limits.answer_time) })
+    }
+}
+
+impl Connection {
+    /// Sends a request, and waits for the head of its answer as long as the application takes what it is sent.
+    async fn ask(
+        &mut self,
+        request: Request<Upload>,
+        limits: &EndpointLimits,
+    ) -> Result<Tried, Fault> {
+        let patience = Patience::new(&request, limits);
+        let Self { sender, driver, alarm } = self;
+        let mut sending = pin!(sender.try_send_request(request));
+        poll_fn(|context| {
+            driver.drive(context);
+            // What the driver has done is seen here: it is not to wake its own task for that.
+            let tried = match driver {
+                Driver::Task(_) => sending.as_mut().poll(context),
+                _ => sending.as_mut().poll(&mut Context::from_waker(Waker::noop())),
+            };
+            if let Poll::Ready(tried) = tried {
+                return Poll::Ready(Ok(tried));
+            }
+            alarm.poll(patience.until(), context).map(|()| Err(patience.lost()))
+        })
+        .await
+    }
+
+    /// Has what is still to come of a request and its answer move by itself.
+    fn release(&mut self, tasks: &Tasks) {
+        if !self.sender.is_ready() {
+            self.driver = match replace(&mut self.driver, Driver::Over) {
+                Driver::Request(connection) => Driver::Task(tasks.spawn(connection)),
+                other => other,
+            };
+        }
+    }
+
+    fn end(&self) {
+        if let Driver::Task(task) = &self.driver {
+            task.abort();
+        }
     }
 }
 
@@ -107,7 +185,7 @@ impl Lent {
             self.guest.connections.tasks.spawn(async move {
                 match timeout(REST_TIME, connection.sender.ready()).await {
                     Ok(Ok(())) => guest.connections.keep(port, connection),
-                    _ => connection.task.abort(),
+                    _ => connection.end(),
                 }
             });
         }
@@ -122,7 +200,7 @@ impl Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         if let Some(connection) = &self.connection {
-            connection.task.abort();
+            connection.end();
         }
     }
 }
@@ -143,14 +221,18 @@ impl Guest {
             let spare = kept.as_ref().map(|_| copy(&request));
             let connection = match kept {
                 Some(connection) => connection,
-                None => self.connections.open(connect(upstream, port, limits).await?).await?,
+                None => {
+                    let stream = connect(upstream, port, limits).await?;
+                    self.connections.open(stream, limits).await?
+                }
             };
             let mut lent = Lent { connection: Some(connection), guest: Arc::clone(self), port };
-            let Some(Connection { sender, .. }) = &mut lent.connection else { continue };
-            let progress = request.body().progress();
-            let sending = sender.try_send_request(request);
-            match answer(sending, progress, limits).await? {
-                Ok(answer) => return Ok((answer, lent)),
+            let Some(connection) = &mut lent.connection else { continue };
+            match connection.ask(request, limits).await? {
+                Ok(answer) => {
+                    connection.release(&self.connections.tasks);
+                    return Ok((answer, lent));
+                }
                 Err(error) => request = again(error, spare.is_none(), spare)?,
             }
         }
@@ -180,9 +262,16 @@ impl Guest {
                     }
                 }
             };
-            let progress = request.body().progress();
-            let sending = sender.try_send_request(request);
-            match answer(sending, progress, limits).await? {
+            let patience = Patience::new(&request, limits);
+            let mut alarm = Alarm::new(patience.until());
+            let mut sending = pin!(sender.try_send_request(request));
+            let asked = poll_fn(|context| match sending.as_mut().poll(context) {
+                Poll::Ready(tried) => Poll::Ready(Ok(tried)),
+                Poll::Pending => {
+                    alarm.poll(patience.until(), context).map(|()| Err(patience.lost()))
+                }
+            });
+            match asked.await? {
                 Ok(answer) => return Ok(answer),
                 Err(error) => request = again(error, is_new, None)?,
             }
@@ -217,32 +306,33 @@ async fn connect(
 
 type Tried = Result<Response<Incoming>, TrySendError<Request<Upload>>>;
 
-/// Waits for the head of an answer, as long as the application takes what it is sent.
-async fn answer(
-    sending: impl Future<Output = Tried>,
+/// How long an answer is waited for: longer, as long as the application takes what it is sent.
+struct Patience {
+    begin: Instant,
     progress: Option<Arc<Progress>>,
-    limits: &EndpointLimits,
-) -> Result<Tried, Fault> {
-    let mut sending = std::pin::pin!(sending);
-    let begin = Instant::now();
-    let deadline = |progress: &Option<Arc<Progress>>| {
-        progress.as_ref().map_or(begin, |progress| progress.last().max(begin)) + limits.answer_time
-    };
-    loop {
-        let until = deadline(&progress);
-        if let Ok(tried) = timeout_at(until, &mut sending).await {
-            return Ok(tried);
-        }
-        if deadline(&progress) > until {
-            continue;
-        }
-        return Err(if progress.is_some_and(|progress| progress.waits_for_client()) {
+    answer_time: Duration,
+}
+
+impl Patience {
+    fn new(request: &Request<Upload>, limits: &EndpointLimits) -> Self {
+        let progress = request.body().progress();
+        Self { begin: Instant::now(), progress, answer_time: limits.answer_time }
+    }
+
+    fn until(&self) -> Instant {
+        let last = self.progress.as_ref().map(|progress| progress.last().max(self.begin));
+        last.unwrap_or(self.begin) + self.answer_time
+    }
+
+    /// Who has let it down.
+    fn lost(&self) -> Fault {
+        if self.progress.as_ref().is_some_and(|progress| progress.waits_for_client()) {
             let message = "the rest of the request has not come in time";
             Fault::new(StatusCode::REQUEST_TIMEOUT, Stage::Request, message)
         } else {
             let message = "the application has not answered in time";
             Fault::new(StatusCode::GATEWAY_TIMEOUT, Stage::Response, message)
-        });
+        }
     }
 }
 

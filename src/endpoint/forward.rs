@@ -72,7 +72,7 @@ impl Forward {
         let (mut parts, body) = request.into_parts();
         let wants_h2 = port::wants_h2(&parts.headers) && upgrade.is_none();
         join_cookies(&mut parts);
-        headers::to_guest(&mut parts.headers, parts.version, &target, self.origin);
+        headers::to_guest(&mut parts.headers, parts.version, &target, &self.origin);
         if is_websocket {
             port::strip_subprotocols(&mut parts.headers);
         }

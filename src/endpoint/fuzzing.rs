@@ -59,8 +59,8 @@ fn request(method: &Method, uri: &Uri, version: Version, mut headers: HeaderMap)
         let path = path.split('?').next().unwrap_or_default();
         assert!(path.split('/').all(|segment| segment != "." && segment != ".."), "{target:?}");
     }
-    let origin = Origin { peer: SocketAddr::from(([127, 0, 0, 1], 1)), is_tls: false };
-    headers::to_guest(&mut headers, version, &target, origin);
+    let origin = Origin::new(SocketAddr::from(([127, 0, 0, 1], 1)), false);
+    headers::to_guest(&mut headers, version, &target, &origin);
     port::strip_subprotocols(&mut headers);
     assert!(!headers.contains_key(CONNECTION) && !headers.contains_key(TRANSFER_ENCODING));
     assert!(headers.keys().all(|name| !name.as_str().starts_with(OWN_HEADERS)));

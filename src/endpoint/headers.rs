@@ -7,52 +7,69 @@ use std::net::{IpAddr, SocketAddr};
 use hyper::HeaderMap;
 use hyper::Version;
 use hyper::header::{
-    CONNECTION, EXPECT, FORWARDED, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
+    CONNECTION, CONTENT_LENGTH, EXPECT, FORWARDED, HOST, HeaderName, HeaderValue, TE, UPGRADE, VIA,
 };
 use smallvec::SmallVec;
 
 use super::port::OWN_HEADERS;
 use super::route::Target;
 
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
-const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
 
 /// What is of one hop whether `Connection` names it or not.
-const HOP_BY_HOP: [HeaderName; 9] = [
-    CONNECTION,
-    KEEP_ALIVE,
-    PROXY_CONNECTION,
-    PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION,
-    HTTP2_SETTINGS,
-    TE,
-    TRANSFER_ENCODING,
-    UPGRADE,
-];
-/// What an application may trust, since no client has said it.
-const ORIGIN: [HeaderName; 7] = [
-    FORWARDED,
-    FORWARDED_FOR,
-    FORWARDED_HOST,
-    FORWARDED_PROTO,
-    FORWARDED_PORT,
-    FORWARDED_PREFIX,
-    REAL_IP,
-];
+fn is_of_one_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "http2-settings"
+            | "te"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
 
-/// Where a request came from.
-#[derive(Clone, Copy, Debug)]
+/// What an application may trust, since no client has said it.
+fn is_of_origin(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "forwarded"
+            | "x-forwarded-for"
+            | "x-forwarded-host"
+            | "x-forwarded-proto"
+            | "x-forwarded-port"
+            | "x-forwarded-prefix"
+            | "x-real-ip"
+    )
+}
+
+/// Where the requests of a connection come from, as it is written in each.
+#[derive(Debug)]
 pub(super) struct Origin {
-    pub(super) peer: SocketAddr,
-    pub(super) is_tls: bool,
+    scheme: HeaderValue,
+    address: HeaderValue,
+    /// What `Forwarded` begins with.
+    forwarded: String,
+}
+
+impl Origin {
+    pub(super) fn new(peer: SocketAddr, is_tls: bool) -> Self {
+        let scheme = if is_tls { "https" } else { "http" };
+        let address = peer.ip().to_string();
+        let forwarded = match peer.ip() {
+            IpAddr::V4(_) => format!("for={address};proto={scheme}"),
+            IpAddr::V6(_) => format!("for=\"[{address}]\";proto={scheme}"),
+        };
+        // An address has no characters that a header cannot have.
+        let address = HeaderValue::try_from(address).unwrap_or(HeaderValue::from_static("unknown"));
+        Self { scheme: HeaderValue::from_static(scheme), address, forwarded }
+    }
 }
 
 /// The one protocol that the client wants to go on with on its connection.
@@ -76,29 +93,38 @@ fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
 
 /// Takes what was said to this hop alone.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let named: SmallVec<[HeaderName; 4]> = headers
+    strip(headers, is_of_one_hop);
+}
+
+/// Takes what `Connection` names, and what else is not to go on. They are looked at once: most messages have few, and none of those.
+fn strip(headers: &mut HeaderMap, ends_here: impl Fn(&HeaderName) -> bool) {
+    let named = headers
         .get_all(CONNECTION)
         .into_iter()
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
         .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
         // Naming these would take from the application what it needs to read the message.
-        .filter(|name| name != HOST && name != hyper::header::CONTENT_LENGTH)
-        .collect();
-    for name in named.iter().chain(&HOP_BY_HOP) {
+        .filter(|name| name != HOST && name != CONTENT_LENGTH);
+    let listed = headers.keys().filter(|name| ends_here(name)).cloned();
+    let names: SmallVec<[HeaderName; 4]> = named.chain(listed).collect();
+    for name in names {
         headers.remove(name);
     }
 }
 
 /// Makes what the client said what the guest's application is told.
-pub(super) fn to_guest(headers: &mut HeaderMap, version: Version, target: &Target, origin: Origin) {
+pub(super) fn to_guest(
+    headers: &mut HeaderMap,
+    version: Version,
+    target: &Target,
+    origin: &Origin,
+) {
     let takes_trailers = lists(headers, &TE, "trailers");
-    strip_hop_by_hop(headers);
-    let own: SmallVec<[HeaderName; 4]> =
-        headers.keys().filter(|name| name.as_str().starts_with(OWN_HEADERS)).cloned().collect();
-    for name in own.iter().chain(&ORIGIN) {
-        headers.remove(name);
-    }
+    let is_own = |name: &HeaderName| name.as_str().starts_with(OWN_HEADERS);
+    strip(headers, |name| is_of_one_hop(name) || is_of_origin(name) || is_own(name));
+    // For all that is put in, so that it grows once.
+    headers.reserve(8);
     if takes_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
@@ -109,27 +135,23 @@ pub(super) fn to_guest(headers: &mut HeaderMap, version: Version, target: &Targe
     headers.append(VIA, via(version));
 }
 
-fn say_origin(headers: &mut HeaderMap, target: &Target, origin: Origin) {
-    let scheme = if origin.is_tls { "https" } else { "http" };
-    let address = origin.peer.ip();
-    let node = match address {
-        IpAddr::V4(address) => address.to_string(),
-        IpAddr::V6(address) => format!("\"[{address}]\""),
-    };
-    let mut forwarded = format!("for={node};proto={scheme}");
+fn say_origin(headers: &mut HeaderMap, target: &Target, origin: &Origin) {
+    let mut forwarded = String::with_capacity(128);
+    forwarded.push_str(&origin.forwarded);
     if let Some(authority) = &target.authority {
-        forwarded.push_str(&format!(";host=\"{authority}\""));
+        for part in [";host=\"", authority.as_str(), "\""] {
+            forwarded.push_str(part);
+        }
         if let Ok(host) = HeaderValue::from_str(authority.as_str()) {
             headers.insert(FORWARDED_HOST, host.clone());
             headers.insert(HOST, host);
         }
     }
-    for (name, value) in [(FORWARDED, forwarded), (FORWARDED_FOR, address.to_string())] {
-        if let Ok(value) = HeaderValue::try_from(value) {
-            headers.insert(name, value);
-        }
+    if let Ok(forwarded) = HeaderValue::try_from(forwarded) {
+        headers.insert(FORWARDED, forwarded);
     }
-    headers.insert(FORWARDED_PROTO, HeaderValue::from_static(scheme));
+    headers.insert(FORWARDED_FOR, origin.address.clone());
+    headers.insert(FORWARDED_PROTO, origin.scheme.clone());
     if let Some(prefix) = &target.prefix {
         headers.insert(FORWARDED_PREFIX, prefix.clone());
     }

@@ -5,6 +5,7 @@
 //! whom a request is, who may ask, how long who waits for whom, and what is told to whom. Headers, ports and statuses are
 //! those of AWS Lambda's MicroVMs (2026), so that clients of those work with it.
 
+mod alarm;
 mod authority;
 mod body;
 mod connections;

@@ -119,10 +119,9 @@ fn authority(uri: &Uri, version: Version, headers: &HeaderMap) -> Result<Option<
     if authority.as_str().contains('@') {
         return Err(Fault::malformed("the host has a user"));
     }
-    let port = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
-    if authority.host().is_empty()
-        || !port.is_empty() && port != ":" && authority.port_u16().is_none()
-    {
+    let host = authority.host();
+    let port = authority.as_str().strip_prefix(host).unwrap_or_default();
+    if host.is_empty() || !port.is_empty() && port != ":" && authority.port_u16().is_none() {
         return Err(Fault::malformed("the host is empty, or its port no number"));
     }
     Ok(Some(authority))

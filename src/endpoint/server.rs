@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use super::alarm::HeadTimer;
 use super::forward::Forward;
 use super::headers::Origin;
 use super::preface;
@@ -76,7 +77,7 @@ impl Server {
         let _ = keep_alive(&stream);
         let forward = Forward {
             shared: Arc::clone(&self.shared),
-            origin: Origin { peer, is_tls: self.tls.is_some() },
+            origin: Origin::new(peer, self.tls.is_some()),
             opened: Opened::default(),
         };
         let patience = self.shared.limits.header_time;
@@ -117,7 +118,7 @@ impl Server {
     {
         let limits = &self.shared.limits;
         let mut builder = http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(limits.header_time);
+        builder.timer(HeadTimer::new(limits.header_time)).header_read_timeout(limits.header_time);
         builder.max_header_size(limits.header_bytes as usize);
         builder.max_buf_size(MIN_BUFFER.max(limits.header_bytes as usize));
         // With another number than its own, hyper takes memory for each request.

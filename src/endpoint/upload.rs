@@ -114,7 +114,7 @@ impl Continue {
 /// How far a body has come, for whoever waits for the answer.
 pub(super) struct Progress {
     begin: Instant,
-    /// Milliseconds after the beginning at which the application took something last, or could have.
+    /// Milliseconds after the beginning at which the application last took something, or began to wait for more.
     last: AtomicU64,
     waits_for_client: AtomicBool,
 }
@@ -129,9 +129,12 @@ impl Progress {
     }
 
     fn note(&self, waits_for_client: bool) {
-        self.waits_for_client.store(waits_for_client, Ordering::Relaxed);
-        let passed = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last.store(passed, Ordering::Relaxed);
+        let did_wait = self.waits_for_client.swap(waits_for_client, Ordering::Relaxed);
+        // Asking again for what has not come is none.
+        if !(did_wait && waits_for_client) {
+            let passed = u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.last.store(passed, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn last(&self) -> Instant {
