@@ -114,9 +114,11 @@ impl Connections {
 
     async fn open(
         &self,
-        stream: UpstreamStream,
+        upstream: &dyn Upstream,
+        port: u16,
         limits: &EndpointLimits,
     ) -> Result<Connection, Fault> {
+        let stream = connect(upstream, port, limits).await?;
         let handshake = http1::handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(|error| fault(&error))?;
         let driver = Driver::Request(Box::pin(connection.with_upgrades()));
@@ -221,10 +223,7 @@ impl Guest {
             let spare = kept.as_ref().map(|_| copy(&request));
             let connection = match kept {
                 Some(connection) => connection,
-                None => {
-                    let stream = connect(upstream, port, limits).await?;
-                    self.connections.open(stream, limits).await?
-                }
+                None => Box::pin(self.connections.open(upstream, port, limits)).await?,
             };
             let mut lent = Lent { connection: Some(connection), guest: Arc::clone(self), port };
             let Some(connection) = &mut lent.connection else { continue };

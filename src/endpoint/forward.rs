@@ -87,7 +87,8 @@ impl Forward {
         parts.extensions.clear();
         if wants_h2 {
             let request = to_h2(parts, target, upload)?;
-            let answer = guest.ask_h2(&*lease.upstream, port, request, &shared.limits).await?;
+            let asked = guest.ask_h2(&*lease.upstream, port, request, &shared.limits);
+            let answer = Box::pin(asked).await?;
             return to_client(answer, None, lease);
         }
         let request = to_h1(parts, target, upload);

@@ -124,7 +124,7 @@ pub(super) fn to_guest(
     let is_own = |name: &HeaderName| name.as_str().starts_with(OWN_HEADERS);
     strip(headers, |name| is_of_one_hop(name) || is_of_origin(name) || is_own(name));
     // For all that is put in, so that it grows once.
-    headers.reserve(8);
+    headers.reserve(5);
     if takes_trailers {
         headers.insert(TE, HeaderValue::from_static("trailers"));
     }
