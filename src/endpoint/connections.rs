@@ -26,7 +26,6 @@ use tokio::time::{Instant, timeout};
 
 use super::alarm::Alarm;
 use super::fault::{Fault, Stage};
-use super::guest::Guest;
 use super::options::EndpointLimits;
 use super::tasks::Tasks;
 use super::upload::{Progress, Upload};
@@ -172,7 +171,7 @@ impl Connection {
 pub(super) struct Lent {
     /// None once it is given back.
     connection: Option<Connection>,
-    guest: Arc<Guest>,
+    connections: Arc<Connections>,
     port: u16,
 }
 
@@ -180,13 +179,13 @@ impl Lent {
     /// For the next request, as soon as this one is all sent.
     pub(super) fn give_back(mut self) {
         let Some(mut connection) = self.connection.take() else { return };
-        let (guest, port) = (Arc::clone(&self.guest), self.port);
+        let (connections, port) = (Arc::clone(&self.connections), self.port);
         if connection.sender.is_ready() {
-            guest.connections.keep(port, connection);
+            connections.keep(port, connection);
         } else if !connection.sender.is_closed() {
-            self.guest.connections.tasks.spawn(async move {
+            self.connections.tasks.spawn(async move {
                 match timeout(REST_TIME, connection.sender.ready()).await {
-                    Ok(Ok(())) => guest.connections.keep(port, connection),
+                    Ok(Ok(())) => connections.keep(port, connection),
                     _ => connection.end(),
                 }
             });
@@ -207,7 +206,7 @@ impl Drop for Lent {
     }
 }
 
-impl Guest {
+impl Connections {
     /// Asks the application at a port by HTTP/1.1.
     pub(super) async fn ask(
         self: &Arc<Self>,
@@ -219,17 +218,18 @@ impl Guest {
         let is_repeatable = request.method().is_idempotent() && request.body().is_end_stream();
         loop {
             // One that may not be used ends here, so that an application that serves one at a time does not wait for it.
-            let kept = self.connections.take(port).filter(|_| is_repeatable);
+            let kept = self.take(port).filter(|_| is_repeatable);
             let spare = kept.as_ref().map(|_| copy(&request));
             let connection = match kept {
                 Some(connection) => connection,
-                None => Box::pin(self.connections.open(upstream, port, limits)).await?,
+                None => Box::pin(self.open(upstream, port, limits)).await?,
             };
-            let mut lent = Lent { connection: Some(connection), guest: Arc::clone(self), port };
+            let mut lent =
+                Lent { connection: Some(connection), connections: Arc::clone(self), port };
             let Some(connection) = &mut lent.connection else { continue };
             match connection.ask(request, limits).await? {
                 Ok(answer) => {
-                    connection.release(&self.connections.tasks);
+                    connection.release(&self.tasks);
                     return Ok((answer, lent));
                 }
                 Err(error) => request = again(error, spare.is_none(), spare)?,
@@ -239,15 +239,14 @@ impl Guest {
 
     /// Asks the application at a port by HTTP/2, without an upgrade.
     pub(super) async fn ask_h2(
-        self: &Arc<Self>,
+        &self,
         upstream: &dyn Upstream,
         port: u16,
         mut request: Request<Upload>,
         limits: &EndpointLimits,
     ) -> Result<Response<Incoming>, Fault> {
         let slot = {
-            let shared = &self.connections.shared;
-            let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(shared.entry(port).or_default())
         };
         loop {
@@ -257,7 +256,7 @@ impl Guest {
                     Some(sender) => (slot.insert(sender).clone(), false),
                     None => {
                         let stream = connect(upstream, port, limits).await?;
-                        (slot.insert(self.connections.open_h2(stream).await?).clone(), true)
+                        (slot.insert(self.open_h2(stream).await?).clone(), true)
                     }
                 }
             };
@@ -276,9 +275,7 @@ impl Guest {
             }
         }
     }
-}
 
-impl Connections {
     async fn open_h2(&self, stream: UpstreamStream) -> Result<Http2, Fault> {
         let mut builder = http2::Builder::new(self.tasks.clone());
         let handshake = builder.timer(TokioTimer::new()).handshake(TokioIo::new(stream)).await;

@@ -6,8 +6,6 @@
 use hyper::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 
-use super::body::AnswerBody;
-
 /// How far a request came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -76,13 +74,13 @@ impl Fault {
     }
 
     /// The answer to the client.
-    pub(super) fn into_answer(self) -> Response<AnswerBody> {
+    pub(super) fn into_answer(self) -> Response<String> {
         let text = serde_json::json!({
             "error": self.message,
             "stage": self.stage.as_str(),
             "session": self.session,
         });
-        let mut answer = Response::new(AnswerBody::own(text.to_string()));
+        let mut answer = Response::new(text.to_string());
         *answer.status_mut() = self.status;
         let headers = answer.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

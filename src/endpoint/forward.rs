@@ -37,7 +37,7 @@ impl Forward {
         let is_h2 = request.version() == Version::HTTP_2;
         let answer = self.forward(request).await.unwrap_or_else(|fault| {
             tracing::debug!(?fault, "a request fails");
-            fault.into_answer()
+            fault.into_answer().map(AnswerBody::own)
         });
         Ok(if is_h2 { without_connection(answer) } else { answer })
     }
@@ -87,7 +87,7 @@ impl Forward {
         parts.extensions.clear();
         if wants_h2 {
             let request = to_h2(parts, target, upload)?;
-            let asked = guest.ask_h2(&*lease.upstream, port, request, &shared.limits);
+            let asked = guest.connections.ask_h2(&*lease.upstream, port, request, &shared.limits);
             let answer = Box::pin(asked).await?;
             return to_client(answer, None, lease);
         }
@@ -128,7 +128,8 @@ impl Forward {
                 }
             });
         }
-        let asked = guest.ask(&*lease.upstream, port, request, &self.shared.limits).await;
+        let asked =
+            guest.connections.ask(&*lease.upstream, port, request, &self.shared.limits).await;
         if let Some(gate) = gate {
             gate.say(false);
         }

@@ -74,7 +74,7 @@ pub(super) struct Guest {
     requests: AtomicUsize,
     held: AtomicUsize,
     used: Mutex<Instant>,
-    pub(super) connections: Connections,
+    pub(super) connections: Arc<Connections>,
 }
 
 impl Guest {
@@ -83,7 +83,7 @@ impl Guest {
             requests: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             used: Mutex::new(Instant::now()),
-            connections: Connections::new(tasks),
+            connections: Arc::new(Connections::new(tasks)),
         }
     }
 

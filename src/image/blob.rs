@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::layer::Skip;
+use super::skip::Skip;
 
 /// Bytes of a file, from an offset on. Clones share the file, and each has a position of its own.
 #[derive(Clone, Debug)]

@@ -17,6 +17,7 @@ mod progress;
 #[cfg(feature = "registry")]
 mod registry;
 mod rootfs;
+mod skip;
 mod source;
 mod unpack;
 

@@ -11,11 +11,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use tar::{Archive, Builder, Entries, Entry, HeaderMode};
-use thiserror::Error as ThisError;
 use zstd::stream::{read::Decoder, write::Encoder};
 
 use super::directory::{OpenDirectory, STATE, Staging, WRITTEN, memory_name};
-use super::error::SnapshotError;
+use super::error::{ArchiveError, SnapshotError};
 use super::options::{SaveStage, SnapshotOptions};
 use super::{Place, Snapshot, State, format, random_bytes};
 use crate::disk::{Extents, write_sparse};
@@ -31,23 +30,6 @@ const MAX_HEADER_BYTES: u64 = 16 << 20;
 /// A file with more of them is packed with its holes, as zeros.
 const MAX_EXTENTS: usize = 500_000;
 const BUFFER_BYTES: usize = 1 << 20;
-
-/// Why a file is no packed snapshot.
-#[derive(Debug, ThisError)]
-pub(crate) enum ArchiveError {
-    #[error("it cannot be read")]
-    Read(#[source] io::Error),
-    #[error("it does not begin with a snapshot's `state`")]
-    NoState,
-    #[error("{name:?} is in it, which is not of this snapshot, or is there twice")]
-    Foreign { name: String },
-    #[error("its {name} has {found} bytes instead of {expected}")]
-    Size { name: String, found: u64, expected: u64 },
-    #[error("it has no {name}")]
-    Missing { name: String },
-    #[error("it goes on behind its end")]
-    Trailing,
-}
 
 impl Snapshot {
     /// Packs the snapshot into one file, for cold storage: a tar archive of its directory,

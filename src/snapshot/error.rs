@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error as ThisError;
 
-use super::archive::ArchiveError;
 use super::directory::DirectoryError;
 use super::format::FormatError;
 use crate::config::ConfigError;
@@ -76,6 +75,23 @@ pub(crate) enum SnapshotError {
     Disk(#[from] DiskError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+}
+
+/// Why a file is no packed snapshot.
+#[derive(Debug, ThisError)]
+pub(crate) enum ArchiveError {
+    #[error("it cannot be read")]
+    Read(#[source] io::Error),
+    #[error("it does not begin with a snapshot's `state`")]
+    NoState,
+    #[error("{name:?} is in it, which is not of this snapshot, or is there twice")]
+    Foreign { name: String },
+    #[error("its {name} has {found} bytes instead of {expected}")]
+    Size { name: String, found: u64, expected: u64 },
+    #[error("it has no {name}")]
+    Missing { name: String },
+    #[error("it goes on behind its end")]
+    Trailing,
 }
 
 impl SnapshotError {

@@ -12,16 +12,8 @@ mod reader;
 mod sparse;
 mod stream;
 
-use std::io::{self, Read};
-
 pub(super) use self::entry::{Device, Entry, EntryKind, Time, Xattr};
 pub(super) use self::fault::LayerFault;
 pub(super) use self::reader::TarReader;
 pub(super) use self::sparse::Extent;
 pub(super) use self::stream::{LayerStream, Packed};
-
-/// A reader that can leave bytes out.
-pub(super) trait Skip: Read {
-    /// Goes on so many bytes further, which have to be there.
-    fn skip(&mut self, bytes: u64) -> io::Result<()>;
-}

@@ -5,7 +5,8 @@ use std::io::Read;
 use tar::{EntryType, Header};
 
 use super::pax::Pax;
-use super::{Device, Entry, EntryKind, Extent, LayerFault, Skip, Time, sparse};
+use super::{Device, Entry, EntryKind, Extent, LayerFault, Time, sparse};
+use crate::image::skip::Skip;
 
 const BLOCK: usize = 512;
 /// PATH_MAX of Linux, with some room for `./` and the like.

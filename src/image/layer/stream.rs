@@ -8,9 +8,10 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 
 use sha2::{Digest as _, Sha256};
 
-use super::{LayerFault, Skip};
+use super::LayerFault;
 use crate::image::blob::Blob;
 use crate::image::digest::Digest;
+use crate::image::skip::Skip;
 
 /// What passes from one thread to the other at once.
 const CHUNK_BYTES: usize = 256 << 10;
