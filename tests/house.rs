@@ -2,6 +2,7 @@
 //!
 //! It reads src/ as tokens, without comments, literals and what is only compiled for tests.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -69,6 +70,35 @@ fn modules_import_only_from_layers_below_their_own() {
             if let Some(fault) = import_fault(&source.module(), &name) {
                 faults.push(format!("{source}:{line}: {fault}"));
             }
+        }
+    }
+    report(faults);
+}
+
+#[test]
+fn files_of_a_folder_import_one_another_one_way() {
+    let sources = sources();
+    let folders: BTreeSet<_> = sources.iter().filter_map(Source::folder).collect();
+    let mut faults = Vec::new();
+    for folder in folders {
+        let mut imports = BTreeMap::<String, BTreeSet<String>>::new();
+        for source in &sources {
+            if let Some(name) = source.name_in(&folder) {
+                let others = source.imports_of(&folder).into_iter().map(|(_, other)| other);
+                imports.entry(name.clone()).or_default().extend(others.filter(|o| *o != name));
+            }
+        }
+        // Who imports nobody that is left is part of no circle.
+        loop {
+            let names: BTreeSet<_> = imports.keys().cloned().collect();
+            imports.retain(|_, others| !others.is_disjoint(&names));
+            if imports.len() == names.len() {
+                break;
+            }
+        }
+        if !imports.is_empty() {
+            let names: Vec<_> = imports.into_keys().collect();
+            faults.push(format!("src/{}: a circle of {}", folder.join("/"), names.join(", ")));
         }
     }
     report(faults);
@@ -153,6 +183,8 @@ fn imports_are_found_however_they_are_written() {
     let imports = source.imports();
     let imports: Vec<_> = imports.iter().map(|(line, name)| (*line, name.as_str())).collect();
     assert_eq!(imports, [(2, "bus"), (2, "exit"), (3, "memory"), (5, "error"), (8, "*")]);
+    let in_folder = source.imports_of(&["kvm".to_owned()]);
+    assert!(in_folder.contains(&(4, "vcpu".to_owned())), "{in_folder:?}");
 }
 
 #[test]
@@ -222,23 +254,48 @@ impl Source {
         self.names().swap_remove(0)
     }
 
+    /// The folder that the file is in, by names, where that is not src/ itself.
+    fn folder(&self) -> Option<Vec<String>> {
+        let below = self.path.strip_prefix("src").expect("a file in src").parent()?;
+        let names: Vec<_> = below.iter().map(|name| name.to_string_lossy().into_owned()).collect();
+        (!names.is_empty()).then_some(names)
+    }
+
+    /// The file's name in a folder, or that of the folder in there that it is in.
+    fn name_in(&self, folder: &[String]) -> Option<String> {
+        self.names().strip_prefix(folder)?.first().cloned()
+    }
+
     /// The names in the crate's root that a path leads to, by `crate::` or by `super::`, with their lines.
     fn imports(&self) -> Vec<(usize, String)> {
+        self.imports_of(&[])
+    }
+
+    /// The names in a folder above the file that a path leads to, with their lines.
+    fn imports_of(&self, folder: &[String]) -> Vec<(usize, String)> {
         let names = self.names();
         if names.iter().any(|name| name == "tests") {
             return Vec::new();
         }
         let tokens = without_tests(tokens(&self.text));
-        let root = ["super", ":", ":"].repeat(names.len());
+        let in_agent = if self.path.starts_with(AGENT) { 2 } else { 0 };
+        let below = folder.iter().skip(in_agent).map(String::as_str);
+        let down: Vec<_> =
+            ["crate"].into_iter().chain(below).flat_map(|name| [name, ":", ":"]).collect();
+        let up = ["super", ":", ":"].repeat(names.len() - folder.len());
         let mut imports = Vec::new();
         for at in 0..tokens.len() {
             let rest = &tokens[at..];
-            if let Some(path) = after(rest, &["crate", ":", ":"]) {
+            if let Some(path) = after(rest, &down) {
                 imports.extend(first_names(path));
-            } else if let Some(path) = after(rest, &root) {
+            } else if (at == 0 || tokens[at - 1].text != ":")
+                && let Some(path) = after(rest, &up)
+            {
                 // In a module inside a file this leads only to the file's own names.
                 let names = first_names(path).into_iter();
-                imports.extend(names.filter(|(_, name)| layer_of(name).is_some()));
+                imports.extend(
+                    names.filter(|(_, name)| !folder.is_empty() || layer_of(name).is_some()),
+                );
             }
         }
         imports

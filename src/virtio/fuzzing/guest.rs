@@ -6,13 +6,11 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::input::Input;
+use super::ram::ram;
 use crate::bus::BusDevice;
 use crate::memory::GuestRam;
 use crate::virtio::state::{RestoreError, TransportState};
 use crate::virtio::{DeviceHandle, Interrupt, MmioTransport, Served, VirtioDevice};
-
-/// Two regions with a hole between them, and nothing at the end of the address space.
-pub(super) const RAM: [(u64, usize); 2] = [(0, 0x1_0000), (0x2_0000, 0x1_0000)];
 
 /// Where the queue of a driver that keeps to the rules is.
 const QUEUE: u64 = 0x2_0000;
@@ -21,11 +19,6 @@ const USED: u64 = 0x2000;
 /// Where its requests are.
 const BUFFERS: u64 = 0x1000;
 const STATUS: u64 = 0xf00;
-
-pub(super) fn ram() -> GuestRam {
-    let ranges = RAM.map(|(start, len)| (GuestAddress(start), len));
-    GuestRam::fresh(&ranges).expect("some RAM")
-}
 
 pub(super) fn interrupt() -> Arc<Interrupt> {
     let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).expect("an eventfd");

@@ -1,6 +1,6 @@
 //! The fuzzer's bytes, taken from the front. Behind their end come zeros.
 
-use super::guest::RAM;
+use super::ram::RAM;
 
 pub(super) struct Input<'a>(&'a [u8]);
 

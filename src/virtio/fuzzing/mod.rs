@@ -8,6 +8,7 @@
 mod guest;
 mod input;
 mod queue;
+mod ram;
 mod vsock;
 
 use std::fs::File;

@@ -2,9 +2,10 @@
 
 use vm_memory::GuestAddress;
 
-use super::guest::{RAM, interrupt, ram};
+use super::guest::interrupt;
 use super::input::Input;
 use super::queue_state;
+use super::ram::{RAM, ram};
 use crate::virtio::VirtQueue;
 
 /// Any rings and descriptors: chains that come out are inside of RAM, and no longer than they
