@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use dormouse::{BlockConfig, ErrorKind, Snapshot};
 
-use crate::snapshot::{Guest, Scratch};
+use crate::snapshot::{Guest, MOUNT, Scratch};
 
 const DIRECTORY: &str = "DORMOUSE_TEST_CRASH";
 
@@ -111,7 +111,7 @@ fn a_full_disk_leaves_the_old_snapshot_and_the_vm() {
         return;
     }
     let scratch = Scratch::new();
-    let small = scratch.join("small");
+    let small = scratch.join(MOUNT);
     fs::create_dir(&small).unwrap();
     mount_small(&small);
     let directory = small.join("base");

@@ -1,6 +1,7 @@
 //! Snapshots, suspended VMs and clones of a guest that does what it is told with its memory.
 
 use std::fs;
+use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,6 +17,9 @@ use dormouse::{
 use crate::guest::Program;
 use crate::resources::{self, alone};
 use crate::{Output, PATIENCE, config, output};
+
+/// Where in its directory a test mounts a file system, if it does.
+pub const MOUNT: &str = "small";
 
 /// A directory that goes with the test.
 pub struct Scratch(pub PathBuf);
@@ -46,7 +50,19 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        for _ in 0..100 {
+            match fs::remove_dir_all(&self.0) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    let mount = self.join(MOUNT);
+                    let _ = Command::new("umount").arg("--lazy").arg(mount).status();
+                }
+                // The tasks of sessions that nobody has any more may be writing.
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                    sleep(Duration::from_millis(10));
+                }
+                _ => return,
+            }
+        }
     }
 }
 

@@ -4,6 +4,8 @@ mod archive;
 
 use std::os::unix::fs::FileExt;
 
+use vmm_sys_util::tempfile::TempFile;
+
 use super::*;
 use crate::config::{
     AgentConfig, BlockConfig, HostService, InterfaceConfig, NetConfig, RestoreOptions, VsockConfig,
@@ -230,9 +232,10 @@ fn one_that_sleeps_is_the_clone_that_its_guest_does_not_know_to_be_yet() {
     let agent = AgentConfig::new().hostname("base");
     golden.state.config.agent = Some(agent.interface(InterfaceConfig::new()));
     golden.state.sleep = Some(Sleep { clone: Some(names.clone()) });
-    let base = golden.temporary.0.join("base");
-    File::create_new(&base).unwrap().set_len(128 << 10).unwrap();
-    let given = RestoreOptions::new().network(0, NetConfig::tap("tap7")).disk_base(1, base);
+    let base = TempFile::new().unwrap();
+    base.as_file().set_len(128 << 10).unwrap();
+    let given = RestoreOptions::new().network(0, NetConfig::tap("tap7"));
+    let given = given.disk_base(1, base.as_path());
     let (sleep, options) = golden.open().unwrap().sleep(&given).unwrap();
     assert_eq!(sleep.clone, Some(names));
     let config = golden.open().unwrap().config(&options, Disks::InPlace).unwrap();

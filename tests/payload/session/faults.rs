@@ -4,6 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use super::*;
+use crate::snapshot::MOUNT;
 
 #[test]
 fn a_guest_that_ends_by_itself_ends_its_session_and_says_how() {
@@ -115,7 +116,7 @@ fn a_disk_that_is_full_leaves_it_running_and_it_is_tried_again() {
     }
     block_on(async {
         let scratch = Scratch::new();
-        let small = scratch.join("small");
+        let small = scratch.join(MOUNT);
         fs::create_dir(&small).unwrap();
         mount(&small, "size=2m");
         let sessions = Sessions::open(small.join("sessions")).await.unwrap();
