@@ -29,9 +29,9 @@ pub fn metrics(scratch: &Scratch) -> Vec<Metric> {
                 in_turn(name, Some(BAR), || ours(&snapshot), || floor(&saved))
             };
         let on_shell = metric("restore on a shell → first dot", on_shell, raw_on_shell);
-        let tail = tail(&on_shell);
+        let tails = tails(&on_shell);
         metrics.push(on_shell);
-        metrics.push(tail);
+        metrics.extend(tails);
         let floor = Saved::cold;
         metrics.push(metric("restore with nothing prepared → first dot", cold, floor));
         metrics.push(metric("resume of a restored VM → first dot", ready, raw_ready));
@@ -42,10 +42,18 @@ pub fn metrics(scratch: &Scratch) -> Vec<Metric> {
     metrics
 }
 
-fn tail(metric: &Metric) -> Metric {
-    let percentile = |percent| metric.percentile(&metric.ours, percent).unwrap_or(0.0);
+/// How far the slowest are behind, and those of the floor in the same turns.
+fn tails(metric: &Metric) -> [Metric; 2] {
+    let tail = |samples: &[f64]| {
+        let percentile = |percent| metric.percentile(samples, percent).unwrap_or(0.0);
+        percentile(99) / percentile(50)
+    };
     let name = format!("{}: p99 over p50", metric.name);
-    figure(&name, Unit::Times, percentile(99) / percentile(50), Some(Bar::AtMost(TAIL)))
+    let of_floor = format!("… of the floor, {}", metric.name);
+    [
+        figure(&name, Unit::Times, tail(&metric.ours), Some(Bar::AtMost(TAIL))),
+        figure(&of_floor, Unit::Times, tail(&metric.floor), None),
+    ]
 }
 
 fn on_shell(snapshot: &Snapshot) -> Duration {
