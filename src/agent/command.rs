@@ -18,8 +18,9 @@ const SHOWN_BYTES: usize = 1024;
 /// A program to run in the guest: its arguments, environment, user, streams. Made by
 /// [`Agent::command`].
 ///
-/// It runs as root in `/`, without input, with the environment `PATH`, `HOME` and `TERM` alone,
-/// unless set otherwise, and in a process group of its own.
+/// It runs as root in `/`, without input, in a process group of its own, unless set otherwise. Its environment is
+/// `PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`, `TERM=xterm`, and `HOME`, the home directory
+/// of its user in the guest's /etc/passwd (`/root` for root and `/` for others, where it is not there).
 ///
 /// ```no_run
 /// # async fn example(agent: dormouse::Agent) -> Result<(), dormouse::Error> {
@@ -53,6 +54,7 @@ impl Command {
         let program = Program {
             argv: vec![Bytes::from(program.as_bytes())],
             env: Vec::new(),
+            home: true,
             cwd: None,
             user: None,
         };
@@ -60,7 +62,6 @@ impl Command {
         let command = Self { agent, exec, input: None, output_limit: OUTPUT_LIMIT };
         command
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("HOME", "/root")
             .env("TERM", "xterm")
     }
 
@@ -84,9 +85,10 @@ impl Command {
         self
     }
 
-    /// Empties the environment.
+    /// Empties the environment, of HOME too.
     pub fn env_clear(mut self) -> Self {
         self.exec.program.env.clear();
+        self.exec.program.home = false;
         self
     }
 

@@ -1,7 +1,7 @@
 //! Why a disk cannot be opened, saved or checked, and what to do about it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error as ThisError;
 
@@ -12,6 +12,8 @@ use crate::error::{Error, ErrorKind};
 pub(crate) enum DiskError {
     #[error("cannot open the disk {}", path.display())]
     Open { path: PathBuf, source: io::Error },
+    #[error("the disk {} is gone", path.display())]
+    Gone { path: PathBuf },
     #[error("the disk {} is neither a regular file nor a block device", path.display())]
     Kind { path: PathBuf },
     #[error("the disk {} is in use, and one of its users writes to it", path.display())]
@@ -43,6 +45,17 @@ pub(crate) enum DiskError {
     Over,
 }
 
+impl DiskError {
+    /// Why a disk cannot be opened that was there before.
+    pub(super) fn of_known(path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound => Self::Gone { path },
+            _ => Self::Open { path, source },
+        }
+    }
+}
+
 impl From<DiskError> for Error {
     fn from(error: DiskError) -> Self {
         let fix = match &error {
@@ -55,6 +68,10 @@ impl From<DiskError> for Error {
                 }
                 _ => None,
             },
+            DiskError::Gone { .. } => Some(
+                "bring it back as it was, or name a copy of it with RestoreOptions::disk_base; \
+                 unpacking an image again makes a copy of its root file system",
+            ),
             DiskError::Kind { .. } => None,
             DiskError::InUse { .. } => Some(
                 "end its other user, make the disk read-only for all, or give each VM a delta of \

@@ -113,7 +113,12 @@ impl Disk {
         let path = &config.path;
         let read_only = config.writes == Writes::Refused;
         let writable = config.writes == Writes::ToDisk;
-        let mut file = open(path, writable, 0)?;
+        let mut file = open(path, writable, 0).map_err(|error| match error {
+            DiskError::Open { path, source } if config.expected.is_some() => {
+                DiskError::of_known(&path, source)
+            }
+            error => error,
+        })?;
         let metadata =
             file.metadata().map_err(|source| DiskError::Open { path: path.clone(), source })?;
         let kind = metadata.file_type();

@@ -137,8 +137,8 @@ impl SavedDisk {
     pub(crate) fn check_left(&self, original: &BlockConfig) -> Result<(), DiskError> {
         let Self::Left { delta: Some(expected), .. } = self else { return Ok(()) };
         let Some(path) = self.left_delta(original) else { return Ok(()) };
-        let metadata = std::fs::metadata(path)
-            .map_err(|source| DiskError::Open { path: path.to_owned(), source })?;
+        let metadata =
+            std::fs::metadata(path).map_err(|source| DiskError::of_known(path, source))?;
         super::compare(path, expected, &super::facts(&metadata, metadata.len()))
     }
 
@@ -154,8 +154,8 @@ impl SavedDisk {
             return Ok(());
         };
         let path = &base.path;
-        let metadata = std::fs::metadata(path)
-            .map_err(|source| DiskError::Open { path: path.clone(), source })?;
+        let metadata =
+            std::fs::metadata(path).map_err(|source| DiskError::of_known(path, source))?;
         match metadata.is_file() {
             true => super::compare(path, &base.facts, &super::facts(&metadata, metadata.len())),
             // The size of a block device is not in its node.

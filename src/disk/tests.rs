@@ -215,6 +215,8 @@ fn a_disk_that_changed_below_its_delta_is_refused_and_the_fact_is_named() {
     file.set_len(BYTES as u64).unwrap();
     file.set_modified(modified).unwrap();
     assert!(refusal().contains("its inode was"), "{}", refusal());
+    fs::remove_file(&base).unwrap();
+    assert!(refusal().ends_with("is gone"), "{}", refusal());
 }
 
 #[test]

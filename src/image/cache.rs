@@ -105,7 +105,9 @@ impl ImageCache {
     }
 
     /// Removes what was not used for longest, until no more than `keep_bytes` of room are taken, and what
-    /// processes that ended left half-made. What is in use stays: by an [`Image`](crate::Image) or a VM.
+    /// processes that ended left half-made. What is in use stays: by an [`Image`](crate::Image) or a VM of any process.
+    /// What sleeps in files is not asked: a session that is suspended, a snapshot and a template do not wake without
+    /// the root file systems that they stand on. Have an [`Image`](crate::Image) of each of those open meanwhile.
     /// Returns how many bytes that freed. It blocks, for as long as the removing of files takes.
     ///
     /// # Errors

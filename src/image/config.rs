@@ -48,8 +48,8 @@ pub struct ExposedPort {
 impl ImageConfig {
     /// The program that the image is there for, as the agent starts it; none if the image names none.
     ///
-    /// The user is looked up by the agent, in the image's own /etc/passwd and /etc/group. HOME is set for root,
-    /// unless the image has one. All of it can be changed: see [`Entrypoint`].
+    /// The user is looked up by the agent, in the image's own /etc/passwd and /etc/group, which say its HOME too,
+    /// unless the image does. All of it can be changed: see [`Entrypoint`].
     pub fn entrypoint(&self) -> Option<Entrypoint> {
         self.entrypoint_with(&self.cmd)
     }
@@ -64,9 +64,6 @@ impl ImageConfig {
         }
         let mut entrypoint = Entrypoint::new(argv);
         let user = self.user.as_deref();
-        if matches!(user, None | Some("root" | "0")) {
-            entrypoint = entrypoint.env("HOME", "/root");
-        }
         for (name, value) in &self.env {
             entrypoint = entrypoint.env(name, value);
         }
@@ -226,7 +223,7 @@ mod tests {
             assert_eq!(config.entrypoint(), None);
         }
         let root = parse(r#"{"Cmd": ["sh"]}"#).unwrap().entrypoint().unwrap();
-        assert_eq!(root, Entrypoint::new(["sh"]).env("HOME", "/root"));
+        assert_eq!(root, Entrypoint::new(["sh"]));
     }
 
     #[test]

@@ -141,8 +141,10 @@ wire! {
     struct Program {
         /// The program and its arguments, as in execve. Without a `/` it is looked for in PATH.
         argv: Vec<Bytes>,
-        /// Names and values: all of the environment.
+        /// Names and values: all of the environment, but for HOME.
         env: Vec<(Bytes, Bytes)>,
+        /// Whether HOME is the user's home directory, where `env` has none.
+        home: bool,
         /// `/` if not given.
         cwd: Option<Bytes>,
         /// `user`, `uid`, `user:group` or `uid:gid`, in names of the guest's /etc/passwd and /etc/group; root if

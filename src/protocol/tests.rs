@@ -4,6 +4,7 @@ fn calls() -> Vec<Call> {
     let program = Program {
         argv: vec![Bytes::from("sh"), Bytes::from(b"-c\xff")],
         env: vec![(Bytes::from("A"), Bytes::from("b"))],
+        home: true,
         cwd: Some(Bytes::from("/tmp")),
         user: None,
     };

@@ -15,7 +15,8 @@ pub struct Metering {
     pub suspended: Duration,
     /// The processor time of its vCPUs.
     pub vcpu: Duration,
-    /// Bytes that were written to disks to put it to sleep, all times together.
+    /// Bytes that were written to disks to put it to sleep, all times together. What it shares with its template was
+    /// not.
     pub snapshot_bytes: u64,
     /// Requests and connections that it was given.
     pub requests: u64,

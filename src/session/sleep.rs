@@ -266,10 +266,31 @@ fn files(directory: &Path) -> io::Result<BTreeSet<(u64, u64)>> {
     entries.map(|entry| entry?.metadata().map(|file| (file.dev(), file.ino()))).collect()
 }
 
-/// What was written to the disk of files that were not there before. Holes take nothing.
+/// What was written to the disk of files that were not there before: neither here nor, by another name, elsewhere, as
+/// the layers of a template. Holes take nothing.
 fn written(directory: &Path, before: &BTreeSet<(u64, u64)>) -> u64 {
     let Ok(entries) = fs::read_dir(directory) else { return 0 };
     let files = entries.filter_map(|entry| entry.ok()?.metadata().ok());
-    let new = files.filter(|file| !before.contains(&(file.dev(), file.ino())));
+    let new = files.filter(|file| file.nlink() == 1 && !before.contains(&(file.dev(), file.ino())));
     new.map(|file| file.blocks() * 512).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_that_a_template_has_too_was_not_written_for_the_session() {
+        let scratch = std::env::temp_dir().join(format!("dormouse-written-{}", std::process::id()));
+        let (template, asleep) = (scratch.join("template"), scratch.join("asleep"));
+        fs::create_dir_all(&template).unwrap();
+        fs::create_dir(&asleep).unwrap();
+        fs::write(template.join("memory-0"), [7; 1 << 16]).unwrap();
+        fs::hard_link(template.join("memory-0"), asleep.join("memory-0")).unwrap();
+        assert_eq!(written(&asleep, &BTreeSet::new()), 0);
+        fs::write(asleep.join("memory-1"), [7; 8192]).unwrap();
+        assert_eq!(written(&asleep, &BTreeSet::new()), 8192);
+        assert_eq!(written(&asleep, &files(&asleep).unwrap()), 0);
+        fs::remove_dir_all(scratch).unwrap();
+    }
 }

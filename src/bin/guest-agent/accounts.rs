@@ -12,7 +12,12 @@ pub(crate) struct Account {
     pub(crate) gid: u32,
     /// All its groups, `gid` among them.
     pub(crate) groups: Vec<u32>,
+    /// Its home directory.
+    pub(crate) home: String,
 }
+
+/// Root's home directory, where nobody says another.
+pub(crate) const ROOTS_HOME: &str = "/root";
 
 impl Account {
     /// Finds `user`, `uid`, `user:group` or `uid:gid`.
@@ -31,37 +36,41 @@ impl Account {
             Some((user, group)) => (user, Some(group)),
             None => (spec, None),
         };
-        // name:password:uid:gid:…
-        let entry = lines(passwd).find(|fields| fields.first() == Some(&user));
+        // name:password:uid:gid:comment:home:shell
+        let mut entry = lines(passwd).find(|fields| fields.first() == Some(&user));
         let number = |at: usize| entry.as_ref()?.get(at)?.parse::<u32>().ok();
         let named = number(2).zip(number(3));
         let (uid, primary) = match (named, user.parse::<u32>()) {
             (Some(found), _) => found,
             (None, Ok(uid)) => {
-                let entry = lines(passwd).find(|fields| fields.get(2) == Some(&user));
-                let gid = entry.and_then(|fields| fields.get(3)?.parse().ok());
+                entry = lines(passwd).find(|fields| fields.get(2) == Some(&user));
+                let gid = entry.as_ref().and_then(|fields| fields.get(3)?.parse().ok());
                 (uid, gid.unwrap_or(0))
             }
-            (None, Err(_)) => return Err(not_found("user", user)),
+            (None, Err(_)) => return Err(not_found("user", user, "/etc/passwd")),
         };
+        let home = entry.and_then(|fields| fields.get(5).copied()).filter(|home| !home.is_empty());
+        let home = home.unwrap_or(if uid == 0 { ROOTS_HOME } else { "/" }).to_owned();
         let gid = match group_name {
             None => primary,
             Some(name) => {
                 let entry = lines(group).find(|fields| fields.first() == Some(&name));
                 let found = entry.and_then(|fields| fields.get(2)?.parse().ok());
-                found.or_else(|| name.parse().ok()).ok_or_else(|| not_found("group", name))?
+                found
+                    .or_else(|| name.parse().ok())
+                    .ok_or_else(|| not_found("group", name, "/etc/group"))?
             }
         };
         let mut groups = vec![gid];
         if named.is_some() {
             groups.extend(supplementary(user, group).filter(|&other| other != gid));
         }
-        Ok(Self { uid, gid, groups })
+        Ok(Self { uid, gid, groups, home })
     }
 }
 
-fn not_found(what: &str, name: &str) -> Failure {
-    Failure::new(FailureKind::NotFound, format!("find the {what} {name}"))
+fn not_found(what: &str, name: &str, list: &str) -> Failure {
+    Failure::new(FailureKind::NotFound, format!("find the {what} {name} in the guest's {list}"))
 }
 
 fn lines(text: &str) -> impl Iterator<Item = Vec<&str>> {
@@ -81,26 +90,30 @@ mod tests {
     use super::*;
 
     const PASSWD: &str =
-        "root:x:0:0:root:/root:/bin/sh\n\nweb:x:33:34::/:/bin/false\n77:x:78:79::/:\n";
+        "root:x:0:0:root:/root:/bin/sh\n\nweb:x:33:34::/var/www:/bin/false\n77:x:78:79:::\n";
     const GROUP: &str = "root:x:0:\nweb:x:34:\nlog:x:4:adm,web\nbad:x:no:web\nssl:x:101:web\n";
 
     #[test]
     fn users_and_groups_are_found_by_name_and_by_number() {
-        let cases: &[(&str, u32, u32, &[u32])] = &[
-            ("root", 0, 0, &[0]),
-            ("web", 33, 34, &[34, 4, 101]),
-            ("web:log", 33, 4, &[4, 101]),
-            ("33", 33, 34, &[34]),
-            ("33:4", 33, 4, &[4]),
-            ("1234", 1234, 0, &[0]),
-            ("1234:ssl", 1234, 101, &[101]),
-            // A name comes before a number.
-            ("77", 78, 79, &[79]),
+        let cases: &[(&str, u32, u32, &[u32], &str)] = &[
+            ("root", 0, 0, &[0], "/root"),
+            ("0:4", 0, 4, &[4], "/root"),
+            ("web", 33, 34, &[34, 4, 101], "/var/www"),
+            ("web:log", 33, 4, &[4, 101], "/var/www"),
+            ("33", 33, 34, &[34], "/var/www"),
+            ("33:4", 33, 4, &[4], "/var/www"),
+            ("1234", 1234, 0, &[0], "/"),
+            ("1234:ssl", 1234, 101, &[101], "/"),
+            // A name comes before a number, and a home has one.
+            ("77", 78, 79, &[79], "/"),
         ];
-        for (spec, uid, gid, groups) in cases {
-            let account = Account { uid: *uid, gid: *gid, groups: groups.to_vec() };
+        for (spec, uid, gid, groups, home) in cases {
+            let groups = groups.to_vec();
+            let account = Account { uid: *uid, gid: *gid, groups, home: (*home).to_owned() };
             assert_eq!(Account::find_in(spec, PASSWD, GROUP).as_ref(), Ok(&account), "{spec}");
         }
+        let bare = Account::find_in("0", "", "").unwrap();
+        assert_eq!((bare.uid, bare.home.as_str()), (0, ROOTS_HOME));
         for spec in ["nobody", "", "web:", "web:nogroup", "-1", "4294967296", ":web"] {
             let failure = Account::find_in(spec, PASSWD, GROUP).unwrap_err();
             assert_eq!(failure.kind, FailureKind::NotFound, "{spec}");

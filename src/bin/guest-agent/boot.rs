@@ -4,9 +4,10 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process;
 use std::time::Duration;
 
-use crate::console::{Faults, say};
+use crate::console::{Faults, describe, say};
 use crate::protocol::{AGENT_PORT, Failure, FailureKind, MODULES_PATH, SETUP_PATH, Setup, Wire};
 use crate::sys::{self, VsockListener};
 use crate::{cgroup, entrypoint, identity, mounts, network, ports, shutdown};
@@ -18,8 +19,8 @@ const GRACE: Duration = Duration::from_secs(5);
 pub(crate) struct Booted {
     pub(crate) setup: Setup,
     pub(crate) fault: Option<Failure>,
-    /// None without vsock: the host reaches nobody then.
-    pub(crate) listener: Option<VsockListener>,
+    /// Where the host calls.
+    pub(crate) listener: VsockListener,
 }
 
 /// Does what there is to do before the agent is ready.
@@ -34,8 +35,7 @@ pub(crate) fn boot() -> Booted {
     load_modules(&mut faults);
     let setup = faults.note(read_setup()).unwrap_or_else(empty_setup);
     // Early: the host may call already, and waits until the agent is ready.
-    let listener = VsockListener::bind(AGENT_PORT);
-    let listener = faults.note(listener.map_err(|e| Failure::of("listen for the host", &e)));
+    let listener = VsockListener::bind(AGENT_PORT).unwrap_or_else(|error| end_unreached(&error));
     faults.note(network::set_loopback_up());
     let is_rooted = match &setup.root {
         Some(root) => faults.note(mounts::switch_root(root)).is_some(),
@@ -63,6 +63,18 @@ pub(crate) fn boot() -> Booted {
         faults.note(entrypoint::start(program, setup.stop_signal, at_its_end));
     }
     Booted { setup, fault: faults.first, listener }
+}
+
+/// Ends a guest that the host cannot reach, so that nobody waits for it.
+fn end_unreached(error: &io::Error) -> ! {
+    say(&describe(&Failure::of("listen for the host", error)));
+    say(
+        "this kernel has no vsock, which the agent needs: name its modules with AgentConfig::modules_dir, \
+         or take one that has it built in",
+    );
+    let _ = shutdown::shut_down(Duration::ZERO);
+    // The kernel panics with its first process.
+    process::exit(1)
 }
 
 fn empty_setup() -> Setup {

@@ -60,9 +60,7 @@ fn main() -> ExitCode {
     // Before there is another thread.
     sys::hold_child_signals();
     let Booted { setup, fault, listener } = boot::boot();
-    if let Some(listener) = listener
-        && let Err(error) = threads::spawn(move || calls::accept(&listener))
-    {
+    if let Err(error) = threads::spawn(move || calls::accept(&listener)) {
         console::say(&format!("cannot take calls: {error}"));
     }
     if let Err(error) = threads::spawn(move || Control::new(fault, setup.interfaces).run()) {

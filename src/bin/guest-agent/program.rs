@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::accounts::Account;
+use crate::accounts::{Account, ROOTS_HOME};
 use crate::children::Child;
 use crate::protocol::{Bytes, Failure, FailureKind, Program};
 use crate::sys::{self, LaunchFault, LaunchStep};
@@ -28,11 +28,14 @@ pub(crate) fn start(
 ) -> Result<Child, Failure> {
     let name = program.argv.first().filter(|name| !name.0.is_empty());
     let name = name.ok_or_else(|| Failure::new(FailureKind::NotFound, "run an empty name"))?;
-    let (uid, gid, groups) = match account {
-        Some(account) => (account.uid, account.gid, Some(account.groups)),
-        None => (0, 0, None),
+    let (uid, gid, groups, home) = match account {
+        Some(account) => (account.uid, account.gid, Some(account.groups), account.home),
+        None => (0, 0, None, ROOTS_HOME.to_owned()),
     };
+    let has_home = program.env.iter().any(|(name, _)| name.0 == b"HOME");
+    let home = (program.home && !has_home).then(|| text(format!("HOME={home}").into_bytes()));
     let env = program.env.iter().map(|(name, value)| text([&name.0, &b"="[..], &value.0].concat()));
+    let env = env.chain(home);
     let argv = program.argv.iter().map(|word| text(word.0.clone()));
     let cwd = program.cwd.as_ref().map_or_else(|| b"/".to_vec(), |cwd| cwd.0.clone());
     let launch = sys::Program {

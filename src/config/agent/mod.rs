@@ -234,8 +234,9 @@ impl Entrypoint {
         Self { argv, env: BTreeMap::new(), cwd: None, user: None, stop_signal: None }
     }
 
-    /// A variable of its environment. All that it has are these, and
-    /// `PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin` unless that is among them.
+    /// A variable of its environment. All that it has are these, and unless they are among them
+    /// `PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`, and `HOME`, the home directory of its
+    /// user in the guest's /etc/passwd (`/root` for root and `/` for others, where it is not there).
     #[must_use]
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.env.insert(name.into(), value.into());

@@ -69,6 +69,7 @@ impl Entrypoint {
         Program {
             argv: self.argv.iter().map(bytes).collect(),
             env,
+            home: true,
             cwd: self.cwd.as_ref().map(bytes),
             user: self.user.clone(),
         }

@@ -1,7 +1,8 @@
 use std::time::Duration;
 
 use dormouse::{
-    AgentConfig, BlockConfig, Entrypoint, ErrorKind, ExitStatus, Hook, HookName, MicroVm, RootDisk,
+    AgentConfig, BlockConfig, Entrypoint, ErrorKind, ExitStatus, Hook, HookName, Kernel, MicroVm,
+    RootDisk, VmConfig,
 };
 
 use tokio::io::AsyncReadExt;
@@ -15,7 +16,7 @@ fn a_guest_that_dies_before_it_is_ready_says_how() {
     block_on(async {
         // The kernel panics: its first process is no program.
         let archive = busybox().file("init", 0o755, "not a program");
-        let config = dormouse::VmConfig::new(Release::Linux6_12.kernel())
+        let config = VmConfig::new(Release::Linux6_12.kernel())
             .initramfs(archive.build().unwrap())
             .agent(AgentConfig::new());
         // Ours wins; so let the guest die in another way: by its command line.
@@ -40,6 +41,20 @@ fn an_agent_that_cannot_make_the_guest_ready_says_why() {
         let error = vm.agent().await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Agent, "{error:?}");
         assert!(error.to_string().contains("vda"), "{error}");
+    });
+}
+
+#[test]
+fn a_kernel_without_the_modules_that_the_agent_needs_ends_and_says_which() {
+    block_on(async {
+        // As one that its user has unpacked, and that knows no modules.
+        let kernel = Kernel::bytes(Release::Linux6_12.kernel().vmlinux().unwrap());
+        let config = VmConfig::new(kernel).agent(AgentConfig::new());
+        let vm = MicroVm::create(config).unwrap().start().unwrap();
+        let error = vm.agent().await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::GuestEnded(ExitStatus::PoweredOff), "{error:?}");
+        let tail = error.console_tail().unwrap();
+        assert!(tail.contains("AgentConfig::modules_dir"), "{error:?}");
     });
 }
 

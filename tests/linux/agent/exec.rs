@@ -36,9 +36,9 @@ async fn programs(release: Release) {
     // Input, environment, directory, user.
     let echoed = agent.command("cat").stdin(vec![b'x'; 1 << 20]).output().await.unwrap();
     assert!(echoed.stdout == vec![b'x'; 1 << 20] && echoed.status.success());
-    let command = agent.command("sh").args(["-c", "echo $A $PWD; id -u; id -g; id -G; cat"]);
+    let command = agent.command("sh").args(["-c", "echo $A $PWD $HOME; id -u; id -g; id -G; cat"]);
     let output = command.env("A", "b c").current_dir("/tmp").user("user").output().await.unwrap();
-    assert_eq!(output.check().unwrap().text(), "b c /tmp\n1000\n1000\n1000 1234\n");
+    assert_eq!(output.check().unwrap().text(), "b c /tmp /tmp\n1000\n1000\n1000 1234\n");
     let output = agent.command("/bin/env").env_clear().env("ONLY", "1").output().await.unwrap();
     assert_eq!(output.text(), "ONLY=1\n");
     // What cannot be run is no exit code.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dormouse::{
     AgentConfig, Entrypoint, Error, ErrorKind, Hook, HookName, Ready, RestoreOptions, Template,
@@ -113,14 +113,16 @@ fn a_template_waits_for_a_line_or_a_command_and_says_what_never_came() {
         let transcript = Transcript::default();
         let config = || config(Release::Linux6_12).console(transcript.clone());
         let log = options(&scratch).ready(Ready::Log("the server is up".to_owned()));
+        let began = Instant::now();
         let template = Template::build(config(), &log).await.unwrap();
+        let enough = began.elapsed() * 3 / 2;
         assert!(transcript.text().contains("the server is up"));
         let command = ["sh", "-c", "test $(cat /tmp/count) -gt 3"].map(str::to_owned);
         let command = options(&scratch).ready(Ready::Command(command.into()));
         let other = Template::build(config(), &command).await.unwrap();
         assert_ne!(template.id(), other.id());
-        // What never comes.
-        let never = options(&scratch).ready(Ready::Port(9)).timeout(Duration::from_secs(20));
+        // What never comes, in a time in which a guest boots here.
+        let never = options(&scratch).ready(Ready::Port(9)).timeout(enough);
         let error = Template::build(config(), &never).await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Timeout);
         let text = format!("{error:?}");

@@ -114,6 +114,12 @@ fn a_program_has_the_arguments_environment_and_directory_that_it_is_given_and_no
     let mut exec = exec(&["/usr/bin/env"]);
     exec.program.env = vec![(Bytes::from("A"), Bytes::from(b"\xff b"))];
     assert_eq!(run(exec).stdout, b"A=\xff b\n");
+    // Home is the environment's, or else the user's, where it is asked for.
+    let mut exec = self::exec(&["/usr/bin/env"]);
+    (exec.program.env, exec.program.home) = (Vec::new(), true);
+    assert_eq!(run(exec.clone()).stdout, b"HOME=/root\n");
+    exec.program.env = vec![(Bytes::from("HOME"), Bytes::from("/srv"))];
+    assert_eq!(run(exec).stdout, b"HOME=/srv\n");
     let mut exec = sh("pwd; echo \"$0 $1\"");
     exec.program.argv.push(Bytes::from("x y"));
     exec.program.argv.push(Bytes::from("*"));

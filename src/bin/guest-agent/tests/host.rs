@@ -57,6 +57,7 @@ pub(crate) fn program(argv: &[&str]) -> Program {
     Program {
         argv: argv.iter().copied().map(Bytes::from).collect(),
         env: vec![(Bytes::from("PATH"), Bytes::from("/usr/bin:/bin"))],
+        home: false,
         cwd: None,
         user: None,
     }
