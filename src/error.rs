@@ -46,7 +46,7 @@ pub enum ErrorKind {
     Timeout,
     /// The guest does not take the console's input.
     ConsoleFull,
-    /// Nobody in the guest listens at the vsock port.
+    /// Nobody in the guest listens at the port, of vsock or TCP.
     Refused,
     /// The vsock port of the host has a listener.
     PortInUse,
@@ -62,7 +62,7 @@ pub enum ErrorKind {
     /// A template cannot be made of the configuration, was deactivated, or its VMs are not as they
     /// should be.
     Template,
-    /// The sessions are another process's, the name of one is taken or unknown, or its record is damaged.
+    /// The sessions are open elsewhere, the name of one is taken or unknown, or its record is damaged.
     Session,
     /// The session sleeps, and is not to be woken by this.
     SessionSuspended,

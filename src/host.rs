@@ -163,7 +163,7 @@ impl Host {
             problems.push(problem(
                 "no kernel is installed under /boot or /lib/modules",
                 "install one (Debian: apt-get install linux-image-cloud-amd64), or use \
-                 Kernel::file or Kernel::deb",
+                 Kernel::installed_in, Kernel::file or Kernel::deb",
             ));
         }
         for HostKernel { kernel, readable } in &self.kernels {

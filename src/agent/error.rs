@@ -24,6 +24,8 @@ pub(crate) enum AgentError {
     Setup(Failure),
     #[error("{}", text(.0))]
     Guest(Failure),
+    #[error("{}", text(.0))]
+    Create(Failure),
     #[error("cannot run {program} in the guest: {}", text(.failure))]
     Exec { program: String, failure: Failure },
     #[error("{program} failed: {status}{}{stderr}", if stderr.is_empty() { "" } else { ": " })]
@@ -108,7 +110,7 @@ impl From<AgentError> for Error {
         let kind = match &error {
             E::NotConfigured | E::NoRuntime => ErrorKind::Config,
             E::NotReady { .. } | E::Silent { .. } | E::Hangs { .. } => ErrorKind::Timeout,
-            E::Guest(failure) => file_kind(failure),
+            E::Guest(failure) | E::Create(failure) => file_kind(failure),
             E::Exec { failure, .. } => ErrorKind::ExecFailed(exec_failure(failure)),
             E::Process { status, .. } => ErrorKind::ProcessFailed(*status),
             E::List { .. }
@@ -133,7 +135,12 @@ impl From<AgentError> for Error {
             {
                 "put it into the guest, or say where it is there: by its path, or PATH by `Command::env`"
             }
-            E::Output { .. } => "read the streams of `spawn`, or raise `Command::output_limit`",
+            E::Create(failure) if failure.kind == FailureKind::NotFound => {
+                "make its directory by `Agent::create_dir_all`"
+            }
+            E::Output { .. } => {
+                "raise `Command::output_limit`, cut by `Command::truncate_output`, or read the streams of `spawn`"
+            }
             E::FileSize { .. } => "read it in pieces, by `Agent::open`",
             E::List { .. } => "list it by a program in the guest, whose output is read as it comes",
             E::Entries { .. } | E::TreeSize { .. } => "raise the `CopyLimits`, or copy less of it",

@@ -162,6 +162,7 @@ impl FileWriter {
         let mut connection = calls.call(&Call::Write(write)).await?;
         match connection.reply(calls.vsock()).await? {
             Reply::Done => {}
+            Reply::Failed(failure) => return Err(AgentError::Create(failure).into()),
             other => return Err(AgentError::refused(other).into()),
         }
         let (calls, patience) = (calls.clone(), Patience::default());
@@ -356,6 +357,18 @@ mod tests {
         assert_eq!(error.kind(), &ErrorKind::File(io::ErrorKind::StorageFull), "{error}");
         // The connection has ended.
         reading.join().unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_file_in_a_directory_that_is_not_there_says_what_makes_that() {
+        let what = "write /nope/x".into();
+        let failure = Failure { kind: FailureKind::NotFound, errno: 2, what };
+        let (calls, thread) = agent(Reply::Failed(failure));
+        let options = WriteOptions::new();
+        let error = FileWriter::begin(&calls, Path::new("/nope/x"), &options).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::File(io::ErrorKind::NotFound), "{error}");
+        assert!(error.how_to_fix().unwrap().contains("Agent::create_dir_all"), "{error}");
+        drop(thread.join().unwrap());
     }
 
     #[tokio::test]

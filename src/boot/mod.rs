@@ -25,15 +25,22 @@ use crate::kernel::{BootProtocol, Vmlinux};
 use crate::memory::{GuestRam, MemoryError};
 
 const PAGE_BYTES: u64 = 4096;
+const MIB: u64 = 1 << 20;
 
 /// Why a guest's memory cannot be filled.
 #[derive(Debug, ThisError)]
 pub(crate) enum BootError {
-    #[error("the kernel needs memory up to {end:#x}, the guest's ends at {ram_end:#x}")]
+    #[error(
+        "the kernel needs memory up to {} MiB, the guest's ends at {} MiB",
+        end.div_ceil(MIB),
+        ram_end / MIB
+    )]
     KernelTooLarge { end: u64, ram_end: u64 },
     #[error(
-        "the initramfs of {len} bytes does not fit: the kernel ends at {kernel_end:#x}, usable \
-         memory at {ram_end:#x}"
+        "the initramfs of {} MiB does not fit: the kernel ends at {} MiB, usable memory at {} MiB",
+        len.div_ceil(MIB),
+        kernel_end.div_ceil(MIB),
+        ram_end / MIB
     )]
     InitramfsTooLarge { len: u64, kernel_end: u64, ram_end: u64 },
     #[error("the kernel has no PVH entry point")]
@@ -51,11 +58,11 @@ pub(crate) enum BootError {
 impl From<BootError> for Error {
     fn from(error: BootError) -> Self {
         match error {
-            BootError::KernelTooLarge { .. } => {
-                Error::new(ErrorKind::Kernel, error).fix("give the guest more memory")
-            }
-            BootError::InitramfsTooLarge { .. } => Error::new(ErrorKind::Initramfs, error)
-                .fix("give the guest more memory, or a smaller initramfs"),
+            BootError::KernelTooLarge { .. } => Error::new(ErrorKind::Kernel, error)
+                .fix("give the guest more memory, by `VmConfig::memory_mib`"),
+            BootError::InitramfsTooLarge { .. } => Error::new(ErrorKind::Initramfs, error).fix(
+                "give the guest more memory, by `VmConfig::memory_mib`, or a smaller initramfs",
+            ),
             BootError::NoPvhEntry => Error::new(ErrorKind::Kernel, error)
                 .fix("use BootProtocol::Auto or BootProtocol::Linux64"),
             BootError::Memory(error) => error.into(),

@@ -111,7 +111,9 @@ pub(crate) enum ConfigError {
 
 impl From<ConfigError> for Error {
     fn from(error: ConfigError) -> Self {
-        Error::new(ErrorKind::Config, error)
+        let has_no_disk = matches!(error, ConfigError::Agent(AgentConfigError::NoDisk { .. }));
+        let error = Error::new(ErrorKind::Config, error);
+        if has_no_disk { error.fix("add the disk with `VmConfig::block`") } else { error }
     }
 }
 

@@ -18,8 +18,10 @@ pub(crate) enum ImageError {
     Changed { path: PathBuf },
     #[error("{} is no container image: {what}", path.display())]
     NotAnImage { path: PathBuf, what: &'static str },
-    #[error("the image's archive: {0}")]
-    Archive(LayerFault),
+    #[error("{} is no container image: the directory has no index.json", path.display())]
+    NoLayout { path: PathBuf },
+    #[error("the image's archive {}: {}", path.display(), chain(fault))]
+    Archive { path: PathBuf, fault: LayerFault },
     #[error("the image lacks {}", printable(name))]
     Missing { name: String },
     #[error("{what} is no JSON of an image")]
@@ -98,14 +100,17 @@ impl From<ImageError> for Error {
             E::Layer { fault: LayerFault::Interrupted, .. } | E::Interrupted => {
                 ErrorKind::Interrupted
             }
-            E::Layer { fault, .. } | E::Root(fault) | E::Archive(fault) => fault_kind(fault),
+            E::Layer { fault, .. } | E::Root(fault) | E::Archive { fault, .. } => fault_kind(fault),
             E::NoRuntime | E::OverlaySize { .. } => ErrorKind::Config,
             #[cfg(feature = "registry")]
             E::Registry(error) => error.kind(),
             _ => ErrorKind::Image,
         };
         let fix = match &error {
-            E::NotAnImage { .. } => {
+            E::NoLayout { .. } => {
+                "it takes an OCI layout; of any other directory `Image::directory` makes an image"
+            }
+            E::NotAnImage { .. } | E::Archive { fault: LayerFault::Tar(_), .. } => {
                 "it takes an OCI layout, an archive of one, or what `docker save` or `podman save` writes"
             }
             E::Several { .. } | E::NoSuchName { .. } => "choose one by `ImageSource::name`",

@@ -73,7 +73,7 @@ impl From<KernelError> for Error {
             }
             KernelError::NoneInstalled { .. } => Some(
                 "install one (Debian: apt-get install linux-image-cloud-amd64), or name one with \
-                 Kernel::file or Kernel::deb"
+                 Kernel::installed_in, Kernel::file or Kernel::deb"
                     .to_owned(),
             ),
             KernelError::Truncated { .. } | KernelError::Unpack { .. } | KernelError::Empty => {

@@ -18,7 +18,7 @@ pub(crate) enum SessionError {
     Unknown { id: String },
     #[error("the session {id:?} is not over")]
     NotOver { id: String },
-    #[error("the sessions in {} are another process's", path.display())]
+    #[error("the sessions in {} are open already, in this process or another", path.display())]
     InUse { path: PathBuf },
     #[error("cannot {attempt} {}", path.display())]
     Io { attempt: &'static str, path: PathBuf, source: io::Error },
@@ -88,7 +88,10 @@ impl From<SessionError> for Error {
         let fix = match &error {
             E::Exists { .. } => "choose another name, or remove that one with `Sessions::remove`",
             E::NotOver { .. } => "end it first, with `Session::terminate`",
-            E::InUse { .. } => "end that process, or give each process a directory of its own",
+            E::InUse { .. } => {
+                "in this process use a clone of those `Sessions`, or drop them and each `Session` first; \
+                 else end the other process, or give each a directory of its own"
+            }
             E::StaysSuspended { .. } => {
                 "wake it with `Session::resume`, or let requests do so with `SessionPolicy::auto_resume`"
             }

@@ -27,7 +27,7 @@ pub(super) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 /// Which value is refused, and what would be taken.
 #[derive(Debug, PartialEq, Eq, ThisError)]
 pub(crate) enum AgentConfigError {
-    #[error("{what} is disk {disk}: the VM has {count}, counted from 0")]
+    #[error("{what} is disk {disk}, counted from 0: the VM has {count}")]
     NoDisk { what: &'static str, disk: u32, count: usize },
     #[error("disk {disk} is mounted twice")]
     DiskTwice { disk: u32 },

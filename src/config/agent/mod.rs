@@ -155,9 +155,10 @@ impl AgentConfig {
         self
     }
 
-    /// A directory like /lib/modules/6.12.9 with the modules of the guest's kernel. Unless set: that
-    /// of [`Kernel::installed`](crate::Kernel::installed), or what the package of
-    /// [`Kernel::deb`](crate::Kernel::deb) has. Any other kernel is taken to have built in what it needs.
+    /// A directory like /lib/modules/6.12.9 with the modules of the guest's kernel. Unless set: that of an installed
+    /// kernel ([`Kernel::installed`](crate::Kernel::installed), [`Kernel::installed_in`](crate::Kernel::installed_in),
+    /// an [`InstalledKernel`](crate::InstalledKernel)), or what the package of [`Kernel::deb`](crate::Kernel::deb)
+    /// has. Any other kernel is taken to have built in what it needs.
     #[must_use]
     pub fn modules_dir(mut self, path: impl Into<PathBuf>) -> Self {
         self.modules_dir = Some(path.into());

@@ -123,7 +123,9 @@ fn it_is_written_and_read_again_without_what_only_the_boot_needs() {
 #[test]
 fn disks_that_are_not_there_or_used_twice_or_read_only_are_refused() {
     let root = |root| AgentConfig::new().root(root);
-    assert_eq!(refusal(root(RootDisk::new(2))), "the root is disk 2: the VM has 2, counted from 0");
+    assert_eq!(refusal(root(RootDisk::new(2))), "the root is disk 2, counted from 0: the VM has 2");
+    let none: crate::Error = machine(root(RootDisk::new(2))).check().unwrap_err().into();
+    assert!(none.how_to_fix().unwrap().contains("VmConfig::block"), "{none}");
     assert!(refusal(root(RootDisk::new(u32::MAX))).contains("4294967295"));
     assert!(refusal(root(RootDisk::new(1))).contains("may only read"));
     taken(root(RootDisk::new(1).read_only()));

@@ -1,7 +1,7 @@
 //! An image's files in a tar archive, found by one pass over its headers.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Files;
 use crate::image::ImageError;
@@ -17,6 +17,7 @@ const MAX_LINKS: usize = 4;
 
 /// The members of an archive.
 pub(super) struct Archive {
+    path: PathBuf,
     blob: Blob,
     members: BTreeMap<String, Member>,
 }
@@ -29,9 +30,10 @@ enum Member {
 impl Archive {
     pub(super) fn index(path: &Path, blob: Blob) -> Result<Self, ImageError> {
         refuse_packed(path, &blob)?;
+        let broken = |fault| ImageError::Archive { path: path.to_owned(), fault };
         let mut tar = TarReader::new(blob.clone());
         let mut members = BTreeMap::new();
-        while let Some(entry) = tar.next().map_err(ImageError::Archive)? {
+        while let Some(entry) = tar.next().map_err(broken)? {
             let Some(name) = name(&entry.path) else { continue };
             let member = match entry.kind {
                 EntryKind::File { extents: None, size } => {
@@ -50,10 +52,10 @@ impl Archive {
             members.insert(name, member);
             if members.len() > MAX_MEMBERS {
                 let limit = MAX_MEMBERS as u64;
-                return Err(ImageError::Archive(LayerFault::Limit { what: "files", limit }));
+                return Err(broken(LayerFault::Limit { what: "files", limit }));
             }
         }
-        Ok(Self { blob, members })
+        Ok(Self { path: path.to_owned(), blob, members })
     }
 }
 
@@ -65,7 +67,8 @@ impl Files for Archive {
                 None => return Ok(None),
                 Some(Member::Link(target)) => name.clone_from(target),
                 Some(Member::File { begin, len }) => {
-                    let truncated = || ImageError::Archive(LayerFault::Truncated);
+                    let (path, fault) = (&self.path, LayerFault::Truncated);
+                    let truncated = || ImageError::Archive { path: path.clone(), fault };
                     return self.blob.part(*begin, *len).map(Some).ok_or_else(truncated);
                 }
             }

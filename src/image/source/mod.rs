@@ -55,10 +55,7 @@ pub(super) fn find(path: &Path, wanted: &Wanted) -> Result<Found, ImageError> {
         let folder = layout::Folder::new(path);
         return match folder.open("index.json")? {
             Some(_) => layout::find(&folder, wanted),
-            None => {
-                let what = "the directory has no index.json";
-                Err(ImageError::NotAnImage { path: path.to_owned(), what })
-            }
+            None => Err(ImageError::NoLayout { path: path.to_owned() }),
         };
     }
     let file = input_file::open(path).map_err(opened)?;

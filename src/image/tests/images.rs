@@ -369,7 +369,12 @@ fn files_that_are_no_images_are_refused_with_what_would_be_taken() {
     let text = refused(layout.scratch.file("x.gz", b"\x1f\x8b\x08\0\0\0\0")).to_string();
     assert!(text.contains("packed with gzip: unpack it first"), "{text}");
     let text = refused(layout.path()).to_string();
-    assert!(text.contains("no index.json"), "{text}");
+    assert!(text.contains("no index.json") && text.contains("`Image::directory`"), "{text}");
+    let html = "<html>Not found</html>".repeat(40);
+    let path = layout.scratch.file("page.tar", html.as_bytes());
+    let text = refused(path.clone()).to_string();
+    let archive = format!("the image's archive {}: a header in it", path.display());
+    assert!(text.starts_with(&archive) && text.contains("it takes an OCI layout"), "{text}");
     let error = refused("/dev/zero".into());
     assert_eq!(error.kind(), &ErrorKind::File(std::io::ErrorKind::InvalidInput));
     let error = refused("/nowhere".into());
