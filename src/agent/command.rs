@@ -47,6 +47,7 @@ pub struct Command {
     exec: Exec,
     input: Option<Vec<u8>>,
     output_limit: usize,
+    truncates: bool,
 }
 
 impl Command {
@@ -59,7 +60,8 @@ impl Command {
             user: None,
         };
         let exec = Exec { program, stdin: false, terminal: None, timeout_ms: None };
-        let command = Self { agent, exec, input: None, output_limit: OUTPUT_LIMIT };
+        let command =
+            Self { agent, exec, input: None, output_limit: OUTPUT_LIMIT, truncates: false };
         command
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
             .env("TERM", "xterm")
@@ -129,15 +131,43 @@ impl Command {
 
     /// How long the program may run, by the guest's clock; then its whole process group is killed, and
     /// its status is [`ProcessStatus::TimedOut`]. No limit unless set; to a millisecond.
+    ///
+    /// What it wrote before is in the [`Output`]. Children that left its process group, by `setsid` say, are not
+    /// killed: they are there until the guest is [shut down](crate::MicroVm::shutdown) or ends.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.exec.timeout_ms = Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
         self
     }
 
     /// How much [`output`](Self::output) takes of standard output and error together: 16 MiB
-    /// unless set. A program that writes more is killed.
+    /// unless set. A program that writes more is killed, and what it wrote is gone with the error, unless it is
+    /// [truncated](Self::truncate_output).
+    ///
+    /// [`spawn`](Self::spawn) has no limit: its caller reads as much as it likes.
+    ///
+    /// ```no_run
+    /// # async fn example(agent: dormouse::Agent) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio::io::AsyncReadExt;
+    ///
+    /// let mut process = agent.command("yes").spawn().await?;
+    /// let mut head = Vec::new();
+    /// if let Some(stdout) = process.stdout.take() {
+    ///     stdout.take(1024).read_to_end(&mut head).await?;
+    /// }
+    /// drop(process); // kills it
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn output_limit(mut self, bytes: usize) -> Self {
         self.output_limit = bytes;
+        self
+    }
+
+    /// Whether [`output`](Self::output) throws away what is beyond the [limit](Self::output_limit), and keeps what came
+    /// before: [`Output::truncated`] says so. The program runs on to its end, or [timeout](Self::timeout).
+    /// Off unless set.
+    pub fn truncate_output(mut self, on: bool) -> Self {
+        self.truncates = on;
         self
     }
 
@@ -157,20 +187,21 @@ impl Command {
         Ok(process)
     }
 
-    /// Runs the program to its end, and collects what it writes.
+    /// Runs the program to its end, and collects what it writes, also where it fails or its time is over.
     ///
     /// # Errors
     ///
     /// As [`spawn`](Self::spawn); [`ErrorKind::Resources`] where it wrote more than
-    /// [`output_limit`](Self::output_limit). A program that fails is no error: see
-    /// [`Output::check`].
+    /// [`output_limit`](Self::output_limit). A program that fails, or whose time is over, is no error:
+    /// see [`Output::check`].
     pub async fn output(self) -> Result<Output, Error> {
-        let (program, limit) = (self.name(), self.output_limit);
+        let (program, limit, cut) = (self.name(), self.output_limit, self.truncates);
         let mut process = self.spawn().await?;
         let streams = (process.stdout.take(), process.stderr.take());
-        let (stdout, stderr) = read_all(streams, limit).await?;
+        let (stdout, stderr) = read_all(streams, limit, cut).await?;
         let status = process.wait().await?;
-        Ok(Output { status, stdout, stderr, program })
+        let truncated = stdout.is_cut || stderr.is_cut;
+        Ok(Output { status, stdout: stdout.bytes, stderr: stderr.bytes, truncated, program })
     }
 
     /// Runs the program to its end, and throws away what it writes.
@@ -199,11 +230,14 @@ pub struct Output {
     pub stdout: Vec<u8>,
     /// What it wrote to its standard error.
     pub stderr: Vec<u8>,
+    /// Whether it wrote more: see [`Command::truncate_output`].
+    pub truncated: bool,
     program: String,
 }
 
 impl Output {
-    /// The output of a program that succeeded.
+    /// The output of a program that succeeded. Of any other what it wrote is gone with this, but for what the error
+    /// shows: look at `status` before, where that is wanted.
     ///
     /// # Errors
     ///
@@ -235,6 +269,7 @@ impl std::fmt::Debug for Output {
             .field("status", &self.status)
             .field("stdout", &String::from_utf8_lossy(&self.stdout))
             .field("stderr", &String::from_utf8_lossy(&self.stderr))
+            .field("truncated", &self.truncated)
             .finish()
     }
 }

@@ -157,29 +157,52 @@ impl Process {
     }
 }
 
-/// Collects both streams, to their ends.
+/// Collects both streams, to their ends, or to the limit where what is beyond is to be cut off.
 pub(super) async fn read_all(
     (stdout, stderr): (Option<ProcessOutput>, Option<ProcessOutput>),
     limit: usize,
-) -> Result<(Vec<u8>, Vec<u8>), Error> {
+    cut: bool,
+) -> Result<(Collected, Collected), Error> {
     let left = Mutex::new(limit);
-    tokio::try_join!(collect(stdout, &left), collect(stderr, &left))
+    tokio::try_join!(collect(stdout, &left, cut), collect(stderr, &left, cut))
         .map_err(|TooMuch| AgentError::Output { limit }.into())
+}
+
+/// What a stream brought.
+#[derive(Default)]
+pub(super) struct Collected {
+    pub(super) bytes: Vec<u8>,
+    /// There was more.
+    pub(super) is_cut: bool,
 }
 
 struct TooMuch;
 
-async fn collect(stream: Option<ProcessOutput>, left: &Mutex<usize>) -> Result<Vec<u8>, TooMuch> {
+async fn collect(
+    stream: Option<ProcessOutput>,
+    left: &Mutex<usize>,
+    cut: bool,
+) -> Result<Collected, TooMuch> {
     let mut collected = Vec::new();
-    let Some(mut stream) = stream else { return Ok(collected) };
+    let Some(mut stream) = stream else { return Ok(Collected::default()) };
     loop {
         let before = collected.len();
         collected.reserve(32 << 10);
         // The end of the connection is the end of the stream; `wait` says why.
-        let Ok(bytes @ 1..) = stream.read_buf(&mut collected).await else { return Ok(collected) };
+        let Ok(bytes @ 1..) = stream.read_buf(&mut collected).await else {
+            return Ok(Collected { bytes: collected, is_cut: false });
+        };
         debug_assert_eq!(before + bytes, collected.len());
         let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
-        *left = left.checked_sub(bytes).ok_or(TooMuch)?;
+        match left.checked_sub(bytes) {
+            Some(rest) => *left = rest,
+            // With the stream all that comes is thrown away.
+            None if cut => {
+                collected.truncate(before + std::mem::take(&mut *left));
+                return Ok(Collected { bytes: collected, is_cut: true });
+            }
+            None => return Err(TooMuch),
+        }
     }
 }
 

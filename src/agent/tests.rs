@@ -415,6 +415,29 @@ async fn endless_directories_files_and_output_are_cut_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn output_beyond_the_limit_is_an_error_or_cut_off() {
+    let (agent, mut guests) = agent_of(AgentConfig::new(), 1);
+    let mut guest = guests.remove(0);
+    let answering = std::thread::spawn(move || {
+        for _ in 0..3 {
+            heard(&mut guest);
+            let started = Frame::message(&Reply::Started(7));
+            let output = [piece(Channel::Stdout, b"abc"), piece(Channel::Stdout, b"def")];
+            guest.write_all(&[started, output.concat(), exited(3)].concat()).unwrap();
+        }
+    });
+    let command = |limit| agent.command("job").output_limit(limit);
+    let whole = command(6).truncate_output(true).output().await.unwrap();
+    assert_eq!((&whole.stdout[..], whole.truncated), (&b"abcdef"[..], false));
+    let cut = command(4).truncate_output(true).output().await.unwrap();
+    assert_eq!((&cut.stdout[..], cut.truncated), (&b"abcd"[..], true));
+    assert_eq!(cut.status, ProcessStatus::Code(3));
+    let error = command(4).output().await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Resources, "{error}");
+    answering.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_answer_to_another_question_or_none_at_all_is_an_error_that_says_so() {
     let (agent, guests) = agent_of(AgentConfig::new(), 3);
     let answers =
