@@ -187,6 +187,24 @@ impl Endpoint {
 
     /// Takes nothing new, lets requests and streams go on for so long, then ends what is left. Clients that keep
     /// connections are told.
+    ///
+    /// A process that ends closes its endpoint first, so that no request wakes what was put to sleep:
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # use dormouse::{Endpoint, Error, Sessions};
+    /// async fn end(endpoint: Endpoint, sessions: Sessions, for_good: bool) -> Result<(), Error> {
+    ///     endpoint.close(Duration::from_secs(10)).await;
+    ///     if !for_good {
+    ///         return sessions.suspend_all().await; // `Sessions::open` finds them again
+    ///     }
+    ///     for session in sessions.list() {
+    ///         session.terminate().await?;
+    ///         sessions.remove(session.id()).await?;
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
     pub async fn close(self, grace: Duration) {
         self.closing.give();
         let Self { shared, guests, _end, .. } = self;

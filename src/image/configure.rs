@@ -6,7 +6,7 @@ use crate::config::VmConfig;
 impl Image {
     /// The configuration with this image in it: its root file system as one more disk, and, of what the
     /// [agent](VmConfig::agent) is not told already, that disk as the guest's root and the image's entrypoint.
-    /// What the guest writes stays in its memory.
+    /// What the guest writes stays in its memory. For the root without the entrypoint, see [`Image`].
     ///
     /// ```no_run
     /// use dormouse::{Image, ImageCache, Kernel, MicroVm, VmConfig};

@@ -44,18 +44,27 @@ use crate::error::Error;
 
 /// A container image that is ready to be the root of any number of VMs.
 ///
+/// [`configure`](Self::configure) has its own program run. For commands alone, its root is enough; they have the
+/// environment and the working directory of the image if they are given them:
+///
 /// ```no_run
 /// use dormouse::{AgentConfig, Image, ImageCache, Kernel, MicroVm, VmConfig};
 ///
 /// # async fn run() -> Result<(), dormouse::Error> {
 /// let cache = ImageCache::open("images")?;
 /// let image = Image::open("python.tar").unpack(&cache).await?;
-/// let mut agent = AgentConfig::new().root(image.root(0));
-/// if let Some(entrypoint) = image.config().entrypoint() {
-///     agent = agent.entrypoint(entrypoint);
-/// }
+/// let agent = AgentConfig::new().root(image.root(0));
 /// let config = VmConfig::new(Kernel::installed()?).block(image.disk()).agent(agent);
 /// let vm = MicroVm::create(config)?.start()?;
+///
+/// let mut command = vm.agent().await?.command("python3").args(["-c", "print(6 * 7)"]);
+/// for (name, value) in &image.config().env {
+///     command = command.env(name, value);
+/// }
+/// if let Some(directory) = &image.config().working_dir {
+///     command = command.current_dir(directory);
+/// }
+/// print!("{}", command.output().await?.check()?.text());
 /// # Ok(())
 /// # }
 /// ```
@@ -76,7 +85,7 @@ struct Inner {
 
 impl Image {
     /// An image in a file or a directory: an OCI layout, an archive of one, or what `docker save` or
-    /// `podman save` writes.
+    /// `podman save` writes. Of a directory with a root file system [`directory`](Self::directory) makes one.
     pub fn open(path: impl Into<PathBuf>) -> ImageSource {
         ImageSource::new(Origin::Path(path.into()))
     }
@@ -198,9 +207,10 @@ impl ImageSource {
         self
     }
 
-    /// Calls `progress` at every step, and every MiB or so, from threads of the work. When it answers `Break`,
-    /// the work ends with [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted), and nothing of it is
-    /// kept.
+    /// Calls `progress` at every step, and within one as it goes on, from threads of the work: for each MiB that a layer
+    /// unpacks to, which is less of the layer as it is packed; for each 256 KiB of a directory's files, and at each file;
+    /// for each piece that comes from a registry. When it answers `Break`, the work ends with
+    /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted), and nothing of it is kept.
     pub fn progress(
         mut self,
         progress: impl Fn(ImageProgress) -> ControlFlow<()> + Send + Sync + 'static,

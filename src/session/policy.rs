@@ -19,8 +19,9 @@ pub enum Lost {
     Restore,
 }
 
-/// What a session does by itself. Everything is off unless set, but that requests wake it; durations are of any
-/// length, and go by a clock that nobody sets.
+/// What a session does by itself. Everything is off unless set, but that requests wake it, and that a guest which
+/// uses more than a tenth of a vCPU is [not idle](field@Self::busy_cpu). Durations are of any length, and go by a clock
+/// that nobody sets.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,8 +48,10 @@ pub struct SessionPolicy {
     pub lifetime: Option<Duration>,
     /// Whether requests and calls wake it. Else it takes [`Session::resume`](super::Session::resume).
     pub auto_resume: bool,
-    /// A guest that uses this much processor time is not idle: 0.1 is a tenth of one vCPU, over the time that
-    /// it would have to be idle for. None: processor time does not count.
+    /// A guest that uses more processor time than this is not idle: 0.1, which it is unless set, is a tenth of one vCPU,
+    /// over the time that it would have to be idle for. It is looked at again when that time has passed once more, so
+    /// that it can sleep later than [`idle_after`](field@Self::idle_after) after its last request, whose own
+    /// processor time can count too. None: processor time does not count.
     pub busy_cpu: Option<f64>,
     /// What becomes of it where the process ends while it runs.
     pub lost: Lost,

@@ -47,7 +47,7 @@ impl Sessions {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Session`](crate::ErrorKind::Session) where another process has the directory,
+    /// [`ErrorKind::Session`](crate::ErrorKind::Session) where the directory is open already, in this process or another,
     /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be made or read.
     pub async fn open(directory: impl AsRef<Path>) -> Result<Self, Error> {
         if tokio::runtime::Handle::try_current().is_err() {
@@ -77,6 +77,9 @@ impl Sessions {
     /// Makes a VM a session, in whatever state it is, and waits until it is reached: it is started or woken, its agent
     /// is ready, where it boots its hook `ready` is done, and then its hook `run`. A VM without an agent has no hooks and no
     /// ports, and is ready at once.
+    ///
+    /// Nothing but these hooks waits for the application of a VM that boots: without them its entrypoint has been
+    /// started, and may not listen yet. A VM from a `Template` has its application up, as its `Ready` says.
     ///
     /// The VM's disks, and what else its configuration names of the host, stay where they are, and have to be there
     /// when it wakes. Where the future is dropped, the session starts all the same.
