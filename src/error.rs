@@ -40,7 +40,7 @@ pub enum ErrorKind {
     Interrupted,
     /// The host could not give the memory, threads or descriptors that were asked for.
     Resources,
-    /// The guest has ended, so it cannot do what was asked.
+    /// The guest has ended, or this VM was suspended or dropped, so it cannot do what was asked.
     GuestEnded(ExitStatus),
     /// The time is over; the guest is alive.
     Timeout,

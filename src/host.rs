@@ -27,7 +27,7 @@ pub struct Host {
     pub release: String,
     /// The processor, by its own name.
     pub cpu: String,
-    /// Processors that are online.
+    /// Processors that this process may use.
     pub cpus: usize,
     /// What runs the guests' ring 0.
     pub virtualization: Virtualization,

@@ -6,7 +6,7 @@ pub use self::balloon::{BalloonMetrics, BalloonStats, BalloonStatus};
 
 use serde::{Deserialize, Serialize};
 
-/// What a device of a VM has done since the VM was created.
+/// What a device of a VM has done since this process created, restored or woke the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]

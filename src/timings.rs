@@ -13,12 +13,13 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::phase::Phase;
 
-/// One phase that ran: when, after the VM's `create` was called, and for how long.
+/// One phase that ran: when, after the call that made this handle of the VM, and for how long. That is the call
+/// of `create`, `restore`, `fork` or `open`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {
     /// What ran.
     pub phase: Phase,
-    /// Nanoseconds between the call of `create` and the phase's beginning.
+    /// Nanoseconds between the call that made this handle and the phase's beginning.
     pub start_ns: u64,
     /// Nanoseconds that the phase took.
     pub duration_ns: u64,

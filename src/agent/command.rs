@@ -175,8 +175,7 @@ impl Command {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::ExecFailed`] where it cannot be run; [`ErrorKind::GuestEnded`] where the VM
-    /// is over; [`ErrorKind::Agent`].
+    /// [`ErrorKind::ExecFailed`] where it cannot be run; else as [every call](Agent#errors-of-every-call).
     pub async fn spawn(self) -> Result<Process, Error> {
         let mut process = Process::start(self.agent.calls(), self.exec).await?;
         if let Some(input) = self.input

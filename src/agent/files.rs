@@ -24,7 +24,7 @@ impl Agent {
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason;
     /// [`ErrorKind::Resources`](crate::ErrorKind::Resources) for a larger one, which
-    /// [`open`](Self::open) reads; else as every call.
+    /// [`open`](Self::open) reads; else as [every call](crate::Agent#errors-of-every-call).
     pub async fn read(&self, path: impl AsRef<Path>) -> Result<Vec<u8>, Error> {
         let mut file = self.open(path).await?;
         let mut content = Vec::new();
@@ -43,7 +43,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as
+    /// [every call](crate::Agent#errors-of-every-call).
     pub async fn open(&self, path: impl AsRef<Path>) -> Result<FileReader, Error> {
         FileReader::begin(self.calls(), path.as_ref()).await
     }
@@ -54,7 +55,7 @@ impl Agent {
     /// # Errors
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason, such as a full disk;
-    /// the old file stays. Else as every call.
+    /// the old file stays. Else as [every call](crate::Agent#errors-of-every-call).
     pub async fn write(
         &self,
         path: impl AsRef<Path>,
@@ -108,7 +109,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as
+    /// [every call](crate::Agent#errors-of-every-call).
     pub async fn metadata(&self, path: impl AsRef<Path>) -> Result<Metadata, Error> {
         match self.ask(&Call::Stat(path_bytes(path.as_ref()))).await? {
             Reply::Stat(stat) => Ok(Metadata(stat)),
@@ -121,7 +123,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as
+    /// [every call](crate::Agent#errors-of-every-call).
     pub async fn read_dir(&self, path: impl AsRef<Path>) -> Result<Vec<DirEntry>, Error> {
         let call = Call::List(path_bytes(path.as_ref()));
         let mut connection = self.calls().call(&call).await?;
@@ -150,7 +153,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as every call.
+    /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason; else as
+    /// [every call](crate::Agent#errors-of-every-call).
     pub async fn remove(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         self.done(&Call::Remove(Remove { path: path_bytes(path.as_ref()), recursive: false })).await
     }

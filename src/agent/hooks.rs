@@ -28,7 +28,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Hook`] where it failed, or its deadline has passed; else as every call.
+    /// [`ErrorKind::Hook`] where it failed, or its deadline has passed; else as
+    /// [every call](crate::Agent#errors-of-every-call).
     pub async fn run_hook(&self, name: HookName, payload: impl AsRef<[u8]>) -> Result<(), Error> {
         let Some(hook) = self.link.config().hooks.get(&name) else { return Ok(()) };
         let deadline = Instant::now() + hook.deadline;

@@ -24,7 +24,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Hook`](crate::ErrorKind::Hook) where the hook failed; the guest runs on. Else as every call.
+    /// [`ErrorKind::Hook`](crate::ErrorKind::Hook) where the hook failed; the guest runs on. Else as
+    /// [every call](crate::Agent#errors-of-every-call).
     pub async fn freeze(&self) -> Result<(), Error> {
         self.run_hook(HookName::Suspend, "").await?;
         self.stop_processes().await
@@ -44,7 +45,7 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// As every call.
+    /// As [every call](crate::Agent#errors-of-every-call).
     pub async fn thaw(&self) -> Result<(), Error> {
         self.uncounted().done(&Call::Thaw).await
     }

@@ -60,7 +60,23 @@ use crate::protocol::{Call, Reply};
 /// programs that run for as long as it lasts; when it is over, or was suspended, they fail and say so. A VM
 /// that was resumed from files has another: [`MicroVm::agent`] again.
 ///
-/// All calls have to be made within a tokio runtime.
+/// # Errors of every call
+///
+/// - [`GuestEnded`](crate::ErrorKind::GuestEnded) where the VM is over, or was suspended or dropped.
+/// - [`Agent`](crate::ErrorKind::Agent) where the agent is not there, or says what makes no sense, or the connection
+///   to it ended in the middle of the call.
+/// - [`Timeout`](crate::ErrorKind::Timeout) where the agent has said nothing for 60 s: it hangs, or the VM is
+///   paused. A program may be silent for as long as it likes.
+/// - [`Resources`](crate::ErrorKind::Resources) where no socket can be made, for want of descriptors or of
+///   [vsock connections](crate::VsockConfig::max_connections), and where the call is longer than 1 MiB, as a command
+///   can be by its arguments and environment.
+///
+/// # Panics
+///
+/// All calls have to be made within a tokio runtime with I/O and time, and panic elsewhere. [`MicroVm::agent`]
+/// is refused outside of a runtime, with [`ErrorKind::Config`](crate::ErrorKind::Config).
+///
+/// # Example
 ///
 /// ```no_run
 /// # async fn example(vm: dormouse::MicroVm<dormouse::Running>) -> Result<(), dormouse::Error> {
@@ -99,12 +115,12 @@ impl Agent {
         Command::new(self.clone(), program.as_ref())
     }
 
-    /// How much of the guest's memory the agent takes, in bytes.
+    /// How much of the guest's memory the agent itself takes, in bytes: its own memory, not that of the guest or
+    /// of its programs.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Agent`](crate::ErrorKind::Agent) and
-    /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded).
+    /// As [every call](crate::Agent#errors-of-every-call).
     pub async fn memory_bytes(&self) -> Result<u64, Error> {
         match self.ask(&Call::Usage).await? {
             Reply::Usage(usage) => Ok(usage.resident_bytes),
@@ -163,7 +179,8 @@ impl MicroVm<Running> {
     /// [`ErrorKind::GuestEnded`](crate::ErrorKind::GuestEnded), with the console's last lines,
     /// where the guest ends first. [`ErrorKind::Agent`](crate::ErrorKind::Agent) where the agent
     /// could not make the guest ready, a disk is missing, say, or is of another version.
-    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where the configuration has none.
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where the configuration has none, and outside of a tokio
+    /// runtime.
     pub async fn agent(&self) -> Result<Agent, Error> {
         let ready = async {
             let link = Link::of(self)?;

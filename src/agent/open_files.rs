@@ -174,7 +174,7 @@ impl FileWriter {
     /// # Errors
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File), with the guest's reason for this or any write
-    /// before it; what was there is there. Else as every call.
+    /// before it; what was there is there. Else as [every call](crate::Agent#errors-of-every-call).
     pub async fn finish(mut self) -> Result<(), Error> {
         // An error of a write shows in the answer, unless there is none.
         let written = self.flush().await;

@@ -20,7 +20,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) where nobody listens; else as every call.
+    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) where nobody listens; else as
+    /// [every call](crate::Agent#errors-of-every-call).
     pub async fn connect_tcp(&self, port: u16) -> Result<GuestStream, Error> {
         let mut connection = self.calls().call(&Call::Connect(port)).await?;
         match connection.reply(self.calls().vsock()).await? {
@@ -41,7 +42,8 @@ pub struct GuestStream {
 }
 
 impl GuestStream {
-    /// The socket underneath, a UNIX stream socket of this process.
+    /// The socket underneath, a UNIX stream socket of this process. The socket alone no longer keeps a session
+    /// awake.
     pub fn into_inner(self) -> UnixStream {
         self.stream
     }

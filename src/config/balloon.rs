@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 /// takes them out. Its size follows [`MicroVm::set_balloon_mib`] as far as the guest can; it
 /// starts empty.
 ///
+/// Source: virtio 1.2 §5.5.
+///
 /// ```
 /// use dormouse::{BalloonConfig, Kernel, VmConfig};
 ///

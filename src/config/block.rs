@@ -11,6 +11,8 @@ use super::{ConfigError, RateLimit};
 /// The file is locked (flock) while the VM has it: by one VM that writes to it, or by any number
 /// of VMs that do not.
 ///
+/// Source: virtio 1.2 §5.2.
+///
 /// ```
 /// use dormouse::BlockConfig;
 ///
@@ -106,7 +108,8 @@ impl BlockConfig {
         self
     }
 
-    /// What the guest reads as the disk's serial number: up to 20 printable ASCII characters.
+    /// What the guest reads as the disk's serial number: up to 20 printable ASCII characters
+    /// without spaces.
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = id.into();

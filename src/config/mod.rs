@@ -73,7 +73,7 @@ pub(crate) enum ConfigError {
     Vcpus { count: u8 },
     #[error("{count} virtio devices: it takes up to {MAX_VIRTIO_DEVICES}")]
     VirtioDevices { count: usize },
-    #[error("the id {id:?} of a disk: it takes up to 20 bytes of printable ASCII")]
+    #[error("the id {id:?} of a disk: it takes up to 20 bytes of printable ASCII without spaces")]
     BlockId { id: String },
     #[error("{count} queues of a disk: it takes 1 to {MAX_QUEUES}")]
     BlockQueues { count: u16 },
@@ -229,7 +229,7 @@ impl VmConfig {
     }
 
     /// Gives the guest a virtio entropy device that is fed by the host's random source. Off
-    /// unless set: a guest's CPU has a random instruction of its own.
+    /// unless set: a guest's CPU has a random instruction of its own. Source: virtio 1.2 §5.4.
     #[must_use]
     pub fn entropy(mut self, on: bool) -> Self {
         self.machine.entropy = on;

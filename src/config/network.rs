@@ -32,6 +32,8 @@ const MTUS: std::ops::RangeInclusive<u16> = 68..=65535;
 /// ```
 ///
 /// It serializes, but for one with a descriptor.
+///
+/// Source: virtio 1.2 §5.1.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct NetConfig {
     pub(crate) backend: NetBackend,

@@ -43,7 +43,7 @@ pub(crate) struct DiskOverride {
     pub(crate) delta: Option<PathBuf>,
 }
 
-/// What a restored guest's clocks say.
+/// What a restored guest's clocks say. Source: KVM_SET_CLOCK, §4.30 of the KVM API's documentation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Clock {
     /// The guest slept: its clocks went on. `date` is right at the first instruction, CLOCK_MONOTONIC
@@ -76,7 +76,8 @@ impl Default for RestoreOptions {
 }
 
 impl RestoreOptions {
-    /// Everything as it was.
+    /// Everything as it was, where the snapshot has it: what its files name outside of their directory is
+    /// refused, see [`outside_paths`](Self::outside_paths).
     pub fn new() -> Self {
         Self::default()
     }

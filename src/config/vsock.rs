@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 /// The host is the guest's CID 2. This process connects to the guest's ports, and listens at
 /// those of the host, by [`Vsock`](crate::Vsock); other processes by a UNIX socket.
 ///
+/// Source: virtio 1.2 §5.10.
+///
 /// ```
 /// use dormouse::VsockConfig;
 ///

@@ -92,6 +92,8 @@ impl fmt::Debug for Token {
 /// key is removed, so that a key is replaced without a token being refused: [`rotate`](Self::rotate), wait for the longest
 /// lifetime of a token, [`remove`](Self::remove). Keys are overwritten in memory when they go.
 ///
+/// Source: PASETO, `v4.local`.
+///
 /// ```
 /// use std::time::Duration;
 /// use dormouse::{TokenKeys, TokenPorts};
@@ -138,7 +140,8 @@ impl TokenKeys {
         Self::new(id, &secret)
     }
 
-    /// A key of 32 bytes, which have to be random and secret, and its name.
+    /// A key of 32 bytes, which have to be random and secret, and its name: 1 to 64 ASCII letters, digits, `-`
+    /// and `_`.
     ///
     /// # Errors
     ///

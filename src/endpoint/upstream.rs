@@ -37,7 +37,8 @@ pub trait Upstream: Send + Sync + 'static {
     }
 }
 
-/// Finds what requests are for, by its name: 1 to 63 of `a-z`, `0-9` and `-`. It is asked for each request.
+/// Finds what requests are for, by its name: 1 to 63 of `a-z`, `0-9` and `-`, but not `-` at an end. It is asked
+/// for each request.
 pub trait Upstreams: Send + Sync + 'static {
     /// The one of this name.
     fn find(&self, id: &str) -> Option<Arc<dyn Upstream>>;

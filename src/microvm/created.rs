@@ -18,9 +18,21 @@ impl MicroVm<Created> {
     ///
     /// # Errors
     ///
-    /// Every [`ErrorKind`](crate::ErrorKind) but those of a guest that ran: an unusable
-    /// `/dev/kvm`, a value of the configuration that is refused, a kernel or initramfs that
-    /// cannot be read or does not fit, or a limit of the host. Nothing is left behind.
+    /// [`KvmMissing`], [`KvmPermission`] and [`KvmUnsupported`] for a `/dev/kvm` that cannot be used, [`Kvm`]
+    /// where it refuses a request; [`Config`] for a value of the configuration that is refused; [`Kernel`], and
+    /// [`Initramfs`], also of the agent and its modules, where they cannot be read or do not fit; [`Disk`] and
+    /// [`Network`] where one cannot be had; [`Resources`] for a limit of the host. Nothing is left behind.
+    ///
+    /// [`KvmMissing`]: crate::ErrorKind::KvmMissing
+    /// [`KvmPermission`]: crate::ErrorKind::KvmPermission
+    /// [`KvmUnsupported`]: crate::ErrorKind::KvmUnsupported
+    /// [`Kvm`]: crate::ErrorKind::Kvm
+    /// [`Config`]: crate::ErrorKind::Config
+    /// [`Kernel`]: crate::ErrorKind::Kernel
+    /// [`Initramfs`]: crate::ErrorKind::Initramfs
+    /// [`Disk`]: crate::ErrorKind::Disk
+    /// [`Network`]: crate::ErrorKind::Network
+    /// [`Resources`]: crate::ErrorKind::Resources
     ///
     /// ```no_run
     /// use dormouse::{Kernel, MicroVm, VmConfig};

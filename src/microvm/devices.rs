@@ -39,8 +39,9 @@ impl From<DeviceError> for Error {
 }
 
 impl MicroVm<Running> {
-    /// What each virtio device has done, in the order in which the guest finds them: disks in
-    /// the order of the configuration, then the others. Waits for the turn that a device is at.
+    /// What each virtio device has done, in the order in which the guest finds them: disks, then
+    /// network interfaces, both in the order of the configuration, then the entropy device, the
+    /// balloon and the vsock device, those that there are. Waits for the turn that a device is at.
     pub fn metrics(&self) -> Vec<DeviceMetrics> {
         self.state.machine.metrics()
     }

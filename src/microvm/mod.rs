@@ -51,11 +51,13 @@ use crate::timings::{Recorder, Timings};
 /// [`Terminated`].
 ///
 /// It lives in this process: a thread for each vCPU, a mapping for the guest's memory, some file
-/// descriptors. Dropping it ends the guest, in whatever state, and returns at once; descriptors,
-/// threads and memory are given back within milliseconds, by its own threads as they end.
+/// descriptors. Dropping it ends the guest, but for one that sleeps in files, and returns at once;
+/// descriptors, threads and memory are given back within milliseconds, by its own threads as they end.
+/// A VM that was [suspended](MicroVm::<Running>::suspend) to files stays in them:
+/// [`MicroVm::<Suspended>::open`] finds it again, and [`terminate`](MicroVm::<Suspended>::terminate) ends it.
 ///
 /// A `MicroVm` belongs to the process that created it: KVM refuses it to a child after `fork`.
-#[must_use = "dropping a `MicroVm` ends its guest"]
+#[must_use = "dropping a `MicroVm` ends its guest, unless it sleeps in files"]
 pub struct MicroVm<S: State> {
     state: S,
     console: Console,

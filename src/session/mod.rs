@@ -148,8 +148,9 @@ impl Session {
         self.ask(Wish::Resume).await
     }
 
-    /// Ends it: hook `terminate`, for which one that sleeps is woken; SIGTERM and SIGKILL to the guest's
-    /// processes; its files removed. What is known of it stays until [`Sessions::remove`].
+    /// As [`MicroVm::shutdown`], not as [`MicroVm::terminate`](MicroVm::<Running>::terminate): hook `terminate`, for
+    /// which one that sleeps is woken; SIGTERM and SIGKILL to the guest's processes; then its files are removed. A
+    /// guest without an agent is cut off. What is known of it stays until [`Sessions::remove`].
     ///
     /// # Errors
     ///

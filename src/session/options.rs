@@ -39,8 +39,8 @@ impl SessionOptions {
         Self::default()
     }
 
-    /// The session's name, 1 to 63 of a-z, 0-9 and -: it becomes a part of a host's name. 24 random hexadecimal digits
-    /// unless set.
+    /// The session's name, 1 to 63 of `a-z`, `0-9` and `-`, but not `-` at an end: it becomes a part of a host's
+    /// name. 24 random hexadecimal digits unless set.
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = Some(id.into());

@@ -71,8 +71,9 @@ impl Template {
     /// [`ErrorKind::Template`](crate::ErrorKind::Template) where it was deactivated, or where the
     /// configuration cannot be one;
     /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the console's last lines, where the
-    /// application is not up in time; else as [`MicroVm::create`], [`MicroVm::agent`],
-    /// [`Snapshot::restore`] and hooks. Nothing is kept then.
+    /// application is not up in time; else as [`MicroVm::create`], [`MicroVm::agent`], what [`Ready`] waits for,
+    /// and [`MicroVm::snapshot`](MicroVm::<crate::Paused>::snapshot). Where the VM that is tried fails, it is
+    /// `ErrorKind::Template`, whatever the reason: a time that is over and a hook too. Nothing is kept then.
     pub async fn build(config: VmConfig, options: &TemplateOptions) -> Result<Self, Error> {
         let store = Store::open(&options.directory)?;
         let key = key::of(&config, &options.ready)?;

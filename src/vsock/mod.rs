@@ -137,7 +137,7 @@ impl Vsock {
     ///
     /// [`ErrorKind::Refused`] where nobody listens there, [`ErrorKind::Timeout`],
     /// [`ErrorKind::GuestEnded`] where the VM is over, [`ErrorKind::Resources`] where there are
-    /// too many connections or descriptors.
+    /// too many connections or descriptors, [`ErrorKind::Config`] for 4,294,967,295, which is no port.
     pub fn connect(&self, port: u32) -> Result<VsockStream, Error> {
         self.begin_connect(port)?.finish()
     }
@@ -155,7 +155,8 @@ impl Vsock {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::GuestEnded`] and [`ErrorKind::Resources`], as [`connect`](Self::connect).
+    /// [`ErrorKind::GuestEnded`], [`ErrorKind::Resources`] and [`ErrorKind::Config`], as
+    /// [`connect`](Self::connect).
     pub fn begin_connect(&self, port: u32) -> Result<Connecting, Error> {
         self.check(port)?;
         let socket = self.with_device(|device| device.open(port))?;
@@ -173,7 +174,8 @@ impl Vsock {
     /// # Errors
     ///
     /// [`ErrorKind::PortInUse`] where there is a listener, [`ErrorKind::GuestEnded`] where the VM
-    /// is over, [`ErrorKind::Resources`] where there are too many descriptors.
+    /// is over, [`ErrorKind::Resources`] where there are too many descriptors, [`ErrorKind::Config`]
+    /// for 4,294,967,295, which is no port.
     pub fn listen(&self, port: u32) -> Result<VsockListener, Error> {
         self.check(port)?;
         let backlog = Arc::new(Backlog::new(BACKLOG).map_err(VsockError::Socket)?);

@@ -83,7 +83,7 @@ impl Agent {
     /// # Errors
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be read here, or written there;
-    /// some of it may be there then. Else as every call.
+    /// some of it may be there then. Else as [every call](crate::Agent#errors-of-every-call).
     pub async fn copy_in(
         &self,
         host: impl AsRef<Path>,

@@ -10,22 +10,30 @@ const PATH_PREFIX: &str = "/aws/lambda-microvms/runtime/v1/";
 /// How long a hook may take, unless set.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// The moments at which a hook is called.
+/// The moments at which a hook is called. [`Agent::run_hook`](crate::Agent::run_hook) calls any of them besides.
+///
+/// Source: the hooks of AWS Lambda's MicroVMs (2026).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum HookName {
-    /// The guest has booted: the program has done what has to be done once, and may be saved.
+    /// The guest has booted: the program has done what has to be done once, and may be saved. Called by
+    /// `Template::build` with `Ready::Hook`, also in the VM that it tries, and by `Sessions::start` for a VM that
+    /// is [`Created`](crate::Created) and so boots; not by [`MicroVm::agent`](crate::MicroVm::agent).
     Ready,
-    /// After that: whether the guest does what it is there for.
+    /// After that: whether the guest does what it is there for. Called by `Template::build`, in the VM that
+    /// it tries.
     Validate,
-    /// A clone begins to work.
+    /// A clone begins to work. Called by `Sessions::start` alone.
     Run,
-    /// The guest is about to be suspended.
+    /// The guest is about to be suspended. Called by [`Agent::freeze`](crate::Agent::freeze), and by a session
+    /// that goes to sleep; not by [`MicroVm::suspend`](crate::MicroVm::<crate::Running>::suspend).
     Suspend,
-    /// The guest goes on after it was suspended.
+    /// The guest goes on after it was suspended. Called by [`MicroVm::agent`](crate::MicroVm::agent) of a VM that
+    /// woke, once, and by a session that wakes, or that could not be suspended.
     Resume,
-    /// The guest is about to end.
+    /// The guest is about to end. Called by [`MicroVm::shutdown`](crate::MicroVm::shutdown), and by a session
+    /// that is terminated; one that sleeps is woken for it.
     Terminate,
 }
 
