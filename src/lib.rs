@@ -1,7 +1,8 @@
 //! MicroVMs inside your process.
 //!
 //! dormouse boots, suspends and clones Linux guests over KVM with a small VMM of its own, in the
-//! process that calls it: no daemon, no build service, no file that was not asked for. A VM is a value whose state is its type:
+//! process that calls it: no daemon, no build service, no file that was not asked for. A VM is a value
+//! whose state is its type:
 //!
 //! ```text
 //!                       start               pause                suspend
@@ -16,10 +17,13 @@
 //! | state | what there is of the VM | how it gets on |
 //! | --- | --- | --- |
 //! | [`Created`] | memory, devices, a loaded kernel; no instruction has run | [`start`](MicroVm::<Created>::start) |
-//! | [`Running`] | threads that run the guest | [`pause`](MicroVm::<Running>::pause), [`suspend`](MicroVm::<Running>::suspend), [`wait`](MicroVm::<Running>::wait), `shutdown` |
-//! | [`Paused`] | all of it, between two instructions | [`resume`](MicroVm::<Paused>::resume), [`snapshot`](MicroVm::<Paused>::snapshot), [`fork`](MicroVm::<Paused>::fork), [`suspend`](MicroVm::<Paused>::suspend) |
-//! | [`Suspended`] | files, or memory that no VM has: no thread, no descriptor of KVM | [`resume`](MicroVm::<Suspended>::resume), in this process or another |
+//! | [`Running`] | threads that run the guest | [`pause`](MicroVm::<Running>::pause), [`suspend`](MicroVm::<Running>::suspend), [`wait`](MicroVm::<Running>::wait), [`shutdown`](MicroVm::<Running>::shutdown), [`terminate`](MicroVm::<Running>::terminate) |
+//! | [`Paused`] | all of it, between two instructions | [`resume`](MicroVm::<Paused>::resume), [`snapshot`](MicroVm::<Paused>::snapshot), [`fork`](MicroVm::<Paused>::fork), [`suspend`](MicroVm::<Paused>::suspend), [`terminate`](MicroVm::<Paused>::terminate) |
+//! | [`Suspended`] | files, or memory that no VM has: no thread, no descriptor of KVM | [`resume`](MicroVm::<Suspended>::resume), in this process or another; [`into_snapshot`](MicroVm::<Suspended>::into_snapshot), [`terminate`](MicroVm::<Suspended>::terminate) |
 //! | [`Terminated`] | how it ended, and what its console said last | |
+//!
+//! Some arrows are not drawn: a running VM can be suspended at once, a paused one saved as a [`Snapshot`] and go on,
+//! and a suspended one terminated.
 //!
 //! A call that does not fit the state does not compile. One that fails gives the VM back ([`TransitionError`]). A drop ends the
 //! guest, but for one that sleeps in files. The whole story, of a guest that boots once and is then a hundred:
@@ -70,15 +74,24 @@
 //! | run it | [`MicroVm`], [`AnyMicroVm`], [`TransitionError`] |
 //! | put it to sleep, and wake it | [`MicroVm::<Running>::suspend`], [`Suspended`], [`SnapshotOptions`], [`SaveProgress`] |
 //! | make many of one | [`MicroVm::<Paused>::fork`], [`Snapshot`], [`RestoreOptions`], [`Clock`] |
+//! | check, merge and pack snapshots | [`Snapshot::verify`], [`Snapshot::merge`], [`Snapshot::pack`], [`Snapshot::unpack`], [`SnapshotFacts`] |
 //! | have one ready | [`Pool`], [`PoolOptions`], [`PreparedShell`] |
 //! | have an agent in the guest | [`AgentConfig`], [`RootDisk`], [`Entrypoint`], [`Hook`], [`HostService`] |
 //! | have a container image as its root | [`Image`], [`ImageSource`], [`ImageCache`], [`ImageConfig`], [`ImageLimits`], [`OverlayDisk`] |
 //! | run commands in it, move its files, reach its ports | [`MicroVm::agent`], [`Agent`], [`Command`], [`Process`] |
 //! | start with the application up | [`Template`], [`Ready`] |
 //! | have it sleep when nobody needs it, and wake for a request | [`Sessions`], [`Session`], [`SessionPolicy`], [`Metering`] |
-//! | serve its ports on the web | `Endpoint`, `EndpointOptions`, `TokenKeys` (feature `endpoint`) |
+#![cfg_attr(
+    feature = "endpoint",
+    doc = "| serve its ports on the web | [`Endpoint`], [`EndpointOptions`], [`TokenKeys`] (feature `endpoint`) |"
+)]
+#![cfg_attr(
+    not(feature = "endpoint"),
+    doc = "| serve its ports on the web | `Endpoint`, `EndpointOptions`, `TokenKeys` (feature `endpoint`) |"
+)]
 //! | talk to its programs by sockets | [`VsockConfig`], [`Vsock`], [`VsockStream`], [`VsockListener`] |
 //! | read what it says, and how it ended | [`Console`], [`ExitStatus`] |
+//! | count what it does | [`MicroVm::metrics`], [`DeviceMetrics`], [`cpu_time`](MicroVm::<Running>::cpu_time) |
 //! | know what went wrong, and what to do | [`Error`], [`ErrorKind`], [`Host::check`] |
 //! | know what it cost | [`Timings`], [`Phase`], and `tracing` spans of the same names |
 //!
@@ -86,11 +99,15 @@
 //!
 //! The library installs no signal handler, touches no terminal, writes to no standard stream,
 //! never exits or aborts, and keeps nothing behind: descriptors, mappings and threads of a VM are
-//! gone within milliseconds of its drop. Calls block, for the times that they document; those
-//! of the agent are async, and none else needs a runtime. Threads are named `dormouse-…`; seccomp confines them, and what of
-//! yours runs on them (see [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU
-//! threads, which have it blocked: it is never delivered. A process that uses that signal itself
-//! must not send it to the process as a whole.
+//! gone within milliseconds of its drop.
+//!
+//! What is async comes with a feature, and is to be called in a tokio runtime with I/O and time; so is
+//! `Endpoint::serve`. All other calls need none, and block for the times that they document: those of [`MicroVm`],
+//! [`Snapshot`], [`Pool`], [`Vsock`], [`OverlayDisk`] and [`ImageCache`].
+//!
+//! Threads are named `dormouse-…`; seccomp confines them, and what of yours runs on them (see
+//! [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU threads, which have it blocked: it is
+//! never delivered. A process that uses that signal itself must not send it to the process as a whole.
 //!
 //! # Features
 //!
@@ -102,14 +119,17 @@
 //! - `endpoint`: `Endpoint`, an HTTP server in front of sessions, with tokens, and TLS where that is wanted. It brings hyper's
 //!   server, rustls and PASETO.
 //!
-//! Without any, the crate is its blocking core, and needs no async runtime.
+//! `image` and `session` bring `agent`, `registry` brings `image`, `endpoint` brings `session`. Without any, the crate
+//! is its blocking core, and needs no async runtime.
 //!
 //! # Versions
 //!
 //! Semantic versioning; before 1.0 a minor version may break. The oldest compiler is that of `rust-version` in Cargo.toml, 1.95;
-//! a newer one is a minor version. What a snapshot's files say of their version, and which versions of the crate read which, is
+//! a newer one is a minor version. Types of tokio 1 and hyper 1 are in the API; a major version of theirs is one
+//! of this crate's. What a snapshot's files say of their version, and which versions of the crate read which, is
 //! in `docs/snapshot-format.md`.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(missing_docs, unreachable_pub)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![warn(clippy::print_stdout, clippy::print_stderr)]
