@@ -78,6 +78,7 @@ pub enum KvmStatus {
 
 /// An installed kernel, and whether it can be read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct HostKernel {
     /// The kernel.
     pub kernel: InstalledKernel,
@@ -87,6 +88,7 @@ pub struct HostKernel {
 
 /// Something that a VM would miss.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Problem {
     /// What is wrong.
     pub what: String,

@@ -104,6 +104,7 @@ impl PoolOptions {
 /// # Ok::<(), dormouse::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "dropping it ends the VMs that it keeps ready"]
 pub struct Pool {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,

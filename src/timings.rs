@@ -16,6 +16,7 @@ use crate::phase::Phase;
 /// One phase that ran: when, after the call that made this handle of the VM, and for how long. That is the call
 /// of `create`, `restore`, `fork` or `open`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Timing {
     /// What ran.
     pub phase: Phase,

@@ -45,6 +45,7 @@ pub(crate) struct DiskOverride {
 
 /// What a restored guest's clocks say. Source: KVM_SET_CLOCK, §4.30 of the KVM API's documentation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Clock {
     /// The guest slept: its clocks went on. `date` is right at the first instruction, CLOCK_MONOTONIC
     /// is later by the time that the VM was suspended, and timers that are due have run out.

@@ -106,6 +106,7 @@ use crate::error::Error;
 /// # Ok(())
 /// # }
 /// ```
+#[must_use = "dropping it ends the endpoint"]
 pub struct Endpoint {
     address: SocketAddr,
     scheme: &'static str,

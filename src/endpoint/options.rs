@@ -83,6 +83,7 @@ impl EndpointOptions {
     }
 
     /// Lets in who has a token of these keys. The endpoint sees what is done to the keys later.
+    #[must_use]
     pub fn tokens(mut self, keys: TokenKeys) -> Self {
         self.tokens = Tokens::Keys(keys);
         self
@@ -90,6 +91,7 @@ impl EndpointOptions {
 
     /// Lets in everybody who reaches it: each user and program of this machine, and each page in a browser on it. It is
     /// refused at an address that is not this machine's own.
+    #[must_use]
     pub fn without_tokens(mut self) -> Self {
         self.tokens = Tokens::Off;
         self
@@ -97,6 +99,7 @@ impl EndpointOptions {
 
     /// The domain that sessions are names below, `<id>.<domain>`. Names below `localhost` mean this machine
     /// to browsers and to curl, without any DNS; others have to be made to mean it.
+    #[must_use]
     pub fn domain(mut self, domain: impl Into<String>) -> Self {
         self.domain = domain.into();
         self
@@ -104,18 +107,21 @@ impl EndpointOptions {
 
     /// What paths begin with that lead to sessions at the domain itself, or at an address: `/sessions/<id>/…`. None: by names
     /// alone. Pages of all sessions have one origin there, so that browsers let one see what another keeps; names are for those.
+    #[must_use]
     pub fn path_prefix(mut self, prefix: impl Into<Option<String>>) -> Self {
         self.prefix = prefix.into();
         self
     }
 
     /// Serves by TLS alone.
+    #[must_use]
     pub fn tls(mut self, identity: TlsIdentity) -> Self {
         self.tls = Some(identity);
         self
     }
 
     /// What clients may take.
+    #[must_use]
     pub fn limits(mut self, limits: EndpointLimits) -> Self {
         self.limits = limits;
         self

@@ -95,6 +95,7 @@ impl From<KernelError> for Error {
 /// How a kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum BootProtocol {
     /// PVH where the image has an entry point for it, else the 64-bit Linux protocol.
     #[default]

@@ -26,7 +26,6 @@ use crate::timings::Timings;
 /// ```
 #[derive(Debug)]
 #[must_use = "dropping a `MicroVm` ends its guest, unless it sleeps in files"]
-#[non_exhaustive]
 #[allow(missing_docs)]
 pub enum AnyMicroVm {
     Created(MicroVm<Created>),
