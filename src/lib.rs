@@ -165,6 +165,7 @@ mod microvm;
 mod modules;
 mod phase;
 mod pool;
+mod random;
 mod protocol;
 mod seccomp;
 #[cfg(feature = "session")]

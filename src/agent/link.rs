@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::{TcpStream, UnixStream};
@@ -29,6 +28,7 @@ use crate::microvm::{CloneIdentity, MicroVm, Running};
 use crate::protocol::{
     Failure, FailureKind, Hello, Identity, Opening, Renewal, Reply, VERSION, Welcome,
 };
+use crate::random::random;
 use crate::vsock::{VsockListener, VsockStream};
 
 /// How long whoever connects may take to say what for.
@@ -167,20 +167,10 @@ pub(super) fn check_runtime() -> Result<(), AgentError> {
 fn renewal(vm: &MicroVm<Running>) -> Result<Option<Renewal>, Error> {
     let Some(clone) = vm.clone_identity() else { return Ok(None) };
     Ok(Some(Renewal {
-        machine_id: random()?,
+        machine_id: random().map_err(AgentError::Socket)?,
         hostname: clone.hostname.clone(),
         interfaces: clone.interfaces.iter().map(InterfaceConfig::to_wire).collect(),
     }))
-}
-
-fn random<const N: usize>() -> Result<[u8; N], Error> {
-    let mut bytes = [0; N];
-    let filled = getrandom(&mut bytes, GetRandomFlags::empty());
-    match filled {
-        Ok(count) if count == N => Ok(bytes),
-        Ok(_) => Err(AgentError::Socket(io::ErrorKind::UnexpectedEof.into()).into()),
-        Err(errno) => Err(AgentError::Socket(errno.into()).into()),
-    }
 }
 
 fn wall_clock_ns() -> u64 {

@@ -9,13 +9,13 @@
 use std::io;
 use std::sync::Arc;
 
-use rustix::rand::GetRandomFlags;
 use thiserror::Error as ThisError;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout;
 use crate::error::{Error, ErrorKind};
 use crate::memory::{GuestRam, MemoryError};
+use crate::random::random;
 
 /// Its length.
 const BYTES: usize = 16;
@@ -52,13 +52,7 @@ impl VmGenId {
 
     /// A boot's first generation: 16 random bytes where the ACPI tables say.
     pub(crate) fn write_first(ram: &GuestRam) -> Result<(), VmGenIdError> {
-        let mut generation = [0; BYTES];
-        // So few bytes come whole, or not at all (getrandom(2)).
-        match rustix::rand::getrandom(&mut generation, GetRandomFlags::empty()) {
-            Ok(BYTES) => {}
-            Ok(_) => return Err(VmGenIdError::Random(io::ErrorKind::UnexpectedEof.into())),
-            Err(errno) => return Err(VmGenIdError::Random(errno.into())),
-        }
+        let generation = random::<BYTES>().map_err(VmGenIdError::Random)?;
         Ok(ram.write(&generation, layout::VM_GENERATION)?)
     }
 

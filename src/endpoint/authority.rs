@@ -17,7 +17,7 @@ use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert};
 use tokio_rustls::rustls::sign::CertifiedKey;
 
 use super::error::EndpointError;
-use super::route::is_id;
+use crate::session::is_label;
 
 /// Names whose certificates are kept. Clients choose them, so there are as many as they like.
 const MAX_KEPT: usize = 256;
@@ -35,7 +35,7 @@ impl Authority {
     /// A new one, and its certificate in PEM.
     pub(super) fn new(domain: &str) -> Result<(Self, String), EndpointError> {
         let domain = domain.to_ascii_lowercase();
-        if !domain.split('.').all(is_id) {
+        if !domain.split('.').all(is_label) {
             return Err(EndpointError::Domain { domain });
         }
         let key = KeyPair::generate().map_err(fault)?;
@@ -56,7 +56,7 @@ impl Authority {
         if !name
             .strip_suffix(&self.domain)
             .and_then(|name| name.strip_suffix('.'))
-            .is_some_and(is_id)
+            .is_some_and(is_label)
         {
             return None;
         }

@@ -13,7 +13,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
 use super::headers::{self, Origin};
 use super::port::{self, OWN_HEADERS};
-use super::route::{Routes, is_id};
+use super::route::Routes;
+use crate::session::is_label;
 use super::token::Opened;
 use super::{TokenKeys, preface};
 
@@ -52,7 +53,7 @@ fn request(method: &Method, uri: &Uri, version: Version, mut headers: HeaderMap)
         }
     }
     let Ok(target) = routes.target(method, uri, version, &headers) else { return };
-    assert!(is_id(&target.id), "{target:?}");
+    assert!(is_label(&target.id), "{target:?}");
     let path = target.path.as_str();
     assert!(path.starts_with('/') || path == "*", "{target:?}");
     if target.prefix.is_some() {

@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::error::EndpointError;
-use super::route::{Routes, is_id};
+use super::route::Routes;
+use crate::session::is_label;
 use super::tls::TlsIdentity;
 use super::token::TokenKeys;
 
@@ -140,7 +141,7 @@ impl EndpointOptions {
     pub(super) fn routes(&self) -> Result<Routes, EndpointError> {
         let domain = self.domain.to_ascii_lowercase();
         let domain = domain.trim_end_matches('.');
-        if !domain.split('.').all(is_id) {
+        if !domain.split('.').all(is_label) {
             return Err(EndpointError::Domain { domain: self.domain.clone() });
         }
         if let Some(prefix) = &self.prefix {

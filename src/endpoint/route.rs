@@ -12,6 +12,7 @@ use hyper::http::uri::{Authority, PathAndQuery};
 use hyper::{Method, Uri, Version};
 
 use super::fault::Fault;
+use crate::session::is_label;
 
 /// How requests are told apart.
 #[derive(Clone, Debug)]
@@ -57,7 +58,7 @@ impl Routes {
         let host = authority.as_ref().map(|authority| authority.host().to_ascii_lowercase());
         let host = host.as_deref().map(|host| host.strip_suffix('.').unwrap_or(host));
         if let Some(id) = host.and_then(|host| self.id_of(host)) {
-            let id = is_id(id).then(|| id.to_owned()).ok_or_else(nobody)?;
+            let id = is_label(id).then(|| id.to_owned()).ok_or_else(nobody)?;
             return Ok(Target { id, authority, path, prefix: None });
         }
         // Any other name may be one that a stranger's page was made to mean this machine by.
@@ -76,15 +77,6 @@ impl Routes {
 
 fn nobody() -> Fault {
     Fault::no_route("there is no session of this name")
-}
-
-/// As sessions are named, which is as DNS does.
-pub(super) fn is_id(id: &str) -> bool {
-    let is_known = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    (1..=63).contains(&id.len())
-        && id.bytes().all(is_known)
-        && !id.starts_with('-')
-        && !id.ends_with('-')
 }
 
 fn is_address(host: &str) -> bool {
@@ -141,7 +133,7 @@ fn by_path(
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (id, rest) = rest.split_at(end);
     // An id that is written with escapes is none.
-    if !is_id(id) {
+    if !is_label(id) {
         return Err(nobody());
     }
     let (below, query) =

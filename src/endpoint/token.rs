@@ -14,7 +14,6 @@ use pasetors::claims::{Claims, ClaimsValidationRules};
 use pasetors::keys::SymmetricKey;
 use pasetors::token::UntrustedToken;
 use pasetors::version4::{LocalToken, V4};
-use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 
 use super::error::EndpointError;
@@ -326,9 +325,6 @@ fn random_id() -> Result<String, Error> {
 }
 
 fn random<const N: usize>() -> Result<[u8; N], Error> {
-    let mut bytes = [0; N];
-    match getrandom(&mut bytes, GetRandomFlags::empty()) {
-        Ok(count) if count == N => Ok(bytes),
-        _ => Err(EndpointError::Mint(pasetors::errors::Error::Key).into()),
-    }
+    let bytes = crate::random::random();
+    bytes.map_err(|_| EndpointError::Mint(pasetors::errors::Error::Key).into())
 }

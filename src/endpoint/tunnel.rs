@@ -15,7 +15,6 @@ use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
-use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, split};
 use tokio::time::timeout;
 
@@ -24,6 +23,7 @@ use super::fault::{Fault, Stage};
 use super::guest::Lease;
 use super::headers;
 use super::tasks::Tasks;
+use crate::random::random;
 
 /// How long a client may go on after the application has ended its side.
 const GOODBYE_TIME: Duration = Duration::from_secs(10);
@@ -139,10 +139,7 @@ where
 }
 
 fn websocket_key() -> Result<HeaderValue, Fault> {
-    let mut bytes = [0; 16];
-    let key = match getrandom(&mut bytes, GetRandomFlags::empty()) {
-        Ok(16) => HeaderValue::try_from(STANDARD.encode(bytes)).ok(),
-        _ => None,
-    };
+    let key = random::<16>().ok();
+    let key = key.and_then(|bytes| HeaderValue::try_from(STANDARD.encode(bytes)).ok());
     key.ok_or_else(|| Fault::bad_gateway(Stage::Request, "the host gives no random bytes"))
 }

@@ -26,19 +26,10 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use super::{KvmError, Vcpu};
+use crate::config::Clock;
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe2, kvm_device_attr);
-
-/// How a restored guest's clocks go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ClockPolicy {
-    /// As if the guest had been asleep: the time since it was saved has passed, by the host's
-    /// wall clock. A wall clock that was set back counts as no time.
-    Advance,
-    /// As if nothing had happened: the guest's clocks show what they showed, and are late.
-    Freeze,
-}
 
 /// One moment, as each clock showed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,12 +71,12 @@ impl ClockState {
     }
 
     /// How the saved clocks go on at the moment `now`, which a restored VM's own clocks show.
-    pub(super) fn shift(&self, now: &Self, policy: ClockPolicy) -> ClockShift {
+    pub(super) fn shift(&self, now: &Self, policy: Clock) -> ClockShift {
         let elapsed_ns = match policy {
-            ClockPolicy::Advance => {
+            Clock::Advance => {
                 now.realtime_ns.saturating_sub(self.realtime_ns).min(LONGEST_SLEEP_NS)
             }
-            ClockPolicy::Freeze => 0,
+            Clock::Freeze => 0,
         };
         // 2^63 ns at 2^32 kHz are less than 2^95.
         let ticks = u128::from(elapsed_ns) * u128::from(self.tsc_khz) / 1_000_000;
@@ -186,7 +177,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_slept_finds_all_clocks_later_by_the_same_time() {
-        let shift = SAVED.shift(&later(10), ClockPolicy::Advance);
+        let shift = SAVED.shift(&later(10), Clock::Advance);
         assert_eq!(shift.kvmclock_ns, 15_000_000_000);
         assert_eq!(shift.tsc_ticks, 20_000_000_000);
         // A vCPU that showed base + offset shows, at the new base, that and the ticks.
@@ -197,15 +188,15 @@ mod tests {
 
     #[test]
     fn a_frozen_guest_finds_its_clocks_as_they_were() {
-        let shift = SAVED.shift(&later(1_000_000), ClockPolicy::Freeze);
+        let shift = SAVED.shift(&later(1_000_000), Clock::Freeze);
         assert_eq!((shift.kvmclock_ns, shift.tsc_ticks), (SAVED.kvmclock_ns, 0));
         assert_eq!(400u64.wrapping_add(shift.tsc_offset.unwrap()), 1_000_000);
     }
 
     #[test]
     fn time_never_goes_back_nor_overflows() {
-        let frozen = SAVED.shift(&later(0), ClockPolicy::Freeze);
-        assert_eq!(SAVED.shift(&later(-3600), ClockPolicy::Advance), frozen);
+        let frozen = SAVED.shift(&later(0), Clock::Freeze);
+        assert_eq!(SAVED.shift(&later(-3600), Clock::Advance), frozen);
         let hostile = ClockState {
             kvmclock_ns: u64::MAX,
             realtime_ns: 0,
@@ -213,15 +204,15 @@ mod tests {
             tsc_khz: u32::MAX,
         };
         let now = ClockState { realtime_ns: u64::MAX, ..later(0) };
-        assert_eq!(hostile.shift(&now, ClockPolicy::Advance).kvmclock_ns, u64::MAX);
+        assert_eq!(hostile.shift(&now, Clock::Advance).kvmclock_ns, u64::MAX);
     }
 
     #[test]
     fn hosts_without_offsets_get_values_instead() {
         let old = ClockState { tsc_base: None, ..later(1) };
-        let shift = SAVED.shift(&old, ClockPolicy::Advance);
+        let shift = SAVED.shift(&old, Clock::Advance);
         assert_eq!((shift.tsc_offset, shift.tsc_ticks), (None, 2_000_000_000));
-        let shift = ClockState { tsc_base: None, ..SAVED }.shift(&later(1), ClockPolicy::Advance);
+        let shift = ClockState { tsc_base: None, ..SAVED }.shift(&later(1), Clock::Advance);
         assert_eq!(shift.tsc_offset, None);
     }
 

@@ -12,7 +12,6 @@ mod vcpu_state;
 mod vm;
 mod vm_state;
 
-pub(crate) use self::clock::ClockPolicy;
 #[cfg(feature = "image")]
 pub(crate) use self::cpu_profile::HostFacts;
 pub(crate) use self::cpu_profile::{CpuProfile, HostError};

@@ -10,9 +10,10 @@ use kvm_bindings::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::clock::{self, ClockPolicy, ClockState};
+use super::clock::{self, ClockState};
 use super::{KvmError, Vcpu, VcpuState, Vm, msrs};
 use crate::arch::msr::IA32_TSC;
+use crate::config::Clock;
 
 /// What KVM knows about a guest, but for its memory and its CPUID.
 #[derive(Clone, Serialize, Deserialize)]
@@ -94,7 +95,7 @@ impl Vm {
         &self,
         state: &VmState,
         vcpus: &[Vcpu],
-        policy: ClockPolicy,
+        policy: Clock,
     ) -> Result<(), KvmError> {
         let saved = state.vcpus.len();
         if saved != vcpus.len() {

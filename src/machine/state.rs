@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Machine;
 use super::device_state::DevicesState;
-use crate::config::MachineConfig;
+use crate::config::{Clock, MachineConfig};
 use crate::error::Error;
-use crate::kvm::{ClockPolicy, CpuProfile, Vcpu, VmState};
+use crate::kvm::{CpuProfile, Vcpu, VmState};
 
 /// A stopped machine: what KVM knows of it, and its devices.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -66,7 +66,7 @@ impl Machine {
         &self,
         vcpus: &[Vcpu],
         state: &MachineState,
-        clock: ClockPolicy,
+        clock: Clock,
     ) -> Result<(), Error> {
         self.vm.restore(&state.vm, vcpus, clock)?;
         self.restore_devices(&state.devices)?;

@@ -77,6 +77,15 @@ impl Asleep {
         }
     }
 
+    /// The snapshot that it lies in, where that is in files.
+    #[cfg(feature = "session")]
+    pub(super) fn snapshot_id(&self) -> Option<[u8; 16]> {
+        match &self.place {
+            Place::Directory { id, .. } => Some(*id),
+            Place::Memory(_) => None,
+        }
+    }
+
     /// The VM did not go on after all, and who waits for its end has to be told of that one.
     pub(super) fn take_back(&mut self, woken: &mut Stopped) {
         self.lease = woken.origin.lease.take();

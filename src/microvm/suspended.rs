@@ -60,6 +60,12 @@ impl MicroVm<Suspended> {
         Ok(Self { state, console, recorder: Recorder::new() })
     }
 
+    /// What the files are known by that it lies in.
+    #[cfg(feature = "session")]
+    pub(crate) fn snapshot_id(&self) -> Option<[u8; 16]> {
+        self.state.asleep.snapshot_id()
+    }
+
     /// Wakes the guest where it was suspended, in about a millisecond at any size of its memory,
     /// which is mapped and not read. Its clocks have gone on meanwhile; its disks and its console
     /// are as before. What it needs of the host, a tap or a path, has to be free.

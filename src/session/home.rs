@@ -84,11 +84,15 @@ impl Home {
     }
 }
 
-/// A session's name is a label of a host's name (RFC 1123), in lower case.
-pub(super) fn check_id(id: &str) -> Result<(), SessionError> {
+/// Whether this is a label of a host's name (RFC 1123), in lower case: what a session's name has to be.
+pub(crate) fn is_label(id: &str) -> bool {
     let is_good = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
     let ends = id.starts_with('-') || id.ends_with('-');
-    match (1..=63).contains(&id.len()) && id.bytes().all(is_good) && !ends {
+    (1..=63).contains(&id.len()) && id.bytes().all(is_good) && !ends
+}
+
+pub(super) fn check_id(id: &str) -> Result<(), SessionError> {
+    match is_label(id) {
         true => Ok(()),
         false => Err(SessionError::Id { id: id.chars().take(80).collect() }),
     }

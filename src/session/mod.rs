@@ -22,6 +22,8 @@ mod start;
 mod state;
 mod stream;
 
+#[cfg(feature = "endpoint")]
+pub(crate) use self::home::is_label;
 pub use self::metering::Metering;
 pub use self::options::SessionOptions;
 pub use self::policy::{Lost, SessionPolicy};

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::sync::{mpsc, oneshot};
 
 use super::clock::Stamp;
@@ -22,6 +21,7 @@ use super::state::{SessionEvent, SessionEvents, SessionReason, SessionState};
 use super::{Session, SessionOptions};
 use crate::error::{Error, ErrorKind};
 use crate::microvm::{AnyMicroVm, MicroVm, Suspended};
+use crate::random::random;
 use crate::snapshot::Snapshot;
 
 /// The sessions of a directory, which one process has at a time: a handle that clones.
@@ -307,13 +307,6 @@ fn event(
 }
 
 fn random_id() -> Result<String, SessionError> {
-    let mut bytes = [0; 12];
-    let filled = getrandom(&mut bytes, GetRandomFlags::empty());
-    match filled {
-        Ok(count) if count == bytes.len() => {
-            Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-        }
-        Ok(_) => Err(SessionError::Random(std::io::ErrorKind::UnexpectedEof.into())),
-        Err(errno) => Err(SessionError::Random(errno.into())),
-    }
+    let bytes = random::<12>().map_err(SessionError::Random)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -175,7 +175,7 @@ fn save(shared: &Shared) -> Result<MicroVm<Suspended>, Error> {
     let cpu = vm.cpu_time();
     match vm.suspend_with(&place, &SnapshotOptions::new().sync(sync)) {
         Ok(asleep) => {
-            has_been_saved(shared, cpu, &before);
+            has_been_saved(shared, &asleep, cpu, &before);
             // Not possible on a disk that is full; what is written is enough to find it by.
             if let Err(error) = shared.write(SessionState::Suspended) {
                 tracing::warn!(session = %shared.id, %error, "cannot write down the session");
@@ -215,7 +215,7 @@ fn save_again(shared: &Shared, vm: MicroVm<Paused>, cpu: Duration) -> Asleep {
     let _ = shared.write(SessionState::Suspending);
     match vm.suspend_with(&place, &SnapshotOptions::new().sync(shared.policy().sync)) {
         Ok(asleep) => {
-            has_been_saved(shared, cpu, &before);
+            has_been_saved(shared, &asleep, cpu, &before);
             Some(Box::new(asleep))
         }
         Err(TransitionError { vm, error }) => {
@@ -227,7 +227,12 @@ fn save_again(shared: &Shared, vm: MicroVm<Paused>, cpu: Duration) -> Asleep {
 }
 
 /// Counts what it took, and has it known which files it sleeps in. There were those `before`.
-fn has_been_saved(shared: &Shared, cpu: Duration, before: &BTreeSet<(u64, u64)>) {
+fn has_been_saved(
+    shared: &Shared,
+    asleep: &MicroVm<Suspended>,
+    cpu: Duration,
+    before: &BTreeSet<(u64, u64)>,
+) {
     let place = shared.asleep();
     let mut meter = shared.meter();
     meter.settle(Some(cpu));
@@ -236,7 +241,7 @@ fn has_been_saved(shared: &Shared, cpu: Duration, before: &BTreeSet<(u64, u64)>)
     let bytes = meter.totals.snapshot_bytes;
     meter.totals.snapshot_bytes = bytes.saturating_add(written(&place, before));
     drop(meter);
-    shared.lasting().snapshot = Snapshot::open(&place).ok().map(|snapshot| snapshot.id());
+    shared.lasting().snapshot = asleep.snapshot_id();
 }
 
 /// Wakes the VM in its files, which is written down before it runs.

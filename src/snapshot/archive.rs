@@ -16,7 +16,7 @@ use zstd::stream::{read::Decoder, write::Encoder};
 use super::directory::{OpenDirectory, STATE, Staging, WRITTEN, memory_name};
 use super::error::{ArchiveError, SnapshotError};
 use super::options::{SaveStage, SnapshotOptions};
-use super::{Place, Snapshot, State, format, random_bytes};
+use super::{Place, Snapshot, State, format};
 use crate::disk::{Extents, write_sparse};
 use crate::error::Error;
 use crate::input_file;
@@ -198,7 +198,7 @@ impl<'a> Partial<'a> {
         let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let mut partial = std::ffi::OsString::from(".");
         partial.push(name);
-        partial.push(format!(".partial-{:032x}", u128::from_ne_bytes(random_bytes()?)));
+        partial.push(format!(".partial-{:032x}", u128::from_ne_bytes(random()?)));
         let path = target.with_file_name(partial);
         // What is in a guest's memory is its owner's alone.
         let file = File::options().write(true).create_new(true).mode(0o600).open(&path)?;
@@ -305,11 +305,7 @@ impl Unpacking<'_> {
         }
         let bytes = input_file::read_bounded(&mut entry, format::MAX_STATE_BYTES);
         let bytes = bytes.map_err(|error| self.unreadable(error))?;
-        let path = self.archive.join(STATE);
-        let damaged = |source| SnapshotError::State { path: path.clone(), source };
-        let bytes = bytes.ok_or_else(|| damaged(format::FormatError::TooLong))?;
-        let state: State = format::decode(&bytes).map_err(damaged)?;
-        state.check().map_err(|what| SnapshotError::Impossible { path: path.clone(), what })?;
+        let (state, bytes) = State::read(bytes, &self.archive.join(STATE))?;
         let path = self.staging.path(STATE);
         let written = self.staging.create(STATE)?.write_all(&bytes);
         written.map_err(|source| SnapshotError::Write { path, source })?;

@@ -16,8 +16,8 @@ use rustix::fs::{
 };
 use thiserror::Error as ThisError;
 
-use super::random_bytes;
 use crate::disk::BELOW;
+use crate::random::random;
 
 /// The file that makes a directory a snapshot.
 pub(crate) const STATE: &str = "state";
@@ -85,7 +85,7 @@ impl OpenDirectory {
 
     /// Puts a file into it whole, or not at all, whatever has its path by now.
     pub(super) fn replace_file(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let part = format!("{name}.{:032x}", u128::from_ne_bytes(random_bytes()?));
+        let part = format!("{name}.{:032x}", u128::from_ne_bytes(random()?));
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = openat(&self.directory, &part, flags, Mode::RUSR | Mode::WUSR)?;
         let renamed = File::from(file)

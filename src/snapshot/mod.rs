@@ -37,6 +37,7 @@ use crate::input_file;
 use crate::kvm::{CpuProfile, FreshState};
 use crate::machine::MachineState;
 use crate::memory::{MemoryImage, PageRun, SavedMemory};
+use crate::random::random;
 
 /// A VM that was saved: in a directory, by [`MicroVm::snapshot`] and [`MicroVm::suspend`], or in
 /// memory. It never changes, and any number of VMs come from it, here and in other processes.
@@ -162,10 +163,7 @@ impl Snapshot {
         let directory = &open.path;
         let path = directory.join(STATE);
         let bytes = read(open, STATE).map_err(SnapshotError::open(&path))?;
-        let damaged = |source| SnapshotError::State { path: path.clone(), source };
-        let bytes = bytes.ok_or_else(|| damaged(format::FormatError::TooLong))?;
-        let state: State = format::decode(&bytes).map_err(damaged)?;
-        state.check().map_err(|what| SnapshotError::Impossible { path: path.clone(), what })?;
+        let (state, _) = State::read(bytes, &path)?;
         let mut layers = Vec::new();
         let file = |name: &str| {
             open.file(name).map_err(|source| SnapshotError::open(&directory.join(name))(source))
@@ -256,8 +254,8 @@ impl Snapshot {
         directory: impl AsRef<Path>,
         options: &SnapshotOptions,
     ) -> Result<Self, Error> {
-        self.write_merged(directory.as_ref(), options)?;
-        Self::open(directory)
+        let id = self.write_merged(directory.as_ref(), options)?;
+        Self::open_same(directory.as_ref(), id)
     }
 
     /// The directory that it is in; none for one in memory.
@@ -300,6 +298,15 @@ impl Snapshot {
 }
 
 impl State {
+    /// What the bytes of the file at `path` say, checked; none, where it is too long to be read. With the bytes.
+    fn read(bytes: Option<Vec<u8>>, path: &Path) -> Result<(Self, Vec<u8>), SnapshotError> {
+        let damaged = |source| SnapshotError::State { path: path.to_owned(), source };
+        let bytes = bytes.ok_or_else(|| damaged(format::FormatError::TooLong))?;
+        let state: Self = format::decode(&bytes).map_err(damaged)?;
+        state.check().map_err(|what| SnapshotError::Impossible { path: path.to_owned(), what })?;
+        Ok((state, bytes))
+    }
+
     /// The files of disks: of which disk, their names, how long they are.
     fn disk_files(&self) -> impl Iterator<Item = (usize, String, u64)> {
         let disks = self.disks.iter().enumerate();
@@ -354,19 +361,13 @@ impl std::fmt::Debug for Snapshot {
     }
 }
 
-fn random_bytes() -> io::Result<[u8; 16]> {
-    let mut bytes = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes)
-}
-
 /// A place for a directory in the folder for temporary files, which goes with this value.
 struct Temporary(PathBuf);
 
 impl Temporary {
     /// The place alone.
     fn new() -> io::Result<Self> {
-        let name = u128::from_ne_bytes(random_bytes()?);
+        let name = u128::from_ne_bytes(random()?);
         Ok(Self(std::env::temp_dir().join(format!("dormouse-{name:032x}"))))
     }
 

@@ -8,10 +8,10 @@ use super::error::SnapshotError;
 use super::save::Disks;
 use super::{Inner, Place, Snapshot, State};
 use crate::arch::layout;
-use crate::config::{Clock, MachineConfig, NetBackend, RestoreOptions};
+use crate::config::{MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
-use crate::kvm::{ClockPolicy, Vcpu};
+use crate::kvm::Vcpu;
 use crate::machine::{Cpus, Machine, Shell, ShellConfig};
 use crate::memory::{GuestRam, MemoryError};
 use crate::phase::Phase;
@@ -80,13 +80,7 @@ impl Snapshot {
         };
         let (machine, vcpus) = Machine::from_shell(shell, &config, console, recorder)?;
         self.check_disks_in_place()?;
-        recorder.run(Phase::Restore, || {
-            let clock = match options.clock {
-                Clock::Advance => ClockPolicy::Advance,
-                Clock::Freeze => ClockPolicy::Freeze,
-            };
-            machine.restore(&vcpus, &state.machine, clock)
-        })?;
+        recorder.run(Phase::Restore, || machine.restore(&vcpus, &state.machine, options.clock))?;
         if let Some(written) = written.get().filter(|_| options.populate) {
             recorder.timed(Phase::Populate, || machine.ram().populate(written));
         }

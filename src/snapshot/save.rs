@@ -14,12 +14,13 @@ use super::directory::{STATE, Staging, WRITTEN, disk_name, memory_name};
 use super::error::SnapshotError;
 use super::options::{SaveStage, SnapshotOptions};
 use super::{CloneNames, Inner, MAX_NOTED, Place, Sleep, Snapshot, State, Temporary};
-use super::{format, random_bytes};
+use super::format;
 use crate::disk::{self, DiskError, SavedDisk};
 use crate::error::Error;
 use crate::kvm::{FreshState, Vcpu};
 use crate::machine::Machine;
 use crate::memory::{GuestRam, MAX_LAYERS, MemoryProgress, Save, SavedMemory};
+use crate::random::random;
 
 /// What becomes of the disks that a guest writes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +107,7 @@ impl Sleeper<'_> {
         let since_1970 = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Ok(State {
             dormouse: env!("CARGO_PKG_VERSION").to_owned(),
-            id: random_bytes().map_err(SnapshotError::Random)?,
+            id: random().map_err(SnapshotError::Random)?,
             created: since_1970.as_secs(),
             host: self.machine.profile(self.vcpus)?,
             config: self.machine.config().to_be_saved(),
@@ -151,7 +152,7 @@ impl Snapshot {
         &self,
         directory: &Path,
         options: &SnapshotOptions,
-    ) -> Result<(), SnapshotError> {
+    ) -> Result<[u8; 16], SnapshotError> {
         let staging = Staging::begin(directory)?;
         let name = memory_name(0);
         let file = staging.create(&name)?;
@@ -172,10 +173,11 @@ impl Snapshot {
                 SnapshotError::Write { path: staging.path(&name), source }
             })?;
         }
-        let id = random_bytes().map_err(SnapshotError::Random)?;
+        let id = random().map_err(SnapshotError::Random)?;
         // A copy of the files of a VM that sleeps is not that VM.
         let state = State { id, memory: vec![merged], sleep: None, ..self.0.state.clone() };
-        finish(staging, &state, options)
+        finish(staging, &state, options)?;
+        Ok(id)
     }
 
     /// Notes which pages a guest that came from here has written until it first stood still, for

@@ -184,8 +184,10 @@ impl Building<'_> {
             fs::remove_dir_all(&target).map_err(TemplateError::io("remove", &target))?;
         }
         fs::rename(&self.path, &target).map_err(TemplateError::io("create", &target))?;
-        self.id = None;
-        Snapshot::open(target)
+        match self.id.take() {
+            Some(id) => Snapshot::open_same(&target, id),
+            None => Snapshot::open(target),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use self::ext4::{Ext4, MAX_BYTES, MIN_BYTES};
 use super::ImageError;
 use crate::config::BlockConfig;
 use crate::error::Error;
+use crate::random::random;
 
 /// A disk for what one guest writes over its root.
 #[derive(Debug)]
@@ -55,8 +56,7 @@ impl OverlayDisk {
 }
 
 fn format(file: &File, bytes: u64) -> io::Result<()> {
-    let mut uuid = [0; 16];
-    rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty())?;
+    let uuid = random()?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     // The format has 32 bits for it, and two more that nobody needs before 2106.
     let now = now.map_or(0, |now| now.as_secs() as u32);

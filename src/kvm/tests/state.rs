@@ -7,11 +7,11 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::kvm_irqchip__bindgen_ty_1;
 
 use super::super::clock::{self, ClockState};
-use super::super::{ClockPolicy, CpuProfile, FreshState, Kvm, KvmError, VmExit, VmState, msrs};
+use super::super::{CpuProfile, FreshState, Kvm, KvmError, VmExit, VmState, msrs};
 use super::Guest;
 use crate::arch::cpuid;
 use crate::arch::msr::{IA32_TSC, KVM_SYSTEM_TIME, Msr};
-use crate::config::{CpuTemplate, CpuidRegister};
+use crate::config::{Clock, CpuTemplate, CpuidRegister};
 
 /// `mov dx, 0x100; xor eax, eax; 1: out dx, al; inc eax; jmp 1b`
 const COUNTER: &[u8] = &[0x66, 0xba, 0x00, 0x01, 0x31, 0xc0, 0xee, 0xff, 0xc0, 0xeb, 0xfb];
@@ -22,7 +22,7 @@ const ECHO: &[u8] = &[0x66, 0xba, 0x00, 0x01, 0x31, 0xc0, 0xec, 0xee, 0xeb, 0xfc
 const HOUR_NS: u64 = 3_600_000_000_000;
 
 /// Saves a guest as a file would, and puts a new one beside it, over the same memory.
-fn next_generation(guest: &mut Guest, policy: ClockPolicy) -> (VmState, Guest) {
+fn next_generation(guest: &mut Guest, policy: Clock) -> (VmState, Guest) {
     for vcpu in &mut guest.vcpus {
         assert!(matches!(vcpu.settle(&guest.bus), VmExit::Interrupted));
     }
@@ -35,7 +35,7 @@ fn through_serde(state: &VmState) -> VmState {
     serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap()
 }
 
-fn restored(guest: &Guest, state: &VmState, policy: ClockPolicy) -> Result<Guest, KvmError> {
+fn restored(guest: &Guest, state: &VmState, policy: Clock) -> Result<Guest, KvmError> {
     let ram = Arc::clone(guest.vm.ram());
     let new = Guest::new(guest.vcpus.len() as u8, ram).expect("a KVM as before");
     new.vm.restore(state, &new.vcpus, policy)?;
@@ -46,13 +46,13 @@ fn restored(guest: &Guest, state: &VmState, policy: ClockPolicy) -> Result<Guest
 fn a_tenth_generation_runs_on_and_holds_what_the_first_one_held() {
     let Some(mut guest) = Guest::with_code(1, COUNTER) else { return };
     guest.step();
-    let (first, mut guest) = next_generation(&mut guest, ClockPolicy::Advance);
+    let (first, mut guest) = next_generation(&mut guest, Clock::Advance);
     let mut last = first.clone();
     for generation in 1..10 {
         guest.step();
         guest.step();
         assert_eq!(guest.written(), [2 * generation - 1, 2 * generation]);
-        (last, guest) = next_generation(&mut guest, ClockPolicy::Advance);
+        (last, guest) = next_generation(&mut guest, Clock::Advance);
     }
     let indexes =
         |state: &VmState| -> Vec<u32> { state.vcpus[0].msrs.iter().map(|msr| msr.index).collect() };
@@ -70,8 +70,8 @@ fn restoring_what_was_saved_changes_nothing_but_time() {
     debug_regs.db[0] = 0x1234;
     fd.set_debug_regs(&debug_regs).unwrap();
     msrs::write(fd, &[Msr { index: 0xc000_0082, value: 0xffff_8000_0000_1000 }]).unwrap();
-    let (saved, mut guest) = next_generation(&mut guest, ClockPolicy::Freeze);
-    let (again, _) = next_generation(&mut guest, ClockPolicy::Freeze);
+    let (saved, mut guest) = next_generation(&mut guest, Clock::Freeze);
+    let (again, _) = next_generation(&mut guest, Clock::Freeze);
     assert_same_but_for_time(&saved, &again);
     assert_eq!(saved.vcpus[0].debug_regs.db[0], 0x1234);
     assert_eq!(saved.vcpus[0].msr(0xc000_0082), Some(0xffff_8000_0000_1000));
@@ -98,7 +98,7 @@ fn assert_same_but_for_time(saved: &VmState, again: &VmState) {
 fn a_restore_that_looked_ahead_leaves_nothing_out() {
     let Some(mut guest) = Guest::with_code(2, COUNTER) else { return };
     guest.step();
-    let (plain, _) = next_generation(&mut guest, ClockPolicy::Freeze);
+    let (plain, _) = next_generation(&mut guest, Clock::Freeze);
     let with = |change: fn(&mut VmState)| {
         let mut state = plain.clone();
         change(&mut state);
@@ -126,7 +126,7 @@ fn a_restore_that_looked_ahead_leaves_nothing_out() {
         new.vm.look_ahead(&new.vcpus, &known).unwrap();
         let offset = new.vm.fresh.lock().unwrap().as_ref().unwrap().tsc_offset;
         assert_eq!(offset, clock::tsc_offset(&new.vcpus[0].fd).unwrap(), "its own");
-        new.vm.restore(&state, &new.vcpus, ClockPolicy::Freeze).unwrap();
+        new.vm.restore(&state, &new.vcpus, Clock::Freeze).unwrap();
         assert_same_but_for_time(&state, &new.vm.state(&new.vcpus).unwrap());
     }
 }
@@ -136,7 +136,7 @@ fn a_restored_guest_is_told_of_its_pause_once_before_it_runs() {
     let Some(mut guest) = Guest::with_code(1, COUNTER) else { return };
     let is_told = |guest: &Guest| guest.vcpus[0].is_forgiven.load(Ordering::Relaxed);
     assert!(!is_told(&guest), "it has not been stopped");
-    let (mut state, guest) = next_generation(&mut guest, ClockPolicy::Freeze);
+    let (mut state, guest) = next_generation(&mut guest, Clock::Freeze);
     assert!(is_told(&guest));
     guest.vcpus[0].forgive_pause();
     assert!(!is_told(&guest), "the next pause is another one");
@@ -158,7 +158,7 @@ fn an_answer_that_the_guest_has_not_taken_is_part_of_what_is_saved() {
     let Some(mut guest) = Guest::with_code(1, ECHO) else { return };
     guest.peer.lock().unwrap().answer = b'x';
     guest.step();
-    let (state, mut guest) = next_generation(&mut guest, ClockPolicy::Advance);
+    let (state, mut guest) = next_generation(&mut guest, Clock::Advance);
     assert_eq!(state.vcpus[0].regs.rax, u64::from(b'x'));
     guest.step();
     assert_eq!(guest.written(), b"x");
@@ -188,12 +188,12 @@ fn clocks(guest: &Guest) -> (Vec<u64>, ClockState) {
 fn an_hour_passes_for_all_clocks_or_for_none() {
     let Some(mut guest) = Guest::with_code(2, COUNTER) else { return };
     guest.step();
-    let (mut state, other) = next_generation(&mut guest, ClockPolicy::Freeze);
+    let (mut state, other) = next_generation(&mut guest, Clock::Freeze);
     let settable = tsc_can_be_set(&other);
     state.clock.realtime_ns -= HOUR_NS;
     let hour_ticks = u64::from(state.clock.tsc_khz) * 3_600_000;
     for (policy, ns, ticks) in
-        [(ClockPolicy::Advance, HOUR_NS, hour_ticks), (ClockPolicy::Freeze, 0, 0)]
+        [(Clock::Advance, HOUR_NS, hour_ticks), (Clock::Freeze, 0, 0)]
     {
         let guest = restored(&guest, &state, policy).unwrap();
         let (tscs, now) = clocks(&guest);
@@ -214,11 +214,11 @@ fn an_hour_passes_for_all_clocks_or_for_none() {
 #[test]
 fn states_that_do_not_fit_are_refused_in_words() {
     let Some(mut guest) = Guest::with_code(1, COUNTER) else { return };
-    let (state, _) = next_generation(&mut guest, ClockPolicy::Freeze);
+    let (state, _) = next_generation(&mut guest, Clock::Freeze);
     let refused = |change: fn(&mut VmState)| {
         let mut state = state.clone();
         change(&mut state);
-        match restored(&guest, &state, ClockPolicy::Freeze) {
+        match restored(&guest, &state, Clock::Freeze) {
             Ok(_) => panic!("taken"),
             Err(error) => error.to_string(),
         }
@@ -248,10 +248,10 @@ fn states_that_do_not_fit_are_refused_in_words() {
 #[test]
 fn a_tsc_of_another_frequency_is_refused_with_both() {
     let Some(mut guest) = Guest::with_code(1, COUNTER) else { return };
-    let (mut state, _) = next_generation(&mut guest, ClockPolicy::Freeze);
+    let (mut state, _) = next_generation(&mut guest, Clock::Freeze);
     // No CPU scales to it.
     state.clock.tsc_khz = 1;
-    let error = restored(&guest, &state, ClockPolicy::Freeze).err().expect("refused");
+    let error = restored(&guest, &state, Clock::Freeze).err().expect("refused");
     assert!(error.to_string().starts_with("the guest's TSC runs at 1 kHz, this host's at "));
 }
 

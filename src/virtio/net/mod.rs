@@ -28,6 +28,7 @@ use super::{
 use crate::config::{MacAddress, NetConfig, RateLimit};
 use crate::memory::GuestRam;
 use crate::metrics::{DeviceMetrics, NetMetrics};
+use crate::random::random;
 
 /// Queues (§5.1.2).
 const RECEIVE: usize = 0;
@@ -60,11 +61,7 @@ impl Net {
     pub(crate) fn new(backend: Backend, config: &NetConfig) -> io::Result<Self> {
         let mac = match config.mac {
             Some(mac) => mac,
-            None => {
-                let mut bytes = [0; 6];
-                File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-                MacAddress::local(bytes)
-            }
+            None => MacAddress::local(random()?),
         };
         let link_up = backend.is_up();
         Ok(Self {
