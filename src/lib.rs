@@ -165,8 +165,8 @@ mod microvm;
 mod modules;
 mod phase;
 mod pool;
-mod random;
 mod protocol;
+mod random;
 mod seccomp;
 #[cfg(feature = "session")]
 mod session;

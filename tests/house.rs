@@ -36,7 +36,7 @@ const LAYERS: &[&[&str]] = &[
 const NEIGHBOURS: &[(&str, &str)] = &[];
 
 /// The modules that wrap what is unsafe; all others are safe code.
-const UNSAFE: &[&str] = &["arch", "kvm", "memory", "tap"];
+const UNSAFE: &[&str] = &["kvm", "memory", "tap"];
 
 /// The agent in the guest: a program of its own, which the compiler keeps apart from the layers, since
 /// it is built without the library.

@@ -4,6 +4,7 @@ use std::future::pending;
 use std::panic::resume_unwind;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::task::JoinError;
 
 use super::Agent;
@@ -81,10 +82,12 @@ impl MicroVm<Running> {
 /// Ends a VM, or takes the end that it has come to. Both wait for its threads and give its memory back, which
 /// would hold up a thread of the runtime.
 async fn end(vm: MicroVm<Running>) -> MicroVm<Terminated> {
-    let ended = tokio::task::spawn_blocking(|| match vm.exit_status() {
+    let end = || match vm.exit_status() {
         Some(_) => vm.wait(),
         None => vm.terminate(),
-    });
+    };
+    let Ok(runtime) = Handle::try_current() else { return end() };
+    let ended = runtime.spawn_blocking(end);
     match ended.await.map_err(JoinError::try_into_panic) {
         Ok(vm) => vm,
         Err(Ok(panic)) => resume_unwind(panic),

@@ -1,7 +1,7 @@
 //! What differs between processor architectures, as plain data: where things lie in guest
 //! memory, what registers and CPUID hold at the start, what the tables for the guest say.
 //!
-//! Nothing here talks to KVM. This is the one place that looks at `target_arch`.
+//! Nothing here talks to KVM. This is the one place of the library that looks at `target_arch`.
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

@@ -14,9 +14,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use super::headers::{self, Origin};
 use super::port::{self, OWN_HEADERS};
 use super::route::Routes;
-use crate::session::is_label;
 use super::token::Opened;
 use super::{TokenKeys, preface};
+use crate::session::is_label;
 
 /// Lines: a method and a target, a token, then headers; and the same bytes as the beginning of a connection.
 pub fn endpoint_request(bytes: &[u8]) {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::error::EndpointError;
 use super::route::Routes;
-use crate::session::is_label;
 use super::tls::TlsIdentity;
 use super::token::TokenKeys;
+use crate::session::is_label;
 
 /// How an [`Endpoint`](super::Endpoint) serves: by tokens, unless it is said that it needs none.
 #[derive(Clone, Debug)]

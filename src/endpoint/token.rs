@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 
 use super::error::EndpointError;
 use super::fault::Fault;
-use super::route::is_id;
 use crate::error::Error;
+use crate::session::is_label;
 
 /// Whom tokens are for: a key that is used for something else too makes none that count here.
 const AUDIENCE: &str = "dormouse-endpoint";
@@ -220,7 +220,7 @@ impl TokenKeys {
         ports: impl Into<TokenPorts>,
         lifetime: Duration,
     ) -> Result<Token, Error> {
-        if !is_id(session) {
+        if !is_label(session) {
             return Err(EndpointError::SessionId { id: session.to_owned() }.into());
         }
         Ok(self.encrypt(session, ports.into(), lifetime).map_err(EndpointError::Mint)?)

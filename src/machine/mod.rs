@@ -1,6 +1,6 @@
 //! The machine: memory, KVM's VM and the devices, put together in one place.
 //!
-//! [`Machine::new`] is the only assembly, and never writes guest RAM: a boot loads a kernel into
+//! [`Machine::from_shell`] is the only assembly, and never writes guest RAM: a boot loads a kernel into
 //! the memory afterwards. The vCPUs are not part of it: whoever may run them owns them.
 
 mod device_state;

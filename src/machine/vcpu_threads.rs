@@ -56,7 +56,7 @@ pub(crate) struct VcpuThreads {
     first_run: Arc<FirstRun>,
 }
 
-/// The vCPUs are with their threads. Only [`VcpuThreads::run`] makes one, so that a machine is
+/// The vCPUs are with their threads. Only [`VcpuThreads`] make one, so that a machine is
 /// stopped only after it was run.
 #[derive(Debug)]
 pub(crate) struct Running(());

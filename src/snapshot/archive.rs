@@ -20,6 +20,7 @@ use super::{Place, Snapshot, State, format};
 use crate::disk::{Extents, write_sparse};
 use crate::error::Error;
 use crate::input_file;
+use crate::random::random;
 
 /// zstd's own default.
 const LEVEL: i32 = 3;

@@ -12,9 +12,9 @@ use rustix::fs::{AtFlags, CWD, linkat};
 
 use super::directory::{STATE, Staging, WRITTEN, disk_name, memory_name};
 use super::error::SnapshotError;
+use super::format;
 use super::options::{SaveStage, SnapshotOptions};
 use super::{CloneNames, Inner, MAX_NOTED, Place, Sleep, Snapshot, State, Temporary};
-use super::format;
 use crate::disk::{self, DiskError, SavedDisk};
 use crate::error::Error;
 use crate::kvm::{FreshState, Vcpu};

@@ -75,6 +75,9 @@ fn without_a_runtime_an_agent_cannot_be_had_and_says_why() {
         assert_eq!(error.kind(), &ErrorKind::Config);
         assert!(error.how_to_fix().unwrap().contains("tokio::main"), "{error}");
     }
+    // It ends all the same.
+    let Poll::Ready(vm) = pin!(vm.shutdown(PATIENCE)).poll(context) else { panic!("it waits") };
+    assert_eq!(vm.exit_status(), &ExitStatus::Terminated);
 }
 
 #[test]

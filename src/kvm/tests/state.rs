@@ -192,9 +192,7 @@ fn an_hour_passes_for_all_clocks_or_for_none() {
     let settable = tsc_can_be_set(&other);
     state.clock.realtime_ns -= HOUR_NS;
     let hour_ticks = u64::from(state.clock.tsc_khz) * 3_600_000;
-    for (policy, ns, ticks) in
-        [(Clock::Advance, HOUR_NS, hour_ticks), (Clock::Freeze, 0, 0)]
-    {
+    for (policy, ns, ticks) in [(Clock::Advance, HOUR_NS, hour_ticks), (Clock::Freeze, 0, 0)] {
         let guest = restored(&guest, &state, policy).unwrap();
         let (tscs, now) = clocks(&guest);
         let saved = state.vcpus.iter().map(|vcpu| vcpu.msr(IA32_TSC).unwrap());

@@ -1,5 +1,7 @@
 //! A packed snapshot comes back as it was, or not at all.
 
+use std::fs::File;
+use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;

@@ -2,6 +2,7 @@
 
 mod archive;
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use vmm_sys_util::tempfile::TempFile;

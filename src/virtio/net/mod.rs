@@ -12,8 +12,7 @@ mod passt;
 mod receive;
 mod stream;
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 
 pub(crate) use self::backend::Backend;
 use self::header::{

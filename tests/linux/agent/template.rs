@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use dormouse::{
     AgentConfig, Entrypoint, Error, ErrorKind, Hook, HookName, Ready, RestoreOptions, Template,
