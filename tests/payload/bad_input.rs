@@ -137,13 +137,14 @@ fn elf_headers_of_any_content_are_refused_or_run_but_never_panic() {
 #[test]
 fn a_kernel_larger_than_memory_is_refused_with_both_sizes() {
     let config = halt().memory_mib(16);
-    refuses(config, ErrorKind::Kernel, "guest's ends at 0x1000000; give the guest more memory");
+    let sizes = "up to 17 MiB, the guest's ends at 16 MiB; give the guest more memory";
+    refuses(config, ErrorKind::Kernel, sizes);
 }
 
 #[test]
 fn an_initramfs_that_does_not_fit_or_is_not_there_is_refused() {
     let large = Initramfs::bytes(vec![0; 20 << 20]);
-    refuses(halt().initramfs(large), ErrorKind::Initramfs, "initramfs of 20971520 bytes");
+    refuses(halt().initramfs(large), ErrorKind::Initramfs, "initramfs of 20 MiB does not fit");
     let missing = Initramfs::file("/nonexistent/initrd");
     refuses(halt().initramfs(missing), ErrorKind::Initramfs, "/nonexistent/initrd");
 }
