@@ -204,7 +204,8 @@ fn an_endpoint_without_tokens_has_to_be_asked_for_and_is_this_machines_own() {
         assert_eq!(*error.kind(), ErrorKind::Config);
         assert!(error.to_string().contains("0.0.0.0"), "{error}");
         let keys = TokenKeys::generate().unwrap();
-        let _ = Endpoint::bind("0.0.0.0:0", nobody, EndpointOptions::new().tokens(keys)).await.unwrap();
+        let _ =
+            Endpoint::bind("0.0.0.0:0", nobody, EndpointOptions::new().tokens(keys)).await.unwrap();
     });
 }
 
