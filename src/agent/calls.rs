@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{RecvFlags, recv};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::timeout;
 
 use super::AgentError;
 use super::activity::{Activity, Ongoing};
-use super::connection::{Connection, PATIENCE, lost, silent, to_async};
+use super::connection::{Connection, lost, to_async};
+use super::patience::{PATIENCE, silent, within};
 use super::pulse::Pulse;
 use crate::error::Error;
 use crate::protocol::{AGENT_PORT, Call, Frame, HEADER_BYTES, MAX_MESSAGE_BYTES};
@@ -60,7 +60,7 @@ impl Calls {
                 None => call_anew(self.vsock(), &message).await,
             }
         };
-        let connection = timeout(PATIENCE, called).await.unwrap_or_else(|_| Err(silent()))?;
+        let connection = within(PATIENCE, called).await.unwrap_or_else(|| Err(silent()))?;
         Ok(connection.counted(ongoing))
     }
 

@@ -5,26 +5,20 @@ use std::io;
 use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::time::{Sleep, sleep, timeout};
 
 use super::AgentError;
 use super::activity::Ongoing;
+use super::patience::{PATIENCE, silent, within};
 use crate::error::Error;
 use crate::protocol::{
     Channel, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES, MAX_OPENING_BYTES, Malformed,
     Reply, Wire,
 };
 use crate::vsock::Vsock;
-
-/// How long the agent may take for an answer, and for each piece of what it alone has to say or to take: a
-/// file, a tree. It takes milliseconds; only one that hangs, or a VM that is paused, takes longer. What a
-/// program says or takes is its own matter, however long that lasts.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection that carries frames.
 pub(super) struct Connection {
@@ -49,11 +43,11 @@ impl Connection {
 
     /// The next answer of the agent, within [`PATIENCE`].
     pub(super) async fn reply(&mut self, vsock: &Vsock) -> Result<Reply, Error> {
-        match timeout(PATIENCE, self.reader.message()).await {
-            Ok(Ok(Some(reply))) => Ok(reply),
-            Ok(Ok(None)) => Err(lost(vsock)),
-            Ok(Err(error)) => Err(error.explain(vsock)),
-            Err(_) => Err(silent()),
+        match within(PATIENCE, self.reader.message()).await {
+            Some(Ok(Some(reply))) => Ok(reply),
+            Some(Ok(None)) => Err(lost(vsock)),
+            Some(Err(error)) => Err(error.explain(vsock)),
+            None => Err(silent()),
         }
     }
 
@@ -89,49 +83,6 @@ pub(super) fn to_async(socket: std::os::unix::net::UnixStream) -> Result<UnixStr
 /// Why a connection ended in the middle of a call.
 pub(super) fn lost(vsock: &Vsock) -> Error {
     vsock.ended_error().unwrap_or_else(|| AgentError::Lost.into())
-}
-
-/// Nothing has come, or was taken, for as long as the agent may take.
-pub(super) fn silent() -> Error {
-    AgentError::Silent { seconds: PATIENCE.as_secs() }.into()
-}
-
-/// How long the other side is waited for: anew after each thing that it does.
-#[derive(Debug)]
-pub(super) struct Patience {
-    limit: Duration,
-    sleep: Option<Pin<Box<Sleep>>>,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self::new(PATIENCE)
-    }
-}
-
-impl Patience {
-    pub(super) fn new(limit: Duration) -> Self {
-        Self { limit, sleep: None }
-    }
-
-    /// Passes on what was polled. Where that has to wait, it does so within the limit.
-    pub(super) fn poll<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        polled: Poll<T>,
-    ) -> Poll<Result<T, Error>> {
-        match polled {
-            Poll::Ready(done) => {
-                self.sleep = None;
-                Poll::Ready(Ok(done))
-            }
-            Poll::Pending => {
-                let limit = self.limit;
-                let sleep = self.sleep.get_or_insert_with(|| Box::pin(sleep(limit)));
-                sleep.as_mut().poll(context).map(|()| Err(silent()))
-            }
-        }
-    }
 }
 
 /// Why a frame was not read.

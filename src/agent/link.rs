@@ -16,11 +16,11 @@ use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{OnceCell, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::timeout;
 
 use super::AgentError;
 use super::calls::Calls;
 use super::connection::{Connection, lost, to_async};
+use super::patience::within;
 use super::pulse::Rhythm;
 use crate::config::{AgentConfig, HostService, InterfaceConfig};
 use crate::error::Error;
@@ -226,11 +226,11 @@ impl Host {
     async fn answer(self: Arc<Self>, stream: VsockStream) {
         let Ok(socket) = to_async(stream.into()) else { return };
         let mut connection = Connection::opened(socket);
-        let opening = timeout(OPENING, connection.reader.message::<Opening>()).await;
+        let opening = within(OPENING, connection.reader.message::<Opening>()).await;
         // What says nothing that is understood is closed.
         match opening {
-            Ok(Ok(Some(Opening::Hello(hello)))) => self.hello(&hello, connection).await,
-            Ok(Ok(Some(Opening::Service(name)))) => self.service(&name, connection).await,
+            Some(Ok(Some(Opening::Hello(hello)))) => self.hello(&hello, connection).await,
+            Some(Ok(Some(Opening::Service(name)))) => self.service(&name, connection).await,
             _ => {}
         }
     }
@@ -274,11 +274,11 @@ impl Host {
         if hello.version != VERSION {
             return Some(Knowledge::Version(hello.version));
         }
-        let answer = timeout(RENEWAL, connection.reader.message::<Reply>()).await;
+        let answer = within(RENEWAL, connection.reader.message::<Reply>()).await;
         match (answer, &hello.fault) {
-            (Ok(Ok(Some(Reply::Done))), None) => Some(Knowledge::Ready),
-            (Ok(Ok(Some(Reply::Done))), Some(fault)) => Some(Knowledge::Fault(fault.clone())),
-            (Ok(Ok(Some(Reply::Failed(failure)))), _) => Some(Knowledge::Fault(failure)),
+            (Some(Ok(Some(Reply::Done))), None) => Some(Knowledge::Ready),
+            (Some(Ok(Some(Reply::Done))), Some(fault)) => Some(Knowledge::Fault(fault.clone())),
+            (Some(Ok(Some(Reply::Failed(failure)))), _) => Some(Knowledge::Fault(failure)),
             _ => None,
         }
     }
@@ -288,10 +288,10 @@ impl Host {
     async fn is_renewed(&self) -> bool {
         let mut knowledge = self.report.subscribe();
         let known = knowledge.wait_for(|known| !matches!(known, Knowledge::Nothing));
-        match timeout(RENEWAL, known).await.as_ref().map(|known| known.as_deref()) {
-            Ok(Ok(Knowledge::Ready)) => true,
+        match within(RENEWAL, known).await.as_ref().map(|known| known.as_deref()) {
+            Some(Ok(Knowledge::Ready)) => true,
             // What it lacks is something else.
-            Ok(Ok(Knowledge::Fault(_))) => self.renewal.is_none(),
+            Some(Ok(Knowledge::Fault(_))) => self.renewal.is_none(),
             _ => false,
         }
     }

@@ -22,6 +22,7 @@ mod lifecycle;
 mod link;
 mod metadata;
 mod open_files;
+mod patience;
 mod ports;
 mod process;
 mod pulse;
@@ -48,6 +49,7 @@ use std::time::Duration;
 
 use self::calls::Calls;
 use self::link::Link;
+use self::patience::within;
 use crate::config::HookName;
 use crate::error::Error;
 use crate::microvm::{MicroVm, Running};
@@ -192,7 +194,8 @@ impl MicroVm<Running> {
         ready.await.map_err(|error: Error| self.agent_error(error))
     }
 
-    /// As [`agent`](Self::agent), for at most `timeout`.
+    /// As [`agent`](Self::agent), for at most `timeout`, of which time in which this process stands still is a
+    /// twelfth at most.
     ///
     /// # Errors
     ///
@@ -201,9 +204,9 @@ impl MicroVm<Running> {
     pub async fn agent_within(&self, timeout: Duration) -> Result<Agent, Error> {
         // A timer needs one, and says so by a panic.
         link::check_runtime().map_err(|error| self.agent_error(error))?;
-        match tokio::time::timeout(timeout, self.agent()).await {
-            Ok(agent) => agent,
-            Err(_) => {
+        match within(timeout, self.agent()).await {
+            Some(agent) => agent,
+            None => {
                 let seconds = timeout.as_secs_f64();
                 Err(self.agent_error(AgentError::NotReady { seconds }))
             }

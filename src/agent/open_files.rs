@@ -11,8 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use super::AgentError;
 use super::calls::Calls;
-use super::connection::{Connection, Patience, lost};
+use super::connection::{Connection, lost};
 use super::metadata::{Metadata, path_bytes};
+use super::patience::Patience;
 use crate::error::Error;
 use crate::protocol::{Call, Channel, Frame, MAX_DATA_BYTES, Read, Reply, Wire, Write};
 

@@ -11,8 +11,9 @@ use tokio::sync::watch;
 
 use super::Agent;
 use super::calls::Calls;
-use super::connection::{Connection, Patience, ReadError};
+use super::connection::{Connection, ReadError};
 use super::link::{Knowledge, Link};
+use super::patience::Patience;
 use super::process::Process;
 use crate::config::AgentConfig;
 use crate::console::Console;

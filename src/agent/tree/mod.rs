@@ -12,16 +12,14 @@ mod tests;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use super::connection::{PATIENCE, lost, silent};
+use super::connection::lost;
 use super::metadata::path_bytes;
+use super::patience::{PATIENCE, PatientSocket, silent};
 use super::{Agent, AgentError};
 use crate::error::Error;
 use crate::protocol::{Call, Channel, Frame, HEADER_BYTES, Node, Reply, Wire};
@@ -140,9 +138,9 @@ impl Agent {
             other => return Err(AgentError::refused(other).into()),
         }
         let (stream, ongoing) = connection.into_stream()?;
-        let socket = stream.into_std().and_then(|socket| blocking(socket, PATIENCE));
-        let socket = Arc::new(socket.map_err(AgentError::Socket)?);
-        let guard = EndOnDrop(Arc::clone(&socket));
+        let socket = stream.into_std().and_then(|socket| PatientSocket::new(socket, PATIENCE));
+        let socket = socket.map_err(AgentError::Socket)?;
+        let guard = EndOnDrop(socket.clone());
         let done = tokio::task::spawn_blocking(move || {
             // It goes on here, even if nobody waits for it any more.
             let _ongoing = ongoing;
@@ -167,20 +165,12 @@ impl Agent {
 }
 
 /// Ends the copy when nobody waits for it any more.
-struct EndOnDrop(Arc<UnixStream>);
+struct EndOnDrop(PatientSocket);
 
 impl Drop for EndOnDrop {
     fn drop(&mut self) {
-        let _ = self.0.shutdown(Shutdown::Both);
+        let _ = self.0.socket().shutdown(Shutdown::Both);
     }
-}
-
-/// A socket of which reads and writes wait, for so long at most.
-fn blocking(socket: UnixStream, patience: Duration) -> io::Result<UnixStream> {
-    socket.set_nonblocking(false)?;
-    socket.set_read_timeout(Some(patience))?;
-    socket.set_write_timeout(Some(patience))?;
-    Ok(socket)
 }
 
 /// Why a copy ended.
@@ -213,38 +203,38 @@ fn on_host(path: &Path) -> impl FnOnce(io::Error) -> TreeError {
 
 /// Frames over a socket that blocks.
 struct BlockingWire {
-    socket: Arc<UnixStream>,
+    socket: PatientSocket,
     body: Vec<u8>,
 }
 
 impl BlockingWire {
-    fn send(&self, node: &Node) -> Result<(), TreeError> {
+    fn send(&mut self, node: &Node) -> Result<(), TreeError> {
         self.send_raw(&Frame::message(node))
     }
 
     /// Bytes that begin with room for the header.
-    fn send_data(&self, frame: &mut [u8]) -> Result<(), TreeError> {
+    fn send_data(&mut self, frame: &mut [u8]) -> Result<(), TreeError> {
         let header = Frame::header(Channel::Data, frame.len() - HEADER_BYTES);
         frame[..HEADER_BYTES].copy_from_slice(&header);
         self.send_raw(frame)
     }
 
     /// Fails where something was said meanwhile, which is that nothing more is taken.
-    fn send_raw(&self, bytes: &[u8]) -> Result<(), TreeError> {
-        let look = recv(&*self.socket, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    fn send_raw(&mut self, bytes: &[u8]) -> Result<(), TreeError> {
+        let look = recv(self.socket.socket(), &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
         if !matches!(look, Err(Errno::AGAIN)) {
             return Err(TreeError::Wire);
         }
-        (&*self.socket).write_all(bytes).map_err(|error| on_wire(&error))
+        self.socket.write_all(bytes).map_err(|error| on_wire(&error))
     }
 
     fn next(&mut self) -> Result<Frame<'_>, TreeError> {
         let mut header = [0; HEADER_BYTES];
-        (&*self.socket).read_exact(&mut header).map_err(|error| on_wire(&error))?;
+        self.socket.read_exact(&mut header).map_err(|error| on_wire(&error))?;
         let (channel, length) = Frame::parse_header(header).map_err(AgentError::Malformed)?;
         self.body.clear();
         // As much memory as has come.
-        let read = (&*self.socket).take(length as u64).read_to_end(&mut self.body);
+        let read = Read::by_ref(&mut self.socket).take(length as u64).read_to_end(&mut self.body);
         match read.map_err(|error| on_wire(&error))? {
             read if read == length => Ok(Frame { channel, bytes: &self.body }),
             _ => Err(TreeError::Wire),

@@ -1,7 +1,9 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use super::*;
 use crate::agent::tests::{agent_of, heard};
@@ -27,10 +29,13 @@ impl Drop for Scratch {
     }
 }
 
+fn wire(socket: UnixStream, patience: Duration) -> BlockingWire {
+    BlockingWire { socket: PatientSocket::new(socket, patience).unwrap(), body: Vec::new() }
+}
+
 fn pair() -> (BlockingWire, BlockingWire) {
     let (a, b) = UnixStream::pair().unwrap();
-    let wire = |socket| BlockingWire { socket: Arc::new(socket), body: Vec::new() };
-    (wire(a), wire(b))
+    (wire(a, PATIENCE), wire(b, PATIENCE))
 }
 
 fn receive(wire: &mut BlockingWire, path: &Path, limits: &CopyLimits) -> Result<Copied, String> {
@@ -60,11 +65,11 @@ fn link(name: &str, target: &str) -> Node {
 
 /// What a guest says, to a host that writes it below `path`.
 fn says(path: &Path, frames: &[Vec<u8>]) -> Result<Copied, String> {
-    let (mut host, guest) = pair();
+    let (mut host, mut guest) = pair();
     let bytes = frames.concat();
     let saying = thread::spawn(move || {
         let _ = guest.send_raw(&bytes);
-        let _ = guest.socket.shutdown(Shutdown::Write);
+        let _ = guest.socket.socket().shutdown(Shutdown::Write);
     });
     let said = receive(&mut host, path, &CopyLimits::new().bytes(100).entries(10));
     drop(host);
@@ -211,7 +216,7 @@ fn a_tree_of_the_host_that_is_too_deep_is_named_as_such() {
     }
     let (mut host, guest) = pair();
     let taking = thread::spawn(move || {
-        let _ = io::copy(&mut &*guest.socket, &mut io::sink());
+        let _ = io::copy(&mut guest.socket.socket(), &mut io::sink());
     });
     let sent = read::send(&mut host, &scratch.0.join("d"));
     let Err(TreeError::Other(error)) = sent else { panic!("{sent:?}") };
@@ -225,10 +230,7 @@ fn a_tree_of_the_host_that_is_too_deep_is_named_as_such() {
 fn a_guest_that_goes_silent_ends_the_copy() {
     let scratch = Scratch::new("silent");
     let patience = Duration::from_millis(50);
-    let patient = |(ours, theirs): (UnixStream, UnixStream)| {
-        let socket = Arc::new(blocking(ours, patience).unwrap());
-        (BlockingWire { socket, body: Vec::new() }, theirs)
-    };
+    let patient = |(ours, theirs): (UnixStream, UnixStream)| (wire(ours, patience), theirs);
     // Between two frames, and in the middle of one.
     for said in [frames(&[directory("")]).concat(), Frame::header(Channel::Data, 100).to_vec()] {
         let (mut host, mut guest) = patient(UnixStream::pair().unwrap());
