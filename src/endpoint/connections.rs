@@ -46,6 +46,7 @@ pub(super) struct Connections {
     /// One for all requests at a time. Whoever finds none makes it, and the others wait for that.
     shared: Mutex<HashMap<u16, Arc<tokio::sync::Mutex<Option<Http2>>>>>,
     tasks: Tasks,
+    limits: Arc<EndpointLimits>,
 }
 
 struct Waiting {
@@ -79,8 +80,8 @@ impl Driver {
 }
 
 impl Connections {
-    pub(super) fn new(tasks: Tasks) -> Self {
-        Self { waiting: Mutex::default(), shared: Mutex::default(), tasks }
+    pub(super) fn new(tasks: Tasks, limits: Arc<EndpointLimits>) -> Self {
+        Self { waiting: Mutex::default(), shared: Mutex::default(), tasks, limits }
     }
 
     fn waiting(&self) -> MutexGuard<'_, HashMap<u16, VecDeque<Waiting>>> {
@@ -111,17 +112,24 @@ impl Connections {
         }
     }
 
-    async fn open(
-        &self,
-        upstream: &dyn Upstream,
-        port: u16,
-        limits: &EndpointLimits,
-    ) -> Result<Connection, Fault> {
-        let stream = connect(upstream, port, limits).await?;
+    async fn open(&self, upstream: &dyn Upstream, port: u16) -> Result<Connection, Fault> {
+        let stream = self.connect(upstream, port).await?;
         let handshake = http1::handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(|error| fault(&error))?;
         let driver = Driver::Request(Box::pin(connection.with_upgrades()));
-        Ok(Connection { sender, driver, alarm: Alarm::new(Instant::now() + limits.answer_time) })
+        let alarm = Alarm::new(Instant::now() + self.limits.answer_time);
+        Ok(Connection { sender, driver, alarm })
+    }
+
+    async fn connect(&self, upstream: &dyn Upstream, port: u16) -> Result<UpstreamStream, Fault> {
+        match timeout(self.limits.connect_time, upstream.connect(port)).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, port, "an application cannot be connected to");
+                Err(Fault::bad_gateway(Stage::Connect, "nothing can be reached at the port"))
+            }
+            Err(_) => Err(Fault::bad_gateway(Stage::Connect, "the port cannot be reached in time")),
+        }
     }
 }
 
@@ -130,9 +138,9 @@ impl Connection {
     async fn ask(
         &mut self,
         request: Request<Upload>,
-        limits: &EndpointLimits,
+        answer_time: Duration,
     ) -> Result<Tried, Fault> {
-        let patience = Patience::new(&request, limits);
+        let patience = Patience::new(&request, answer_time);
         let Self { sender, driver, alarm } = self;
         let mut sending = pin!(sender.try_send_request(request));
         poll_fn(|context| {
@@ -213,7 +221,6 @@ impl Connections {
         upstream: &dyn Upstream,
         port: u16,
         mut request: Request<Upload>,
-        limits: &EndpointLimits,
     ) -> Result<(Response<Incoming>, Lent), Fault> {
         let is_repeatable = request.method().is_idempotent() && request.body().is_end_stream();
         loop {
@@ -222,12 +229,12 @@ impl Connections {
             let spare = kept.as_ref().map(|_| copy(&request));
             let connection = match kept {
                 Some(connection) => connection,
-                None => Box::pin(self.open(upstream, port, limits)).await?,
+                None => Box::pin(self.open(upstream, port)).await?,
             };
             let mut lent =
                 Lent { connection: Some(connection), connections: Arc::clone(self), port };
             let Some(connection) = &mut lent.connection else { continue };
-            match connection.ask(request, limits).await? {
+            match connection.ask(request, self.limits.answer_time).await? {
                 Ok(answer) => {
                     connection.release(&self.tasks);
                     return Ok((answer, lent));
@@ -243,7 +250,6 @@ impl Connections {
         upstream: &dyn Upstream,
         port: u16,
         mut request: Request<Upload>,
-        limits: &EndpointLimits,
     ) -> Result<Response<Incoming>, Fault> {
         let slot = {
             let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -255,12 +261,12 @@ impl Connections {
                 match slot.take().filter(|sender| !sender.is_closed()) {
                     Some(sender) => (slot.insert(sender).clone(), false),
                     None => {
-                        let stream = connect(upstream, port, limits).await?;
+                        let stream = self.connect(upstream, port).await?;
                         (slot.insert(self.open_h2(stream).await?).clone(), true)
                     }
                 }
             };
-            let patience = Patience::new(&request, limits);
+            let patience = Patience::new(&request, self.limits.answer_time);
             let mut alarm = Alarm::new(patience.until());
             let mut sending = pin!(sender.try_send_request(request));
             let asked = poll_fn(|context| match sending.as_mut().poll(context) {
@@ -285,21 +291,6 @@ impl Connections {
     }
 }
 
-async fn connect(
-    upstream: &dyn Upstream,
-    port: u16,
-    limits: &EndpointLimits,
-) -> Result<UpstreamStream, Fault> {
-    match timeout(limits.connect_time, upstream.connect(port)).await {
-        Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => {
-            tracing::debug!(%error, port, "an application cannot be connected to");
-            Err(Fault::bad_gateway(Stage::Connect, "nothing can be reached at the port"))
-        }
-        Err(_) => Err(Fault::bad_gateway(Stage::Connect, "the port cannot be reached in time")),
-    }
-}
-
 type Tried = Result<Response<Incoming>, TrySendError<Request<Upload>>>;
 
 /// How long an answer is waited for: longer, as long as the application takes what it is sent.
@@ -310,9 +301,9 @@ struct Patience {
 }
 
 impl Patience {
-    fn new(request: &Request<Upload>, limits: &EndpointLimits) -> Self {
+    fn new(request: &Request<Upload>, answer_time: Duration) -> Self {
         let progress = request.body().progress();
-        Self { begin: Instant::now(), progress, answer_time: limits.answer_time }
+        Self { begin: Instant::now(), progress, answer_time }
     }
 
     fn until(&self) -> Instant {

@@ -67,7 +67,7 @@ impl Forward {
             return Err(Fault::no_route("there is no session of this name"));
         };
         let guest = shared.guests.of(&target.id);
-        let lease = guest.lease(upstream, &shared.limits).await?;
+        let lease = guest.lease(upstream).await?;
 
         let (mut parts, body) = request.into_parts();
         let wants_h2 = port::wants_h2(&parts.headers) && upgrade.is_none();
@@ -87,7 +87,7 @@ impl Forward {
         parts.extensions.clear();
         if wants_h2 {
             let request = to_h2(parts, target, upload)?;
-            let asked = guest.connections.ask_h2(&*lease.upstream, port, request, &shared.limits);
+            let asked = guest.connections.ask_h2(&*lease.upstream, port, request);
             let answer = Box::pin(asked).await?;
             return to_client(answer, None, lease);
         }
@@ -128,8 +128,7 @@ impl Forward {
                 }
             });
         }
-        let asked =
-            guest.connections.ask(&*lease.upstream, port, request, &self.shared.limits).await;
+        let asked = guest.connections.ask(&*lease.upstream, port, request).await;
         if let Some(gate) = gate {
             gate.say(false);
         }

@@ -26,11 +26,12 @@ pub(super) struct Guests {
     /// The first has come.
     first: Notify,
     tasks: Tasks,
+    limits: Arc<EndpointLimits>,
 }
 
 impl Guests {
-    pub(super) fn new(tasks: Tasks) -> Self {
-        Self { known: Mutex::default(), first: Notify::new(), tasks }
+    pub(super) fn new(tasks: Tasks, limits: Arc<EndpointLimits>) -> Self {
+        Self { known: Mutex::default(), first: Notify::new(), tasks, limits }
     }
 
     pub(super) fn of(&self, id: &str) -> Arc<Guest> {
@@ -41,7 +42,7 @@ impl Guests {
         if known.is_empty() {
             self.first.notify_one();
         }
-        let guest = Arc::new(Guest::new(self.tasks.clone()));
+        let guest = Arc::new(Guest::new(self.tasks.clone(), Arc::clone(&self.limits)));
         known.insert(id.to_owned(), Arc::clone(&guest));
         guest
     }
@@ -74,16 +75,18 @@ pub(super) struct Guest {
     requests: AtomicUsize,
     held: AtomicUsize,
     used: Mutex<Instant>,
+    limits: Arc<EndpointLimits>,
     pub(super) connections: Arc<Connections>,
 }
 
 impl Guest {
-    fn new(tasks: Tasks) -> Self {
+    fn new(tasks: Tasks, limits: Arc<EndpointLimits>) -> Self {
         Self {
             requests: AtomicUsize::new(0),
             held: AtomicUsize::new(0),
             used: Mutex::new(Instant::now()),
-            connections: Arc::new(Connections::new(tasks)),
+            connections: Arc::new(Connections::new(tasks, Arc::clone(&limits))),
+            limits,
         }
     }
 
@@ -95,22 +98,17 @@ impl Guest {
     pub(super) async fn lease(
         self: &Arc<Self>,
         upstream: Arc<dyn Upstream>,
-        limits: &EndpointLimits,
     ) -> Result<Lease, Fault> {
-        let request = Count::of(self, |guest| &guest.requests, limits.session_requests);
+        let request = Count::of(self, |guest| &guest.requests, self.limits.session_requests);
         let request = request.ok_or_else(|| {
             let message = "the session has as many requests as it may have";
             Fault::new(StatusCode::TOO_MANY_REQUESTS, Stage::Request, message).retry_after(1)
         })?;
-        let awake = self.wake(&*upstream, limits).await?;
+        let awake = self.wake(&*upstream).await?;
         Ok(Lease { upstream, _awake: awake, _request: request })
     }
 
-    async fn wake(
-        self: &Arc<Self>,
-        upstream: &dyn Upstream,
-        limits: &EndpointLimits,
-    ) -> Result<Awake, Fault> {
+    async fn wake(self: &Arc<Self>, upstream: &dyn Upstream) -> Result<Awake, Fault> {
         let mut waking = pin!(upstream.wake());
         let at_once = poll_fn(|context| Poll::Ready(waking.as_mut().poll(context))).await;
         let woken = match at_once {
@@ -119,10 +117,10 @@ impl Guest {
                 let busy = |message| {
                     Fault::new(StatusCode::SERVICE_UNAVAILABLE, Stage::Wake, message).retry_after(1)
                 };
-                let held = Count::of(self, |guest| &guest.held, limits.session_held);
+                let held = Count::of(self, |guest| &guest.held, self.limits.session_held);
                 let _held =
                     held.ok_or_else(|| busy("too many requests wait for the session to wake"))?;
-                let woken = timeout(limits.wake_time, waking).await;
+                let woken = timeout(self.limits.wake_time, waking).await;
                 woken.map_err(|_| busy("the session has not woken in time"))?
             }
         };

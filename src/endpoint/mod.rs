@@ -159,12 +159,13 @@ impl Endpoint {
         let (end, closing) = (Signal::default(), Signal::default());
         let guests = Tasks::new(end.clone());
         let domain = routes.domain.clone();
+        let limits = Arc::new(options.limits);
         let shared = Arc::new(Shared {
             upstreams: Box::new(upstreams),
             routes,
             keys,
-            limits: options.limits,
-            guests: Guests::new(guests.clone()),
+            guests: Guests::new(guests.clone(), Arc::clone(&limits)),
+            limits,
             clients: Tasks::new(end.clone()),
         });
         let sweeper = Arc::clone(&shared);

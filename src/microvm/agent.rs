@@ -4,7 +4,10 @@
 //! A VM that was restored from a snapshot is a clone: it has to become another one than those that come
 //! from the same memory. One that slept, and was woken by [`Suspended`](super::Suspended), is the VM that it was.
 
-#![allow(dead_code, reason = "without the feature `agent`, nobody talks to one")]
+#![cfg_attr(
+    not(feature = "agent"),
+    allow(dead_code, reason = "without the feature, nobody talks to one")
+)]
 
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -9,7 +9,7 @@ use super::stopped::{Lease, Origin, Stopped};
 use crate::config::{MachineConfig, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
-use crate::snapshot::{Disks, Snapshot};
+use crate::snapshot::{Purpose, Snapshot};
 use crate::timings::Recorder;
 
 /// A VM in its sleep.
@@ -62,7 +62,7 @@ impl Asleep {
         let lock = snapshot.wake_lock()?;
         let from = (None, Some(console));
         let mut stopped =
-            Stopped::restored(&snapshot, &self.options, Disks::InPlace, from, recorder)?;
+            Stopped::restored(&snapshot, &self.options, Purpose::Sleep, from, recorder)?;
         stopped.origin.lock = lock;
         stopped.origin.lease = self.lease.take();
         stopped.origin.agent = Agent::woken(self.identity.clone());

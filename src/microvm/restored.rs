@@ -5,7 +5,7 @@ use super::{MicroVm, Paused};
 use crate::config::RestoreOptions;
 use crate::error::Error;
 use crate::machine::Shell;
-use crate::snapshot::{Disks, Snapshot};
+use crate::snapshot::{Purpose, Snapshot};
 use crate::timings::Recorder;
 
 impl Snapshot {
@@ -65,7 +65,7 @@ impl Snapshot {
         mut recorder: Recorder,
     ) -> Result<MicroVm<Paused>, Error> {
         let from = (shell, None);
-        let stopped = Stopped::restored(self, options, Disks::Copy, from, &mut recorder)?;
+        let stopped = Stopped::restored(self, options, Purpose::Clones, from, &mut recorder)?;
         let console = stopped.machine.console().clone();
         Ok(MicroVm { state: Paused { stopped }, console, recorder })
     }

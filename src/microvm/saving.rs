@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::kvm::FreshState;
 use crate::machine::{Cpus, Shell, ShellConfig};
 use crate::phase::Phase;
-use crate::snapshot::{Disks, Snapshot, SnapshotOptions};
+use crate::snapshot::{Purpose, Snapshot, SnapshotOptions};
 use crate::timings::Recorder;
 
 impl MicroVm<Paused> {
@@ -40,7 +40,7 @@ impl MicroVm<Paused> {
         options: &SnapshotOptions,
     ) -> Result<Snapshot, Error> {
         let sleeper = self.state.stopped.sleeper();
-        let saved = sleeper.save(directory.as_ref(), Disks::Copy, options);
+        let saved = sleeper.save(directory.as_ref(), Purpose::Clones, options);
         saved.map_err(|error| self.error(Phase::Save, error))
     }
 
@@ -75,7 +75,7 @@ impl MicroVm<Paused> {
         let stopped = &self.state.stopped;
         let saved = self
             .recorder
-            .timed(Phase::Save, || stopped.sleeper().save(directory, Disks::InPlace, options));
+            .timed(Phase::Save, || stopped.sleeper().save(directory, Purpose::Sleep, options));
         match saved {
             Ok(snapshot) => Ok(self.asleep(snapshot)),
             Err(error) => {
@@ -94,7 +94,7 @@ impl MicroVm<Paused> {
     /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), with the VM as it was.
     pub fn suspend_in_memory(mut self) -> Result<MicroVm<Suspended>, TransitionError<Paused>> {
         let stopped = &self.state.stopped;
-        let kept = self.recorder.timed(Phase::Save, || stopped.sleeper().keep(Disks::InPlace));
+        let kept = self.recorder.timed(Phase::Save, || stopped.sleeper().keep(Purpose::Sleep));
         match kept {
             Ok(snapshot) => Ok(self.asleep(snapshot)),
             Err(error) => {
@@ -177,7 +177,7 @@ impl MicroVm<Paused> {
         if let Some(kept) = &stopped.kept {
             return Ok(kept.clone());
         }
-        let kept = self.recorder.timed(Phase::Save, || stopped.sleeper().keep(Disks::Copy));
+        let kept = self.recorder.timed(Phase::Save, || stopped.sleeper().keep(Purpose::Clones));
         let kept = kept.map_err(|error| self.error(Phase::Save, error))?;
         self.state.stopped.kept = Some(kept.clone());
         Ok(kept)

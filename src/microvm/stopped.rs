@@ -8,7 +8,7 @@ use crate::console::Console;
 use crate::error::Error;
 use crate::kvm::Vcpu;
 use crate::machine::{Machine, Shell};
-use crate::snapshot::{Disks, Sleeper, Snapshot, WakeLock};
+use crate::snapshot::{Purpose, Sleeper, Snapshot, WakeLock};
 use crate::timings::Recorder;
 
 /// A machine whose vCPUs no thread has.
@@ -86,14 +86,14 @@ impl Stopped {
     pub(super) fn restored(
         snapshot: &Snapshot,
         options: &RestoreOptions,
-        disks: Disks,
+        purpose: Purpose,
         (shell, console): (Option<Shell>, Option<&Console>),
         recorder: &mut Recorder,
     ) -> Result<Self, Error> {
-        let (machine, vcpus) = snapshot.machine(shell, options, disks, console, recorder)?;
-        let agent = match disks {
-            Disks::Copy => Agent::of_clone(options),
-            Disks::InPlace => Agent::default(),
+        let (machine, vcpus) = snapshot.machine(shell, options, purpose, console, recorder)?;
+        let agent = match purpose {
+            Purpose::Clones => Agent::of_clone(options),
+            Purpose::Sleep => Agent::default(),
         };
         let snapshot = Some(snapshot.clone());
         let origin = Box::new(Origin { snapshot, agent, ..Origin::default() });

@@ -226,7 +226,6 @@ wire! {
     struct Usage {
         /// Of physical memory (Rss of /proc/self/smaps_rollup), in bytes.
         resident_bytes: u64,
-        threads: u32,
     }
 
     struct Failure {
@@ -318,8 +317,6 @@ wire! {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hello {
     pub(crate) version: u32,
-    /// How often it has said so before, since it booted.
-    pub(crate) times: u32,
     /// What of [`Setup`] could not be done: the agent is there, but not ready.
     pub(crate) fault: Option<Failure>,
 }
@@ -335,7 +332,6 @@ impl Wire for Hello {
     fn encode(&self, out: &mut Vec<u8>) {
         MAGIC.encode(out);
         self.version.encode(out);
-        self.times.encode(out);
         self.fault.encode(out);
     }
 
@@ -343,9 +339,9 @@ impl Wire for Hello {
         let version = version(input)?;
         if version != super::VERSION {
             input.skip_all();
-            return Ok(Self { version, times: 0, fault: None });
+            return Ok(Self { version, fault: None });
         }
-        Ok(Self { version, times: Wire::decode(input)?, fault: Wire::decode(input)? })
+        Ok(Self { version, fault: Wire::decode(input)? })
     }
 }
 

@@ -35,7 +35,7 @@ fn what_is_written_is_read_again() {
         assert_eq!(Call::from_bytes(&call.to_bytes()), Ok(call));
     }
     let fault = Failure { kind: FailureKind::Other, errno: 5, what: "ä".into() };
-    let hello = Hello { version: VERSION, times: 3, fault: Some(fault) };
+    let hello = Hello { version: VERSION, fault: Some(fault) };
     let opening = Opening::Hello(hello);
     assert_eq!(Opening::from_bytes(&opening.to_bytes()), Ok(opening));
 }
@@ -65,7 +65,7 @@ fn a_length_beyond_the_message_is_refused_before_it_is_believed() {
 
 #[test]
 fn other_versions_are_understood_so_far_that_they_can_be_named() {
-    let hello = Hello { version: VERSION, times: 0, fault: None };
+    let hello = Hello { version: VERSION, fault: None };
     let mut bytes = hello.to_bytes();
     bytes[8] = 9;
     bytes.extend([1, 2, 3]);

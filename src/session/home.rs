@@ -45,6 +45,11 @@ impl Home {
         self.path.join(id)
     }
 
+    /// The directory in which it sleeps.
+    pub(super) fn asleep(&self, id: &str) -> PathBuf {
+        self.session(id).join("asleep")
+    }
+
     /// Makes the directory of a session that is new.
     pub(super) fn make(&self, id: &str) -> Result<(), SessionError> {
         let path = self.session(id);

@@ -275,7 +275,7 @@ fn lost(
     record: &Record,
     before: SessionState,
 ) -> (SessionState, SessionReason, Option<String>) {
-    let asleep = home.session(id).join("asleep");
+    let asleep = home.asleep(id);
     let snapshot = Snapshot::open(&asleep).ok().map(|snapshot| snapshot.id());
     // Its files were finished, and nobody was there to write that down.
     if before == SessionState::Suspending

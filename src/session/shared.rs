@@ -66,7 +66,7 @@ impl Shared {
 
     /// Where it sleeps.
     pub(super) fn asleep(&self) -> PathBuf {
-        self.directory().join("asleep")
+        self.home.asleep(&self.id)
     }
 
     pub(super) fn state(&self) -> SessionState {

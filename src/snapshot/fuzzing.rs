@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::directory::{OpenDirectory, STATE, WRITTEN, disk_name, memory_name};
 use super::options::SnapshotOptions;
 use super::restore::lies_in;
-use super::{Disks, Inner, Place, Snapshot, State, Temporary, format};
+use super::{Inner, Place, Purpose, Snapshot, State, Temporary, format};
 use crate::arch::layout;
 use crate::config::{MachineConfig, NetBackend, RestoreOptions, Writes};
 use crate::console::{Console, ConsoleSink};
@@ -50,14 +50,14 @@ pub fn snapshot_state(bytes: &[u8]) {
     let facts = snapshot.facts();
     assert_eq!(usize::from(facts.vcpus), snapshot.0.state.host.cpuid().expect("tables").len());
     let options = RestoreOptions::new();
-    if let Ok(config) = snapshot.config(&options, Disks::Copy)
+    if let Ok(config) = snapshot.config(&options, Purpose::Clones)
         && config.check().is_ok()
     {
         chooses_nothing(&config, &temporary);
     }
     let trusting = options.outside_paths(true);
-    for disks in [Disks::Copy, Disks::InPlace] {
-        let _ = snapshot.config(&trusting, disks);
+    for purpose in [Purpose::Clones, Purpose::Sleep] {
+        let _ = snapshot.config(&trusting, purpose);
     }
 }
 

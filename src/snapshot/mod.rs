@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use self::directory::{OpenDirectory, STATE, WRITTEN, disk_name, memory_name};
 use self::error::SnapshotError;
 pub use self::options::{SaveProgress, SaveStage, SnapshotOptions};
-pub(crate) use self::save::{Disks, Sleeper};
+pub(crate) use self::save::Sleeper;
 pub(crate) use self::sleep::{CloneNames, Sleep, WakeLock};
 use crate::arch::layout;
 use crate::config::MachineConfig;
@@ -70,6 +70,15 @@ struct Inner {
     written: OnceLock<Vec<PageRun>>,
     /// What the first VM that was restored from it was before.
     fresh: FreshState,
+}
+
+/// Who goes on from a snapshot, which says what becomes of the disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Others than the VM that was saved, which may go on itself: they have copies of its disks.
+    Clones,
+    /// The VM itself, which ends until it wakes: its disks stay where they are.
+    Sleep,
 }
 
 /// Where the files of a snapshot are.

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::Purpose;
 use super::directory::disk_name;
 use super::error::SnapshotError;
-use super::save::Disks;
-use super::{Inner, Place, Snapshot, State};
+use super::{Inner, Place, Snapshot};
 use crate::arch::layout;
 use crate::config::{MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
@@ -24,20 +24,20 @@ impl Snapshot {
         options: &RestoreOptions,
         recorder: &mut Recorder,
     ) -> Result<Shell, Error> {
-        self.shell_over(options, |_| Ok(()), recorder)
+        let mut config = self.0.state.config.clone();
+        self.apply(options, &mut config)?;
+        self.shell_over(&config, |_| Ok(()), recorder)
     }
 
     /// The same, over memory that `fill` gives its content first: KVM need not follow then what is
     /// mapped there.
     fn shell_over(
         &self,
-        options: &RestoreOptions,
+        config: &MachineConfig,
         fill: impl FnOnce(&GuestRam) -> Result<(), MemoryError>,
         recorder: &mut Recorder,
     ) -> Result<Shell, Error> {
-        let State { host, config, .. } = &self.0.state;
-        let mut config = config.clone();
-        self.apply(options, &mut config)?;
+        let host = &self.0.state.host;
         let ranges = layout::ram_ranges(config.memory_bytes);
         let ram = recorder.run(Phase::Memory, || {
             let ram = GuestRam::reserve(&ranges)?;
@@ -60,13 +60,13 @@ impl Snapshot {
         &self,
         shell: Option<Shell>,
         options: &RestoreOptions,
-        disks: Disks,
+        purpose: Purpose,
         console: Option<&Console>,
         recorder: &mut Recorder,
     ) -> Result<(Machine, Vec<Vcpu>), Error> {
         let Inner { state, image, written, .. } = &*self.0;
         let config = recorder.run(Phase::Config, || {
-            let config = self.config(options, disks)?;
+            let config = self.config(options, purpose)?;
             config.check()?;
             Ok::<_, SnapshotError>(config)
         })?;
@@ -76,7 +76,7 @@ impl Snapshot {
                 shell
             }
             Some(_) => return Err(SnapshotError::OtherShell.into()),
-            None => self.shell_over(options, |ram| ram.map_image(image), recorder)?,
+            None => self.shell_over(&config, |ram| ram.map_image(image), recorder)?,
         };
         let (machine, vcpus) = Machine::from_shell(shell, &config, console, recorder)?;
         self.check_disks_in_place()?;
@@ -91,7 +91,7 @@ impl Snapshot {
     pub(super) fn config(
         &self,
         options: &RestoreOptions,
-        disks: Disks,
+        purpose: Purpose,
     ) -> Result<MachineConfig, SnapshotError> {
         let state = &self.0.state;
         let mut config = state.config.clone();
@@ -115,12 +115,12 @@ impl Snapshot {
                 return Err(SnapshotError::OutsideDisk { index, path: path.to_owned() });
             }
             disk.check_left(block)?;
-            *block = match disks {
-                Disks::InPlace => {
+            *block = match purpose {
+                Purpose::Sleep => {
                     disk.check_base()?;
                     disk.own_config(block, &saved)
                 }
-                Disks::Copy => disk.config(block, &saved, delta),
+                Purpose::Clones => disk.config(block, &saved, delta),
             };
         }
         let socket = config.vsock.as_mut().and_then(|vsock| vsock.unix_socket.take());

@@ -14,22 +14,13 @@ use super::directory::{STATE, Staging, WRITTEN, disk_name, memory_name};
 use super::error::SnapshotError;
 use super::format;
 use super::options::{SaveStage, SnapshotOptions};
-use super::{CloneNames, Inner, MAX_NOTED, Place, Sleep, Snapshot, State, Temporary};
+use super::{CloneNames, Inner, MAX_NOTED, Place, Purpose, Sleep, Snapshot, State, Temporary};
 use crate::disk::{self, DiskError, SavedDisk};
 use crate::error::Error;
 use crate::kvm::{FreshState, Vcpu};
 use crate::machine::Machine;
 use crate::memory::{GuestRam, MAX_LAYERS, MemoryProgress, Save, SavedMemory};
 use crate::random::random;
-
-/// What becomes of the disks that a guest writes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Disks {
-    /// They are copied: the VM goes on, or others come from it.
-    Copy,
-    /// They stay where they are: the VM sleeps.
-    InPlace,
-}
 
 /// A machine that is stopped, and what it came from.
 #[derive(Clone)]
@@ -47,11 +38,11 @@ impl Sleeper<'_> {
     pub(crate) fn save(
         &self,
         directory: &Path,
-        disks: Disks,
+        purpose: Purpose,
         options: &SnapshotOptions,
     ) -> Result<Snapshot, Error> {
         let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
-        let mut state = self.state(&|index| staging.path(&disk_name(index)), disks, options)?;
+        let mut state = self.state(&|index| staging.path(&disk_name(index)), purpose, options)?;
         state.memory = self.save_memory(&staging, options)?;
         finish(staging, &state, options)?;
         Snapshot::open_same(directory, state.id)
@@ -59,17 +50,17 @@ impl Sleeper<'_> {
 
     /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
     /// memory over what is shared.
-    pub(crate) fn keep(&self, disks: Disks) -> Result<Snapshot, Error> {
+    pub(crate) fn keep(&self, purpose: Purpose) -> Result<Snapshot, Error> {
         let temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
         if !self.machine.controls().disks.is_empty() {
             temporary.create().map_err(SnapshotError::Temporary)?;
         }
         let options = SnapshotOptions::default();
-        let state = self.state(&|index| temporary.0.join(disk_name(index)), disks, &options)?;
+        let state = self.state(&|index| temporary.0.join(disk_name(index)), purpose, &options)?;
         let ram = self.machine.ram();
-        let image = match disks {
-            Disks::Copy => ram.freeze(),
-            Disks::InPlace => ram.freeze_for_good(),
+        let image = match purpose {
+            Purpose::Clones => ram.freeze(),
+            Purpose::Sleep => ram.freeze_for_good(),
         };
         let image = image.map_err(SnapshotError::Freeze)?;
         let place = Place::Memory(temporary);
@@ -81,7 +72,7 @@ impl Sleeper<'_> {
     fn state(
         &self,
         path: &dyn Fn(usize) -> PathBuf,
-        disks: Disks,
+        purpose: Purpose,
         options: &SnapshotOptions,
     ) -> Result<State, Error> {
         let machine = self.machine.state(self.vcpus)?;
@@ -95,9 +86,9 @@ impl Sleeper<'_> {
             };
             let origin = self.origin.and_then(|origin| origin.0.state.disks.get(index));
             let whole = origin.and_then(SavedDisk::whole);
-            let disk = match disks {
-                Disks::Copy => disk.save(&path(index), whole, &mut report),
-                Disks::InPlace => disk.leave(&path(index), whole, options.sync, &mut report),
+            let disk = match purpose {
+                Purpose::Clones => disk.save(&path(index), whole, &mut report),
+                Purpose::Sleep => disk.leave(&path(index), whole, options.sync, &mut report),
             };
             saved.push(disk.map_err(|error| match error {
                 DiskError::Interrupted => SnapshotError::Interrupted,
@@ -114,7 +105,7 @@ impl Sleeper<'_> {
             machine,
             memory: Vec::new(),
             disks: saved,
-            sleep: (disks == Disks::InPlace).then(|| Sleep { clone: self.clone.clone() }),
+            sleep: (purpose == Purpose::Sleep).then(|| Sleep { clone: self.clone.clone() }),
         })
     }
 

@@ -9,7 +9,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use super::error::SnapshotError;
-use super::{Disks, Place, Snapshot};
+use super::{Place, Purpose, Snapshot};
 use crate::config::{InterfaceConfig, RestoreOptions};
 use crate::error::Error;
 
@@ -62,7 +62,7 @@ impl Snapshot {
             options.hostname = hostname;
             options.interfaces = interfaces;
         }
-        self.config(&options, Disks::InPlace)?.check()?;
+        self.config(&options, Purpose::Sleep)?.check()?;
         Ok((sleep.clone(), options))
     }
 

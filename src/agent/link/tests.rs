@@ -38,7 +38,7 @@ fn host_of(config: AgentConfig, renewal: Option<Renewal>) -> (Arc<Host>, Link) {
 }
 
 fn hello(version: u32, fault: Option<Failure>) -> Hello {
-    Hello { version, times: 0, fault }
+    Hello { version, fault }
 }
 
 /// Greets an agent that says this, and answers so.

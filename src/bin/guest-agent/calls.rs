@@ -90,15 +90,10 @@ fn usage() -> Result<Usage, Failure> {
         let line = text.lines().find_map(|line| line.strip_prefix(name))?;
         line.split_whitespace().next()?.parse().ok()
     };
-    let status = read("/proc/self/status");
     // Not every kernel has the former, which is exact.
     let resident = field(&read("/proc/self/smaps_rollup"), "Rss:");
-    let resident = resident.or_else(|| field(&status, "VmRSS:"));
-    match resident.zip(field(&status, "Threads:")) {
-        Some((kib, threads)) => Ok(Usage {
-            resident_bytes: kib.saturating_mul(1024),
-            threads: u32::try_from(threads).unwrap_or(u32::MAX),
-        }),
+    match resident.or_else(|| field(&read("/proc/self/status"), "VmRSS:")) {
+        Some(kib) => Ok(Usage { resident_bytes: kib.saturating_mul(1024) }),
         None => Err(Failure::new(FailureKind::Other, "read /proc/self/status")),
     }
 }

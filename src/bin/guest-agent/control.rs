@@ -20,7 +20,6 @@ const PAUSE_OF_VERSIONS: Duration = Duration::from_secs(10);
 /// What the agent says of itself.
 pub(crate) struct Control {
     fault: Option<Failure>,
-    times: u32,
     /// What the guest's addresses are now.
     interfaces: Vec<Interface>,
 }
@@ -37,7 +36,7 @@ enum End {
 
 impl Control {
     pub(crate) fn new(fault: Option<Failure>, interfaces: Vec<Interface>) -> Self {
-        Self { fault, times: 0, interfaces }
+        Self { fault, interfaces }
     }
 
     /// Keeps a connection to the host, for ever.
@@ -87,10 +86,9 @@ impl Control {
 
     /// Says hello, and becomes who the host says that this guest is.
     fn welcome(&mut self, connection: &mut Connection) -> io::Result<()> {
-        let hello = Hello { version: VERSION, times: self.times, fault: self.fault.clone() };
+        let hello = Hello { version: VERSION, fault: self.fault.clone() };
         connection.send(&Opening::Hello(hello))?;
         let welcome: Welcome = connection.receive_message()?;
-        self.times = self.times.saturating_add(1);
         let applied = identity::apply(&welcome.identity, &mut self.interfaces);
         if let Err(failure) = &applied {
             say(&describe(failure));
@@ -122,7 +120,6 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         let said = Connection::new(host).receive_message::<Opening>().unwrap();
         let Opening::Hello(hello) = said else { panic!("{said:?}") };
-        assert_eq!((hello.version, hello.times), (VERSION, 0));
-        assert_eq!(control.times, 0);
+        assert_eq!(hello.version, VERSION);
     }
 }

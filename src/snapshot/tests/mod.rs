@@ -60,7 +60,7 @@ fn distrust(change: impl FnOnce(&mut State, &Path)) -> String {
     change(&mut golden.state, &golden.temporary.0);
     let options = RestoreOptions::new().disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
     let snapshot = golden.open().unwrap();
-    snapshot.config(&options, Disks::Copy).unwrap_err().to_string()
+    snapshot.config(&options, Purpose::Clones).unwrap_err().to_string()
 }
 
 fn saved_disk(json: &serde_json::Value) -> SavedDisk {
@@ -72,7 +72,7 @@ fn the_golden_snapshot_is_opened_and_gives_a_configuration() {
     let golden = Golden::new();
     let snapshot = golden.open().unwrap();
     let options = RestoreOptions::new().disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
-    snapshot.config(&options, Disks::Copy).unwrap().check().unwrap();
+    snapshot.config(&options, Purpose::Clones).unwrap().check().unwrap();
     assert_eq!(snapshot.facts().memory_bytes, 32 << 20);
 }
 
@@ -202,12 +202,12 @@ fn a_snapshot_chooses_neither_the_device_nor_the_confinement() {
     golden.state.config.seccomp = false;
     let snapshot = golden.open().unwrap();
     let options = RestoreOptions::new().disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
-    let config = snapshot.config(&options, Disks::Copy).unwrap();
+    let config = snapshot.config(&options, Purpose::Clones).unwrap();
     assert_eq!((config.seccomp, config.kvm_device), (true, "/dev/kvm".into()));
     let own = options.clone().seccomp(false);
-    assert!(!snapshot.config(&own, Disks::Copy).unwrap().seccomp);
+    assert!(!snapshot.config(&own, Purpose::Clones).unwrap().seccomp);
     let trusting = options.outside_paths(true);
-    assert!(!snapshot.config(&trusting, Disks::Copy).unwrap().seccomp);
+    assert!(!snapshot.config(&trusting, Purpose::Clones).unwrap().seccomp);
 }
 
 #[test]
@@ -217,10 +217,10 @@ fn an_interface_has_the_back_end_and_the_address_that_a_restore_gives_it() {
     let network = NetConfig::tap("tap7").mac([2, 0, 0, 1, 2, 3]);
     let given = format!("{network:?}");
     let options = RestoreOptions::new().disk_base(1, "/base").network(0, network);
-    let config = snapshot.config(&options, Disks::Copy).unwrap();
+    let config = snapshot.config(&options, Purpose::Clones).unwrap();
     assert_eq!(format!("{:?}", config.networks[0]), given);
     let none = RestoreOptions::new().network(7, NetConfig::tap("tap8"));
-    snapshot.config(&none, Disks::Copy).unwrap_err();
+    snapshot.config(&none, Purpose::Clones).unwrap_err();
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn one_that_sleeps_is_the_clone_that_its_guest_does_not_know_to_be_yet() {
     let given = given.disk_base(1, base.as_path());
     let (sleep, options) = golden.open().unwrap().sleep(&given).unwrap();
     assert_eq!(sleep.clone, Some(names));
-    let config = golden.open().unwrap().config(&options, Disks::InPlace).unwrap();
+    let config = golden.open().unwrap().config(&options, Purpose::Sleep).unwrap();
     assert_eq!(config.agent.unwrap().hostname.as_deref(), Some("clone-7"));
     // It wakes as this one, and as no other.
     let error = golden.open().unwrap().sleep(&options).unwrap_err();

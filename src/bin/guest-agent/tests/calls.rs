@@ -25,7 +25,7 @@ fn what_is_no_call_ends_the_connection() {
 fn usage_is_what_the_kernel_says() {
     match ask(&Call::Usage) {
         Reply::Usage(usage) => {
-            assert!(usage.resident_bytes > 100_000 && usage.threads >= 2, "{usage:?}");
+            assert!(usage.resident_bytes > 100_000, "{usage:?}");
         }
         other => panic!("{other:?}"),
     }
