@@ -82,7 +82,7 @@ fn boot(runtime: &tokio::runtime::Runtime) -> Metric {
         let vm = MicroVm::create(with_agent.clone()).expect("create");
         let begin = Instant::now();
         let vm = vm.start().expect("start");
-        runtime.block_on(vm.agent_within(Duration::from_secs(60))).expect("an agent");
+        runtime.block_on(vm.agent_timeout(Duration::from_secs(60))).expect("an agent");
         let ours = begin.elapsed();
         drop(vm);
         let (writer, wrote) = lines();

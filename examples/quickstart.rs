@@ -38,7 +38,7 @@ async fn main() -> Result<ExitCode, Error> {
 
     let vm = vm.shutdown(Duration::from_secs(1)).await;
     for timing in vm.timings().iter() {
-        println!("{:>12} {:>8.2} ms", timing.phase.name(), timing.duration_ns as f64 / 1e6);
+        println!("{:>12} {:>8.2} ms", timing.phase.as_str(), timing.duration_ns as f64 / 1e6);
     }
     println!("{}", vm.exit_status());
     Ok(if vm.exit_status().is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -17,7 +17,7 @@ macro_rules! phases {
 
         impl Phase {
             /// The name as it stands in spans and in serialized timings.
-            pub fn name(self) -> &'static str {
+            pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $name,)* }
             }
 
@@ -76,7 +76,7 @@ phases! {
 
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.write_str(self.as_str())
     }
 }
 
@@ -88,7 +88,7 @@ mod tests {
     fn phases_serialize_under_their_own_names() {
         for phase in [Phase::Config, Phase::FirstRun, Phase::Terminate] {
             let json = serde_json::to_string(&phase).unwrap();
-            assert_eq!(json, format!("\"{}\"", phase.name()));
+            assert_eq!(json, format!("\"{}\"", phase.as_str()));
         }
     }
 }

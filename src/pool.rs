@@ -43,14 +43,14 @@ impl From<PoolError> for Error {
 pub struct PoolOptions {
     min: usize,
     max: usize,
-    wait: Duration,
+    timeout: Duration,
     restore: RestoreOptions,
 }
 
 impl Default for PoolOptions {
     fn default() -> Self {
-        let wait = Duration::from_secs(10);
-        Self { min: 1, max: usize::MAX, wait, restore: RestoreOptions::default() }
+        let timeout = Duration::from_secs(10);
+        Self { min: 1, max: usize::MAX, timeout, restore: RestoreOptions::default() }
     }
 }
 
@@ -77,8 +77,8 @@ impl PoolOptions {
 
     /// How long [`Pool::acquire`] waits at most; 10 s unless set.
     #[must_use]
-    pub fn wait(mut self, timeout: Duration) -> Self {
-        self.wait = timeout;
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
@@ -189,9 +189,9 @@ impl Shared {
         let max = self.options.max;
         let mut vms = self.lock();
         while vms.in_use >= max {
-            let left = self.options.wait.saturating_sub(begin.elapsed());
+            let left = self.options.timeout.saturating_sub(begin.elapsed());
             if left.is_zero() {
-                let seconds = self.options.wait.as_secs_f64();
+                let seconds = self.options.timeout.as_secs_f64();
                 return Err(PoolError::AllInUse { max, seconds }.into());
             }
             let waited = self.changed.wait_timeout(vms, left);

@@ -221,6 +221,6 @@ mod tests {
         tracing::subscriber::with_default(Arc::clone(&names), || {
             Recorder::new().timed(Phase::Load, || ());
         });
-        assert_eq!(*names.0.lock().unwrap(), [Phase::Load.name()]);
+        assert_eq!(*names.0.lock().unwrap(), [Phase::Load.as_str()]);
     }
 }

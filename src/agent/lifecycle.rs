@@ -69,7 +69,7 @@ impl MicroVm<Running> {
     /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was. No thread of the
     /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
-        if let Ok(agent) = self.agent_within(grace.saturating_add(SWITCH_OFF)).await {
+        if let Ok(agent) = self.agent_timeout(grace.saturating_add(SWITCH_OFF)).await {
             // A hook that fails does not save its VM; one that takes long takes nothing of the others' time.
             let _ = agent.run_hook(HookName::Terminate, "").await;
             let off = grace.saturating_add(SWITCH_OFF);

@@ -174,7 +174,7 @@ impl MicroVm<Running> {
     /// boots meanwhile; of one that was restored the agent answers within milliseconds. One that
     /// slept and woke as itself has run its hook `resume`.
     ///
-    /// Waits for as long as the guest lives; see [`agent_within`](Self::agent_within).
+    /// Waits for as long as the guest lives; see [`agent_timeout`](Self::agent_timeout).
     ///
     /// # Errors
     ///
@@ -201,7 +201,7 @@ impl MicroVm<Running> {
     ///
     /// As that one, and [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the console's last
     /// lines, where the guest lives and its agent has not called.
-    pub async fn agent_within(&self, timeout: Duration) -> Result<Agent, Error> {
+    pub async fn agent_timeout(&self, timeout: Duration) -> Result<Agent, Error> {
         // A timer needs one, and says so by a panic.
         link::check_runtime().map_err(|error| self.agent_error(error))?;
         match within(timeout, self.agent()).await {

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// let config = VmConfig::new(Kernel::file("vmlinux"))
 ///     .memory_mib(1024)
-///     .balloon(BalloonConfig::default().deflate_on_oom().free_page_reporting());
+///     .balloon(BalloonConfig::default().deflate_on_oom(true).free_page_reporting(true));
 /// ```
 ///
 /// [`MicroVm::set_balloon_mib`]: crate::MicroVm::set_balloon_mib
@@ -27,8 +27,8 @@ pub struct BalloonConfig {
 impl BalloonConfig {
     /// A guest that is out of memory takes pages out of the balloon before it kills a process.
     #[must_use]
-    pub fn deflate_on_oom(mut self) -> Self {
-        self.deflate_on_oom = true;
+    pub fn deflate_on_oom(mut self, on: bool) -> Self {
+        self.deflate_on_oom = on;
         self
     }
 
@@ -36,8 +36,8 @@ impl BalloonConfig {
     /// them again. So a guest's use of the host's memory goes down by itself, in pieces of some
     /// MiB, seconds after the guest freed them. It needs no balloon to be inflated.
     #[must_use]
-    pub fn free_page_reporting(mut self) -> Self {
-        self.free_page_reporting = true;
+    pub fn free_page_reporting(mut self, on: bool) -> Self {
+        self.free_page_reporting = on;
         self
     }
 }

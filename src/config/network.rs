@@ -188,7 +188,7 @@ impl NetConfig {
 /// use dormouse::UserNetwork;
 ///
 /// // Port 8080 of the host, on every address, is port 80 of the guest.
-/// let network = UserNetwork::new().forward_tcp(8080, 80).dns([9, 9, 9, 9]);
+/// let network = UserNetwork::new().forward_tcp(8080, 80).nameserver([9, 9, 9, 9]);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -245,7 +245,7 @@ impl UserNetwork {
 
     /// A name server for the guest, in place of the host's; several are several calls.
     #[must_use]
-    pub fn dns(mut self, server: impl Into<IpAddr>) -> Self {
+    pub fn nameserver(mut self, server: impl Into<IpAddr>) -> Self {
         self.dns.push(server.into());
         self
     }

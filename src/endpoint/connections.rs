@@ -117,12 +117,12 @@ impl Connections {
         let handshake = http1::handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(|error| fault(&error))?;
         let driver = Driver::Request(Box::pin(connection.with_upgrades()));
-        let alarm = Alarm::new(Instant::now() + self.limits.answer_time);
+        let alarm = Alarm::new(Instant::now() + self.limits.answer_timeout);
         Ok(Connection { sender, driver, alarm })
     }
 
     async fn connect(&self, upstream: &dyn Upstream, port: u16) -> Result<UpstreamStream, Fault> {
-        match timeout(self.limits.connect_time, upstream.connect(port)).await {
+        match timeout(self.limits.connect_timeout, upstream.connect(port)).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => {
                 tracing::debug!(%error, port, "an application cannot be connected to");
@@ -138,9 +138,9 @@ impl Connection {
     async fn ask(
         &mut self,
         request: Request<Upload>,
-        answer_time: Duration,
+        answer_timeout: Duration,
     ) -> Result<Tried, Fault> {
-        let patience = Patience::new(&request, answer_time);
+        let patience = Patience::new(&request, answer_timeout);
         let Self { sender, driver, alarm } = self;
         let mut sending = pin!(sender.try_send_request(request));
         poll_fn(|context| {
@@ -234,7 +234,7 @@ impl Connections {
             let mut lent =
                 Lent { connection: Some(connection), connections: Arc::clone(self), port };
             let Some(connection) = &mut lent.connection else { continue };
-            match connection.ask(request, self.limits.answer_time).await? {
+            match connection.ask(request, self.limits.answer_timeout).await? {
                 Ok(answer) => {
                     connection.release(&self.tasks);
                     return Ok((answer, lent));
@@ -266,7 +266,7 @@ impl Connections {
                     }
                 }
             };
-            let patience = Patience::new(&request, self.limits.answer_time);
+            let patience = Patience::new(&request, self.limits.answer_timeout);
             let mut alarm = Alarm::new(patience.until());
             let mut sending = pin!(sender.try_send_request(request));
             let asked = poll_fn(|context| match sending.as_mut().poll(context) {
@@ -297,18 +297,18 @@ type Tried = Result<Response<Incoming>, TrySendError<Request<Upload>>>;
 struct Patience {
     begin: Instant,
     progress: Option<Arc<Progress>>,
-    answer_time: Duration,
+    answer_timeout: Duration,
 }
 
 impl Patience {
-    fn new(request: &Request<Upload>, answer_time: Duration) -> Self {
+    fn new(request: &Request<Upload>, answer_timeout: Duration) -> Self {
         let progress = request.body().progress();
-        Self { begin: Instant::now(), progress, answer_time }
+        Self { begin: Instant::now(), progress, answer_timeout }
     }
 
     fn until(&self) -> Instant {
         let last = self.progress.as_ref().map(|progress| progress.last().max(self.begin));
-        last.unwrap_or(self.begin) + self.answer_time
+        last.unwrap_or(self.begin) + self.answer_timeout
     }
 
     /// Who has let it down.

@@ -120,7 +120,7 @@ impl Guest {
                 let held = Count::of(self, |guest| &guest.held, self.limits.session_held);
                 let _held =
                     held.ok_or_else(|| busy("too many requests wait for the session to wake"))?;
-                let woken = timeout(self.limits.wake_time, waking).await;
+                let woken = timeout(self.limits.wake_timeout, waking).await;
                 woken.map_err(|_| busy("the session has not woken in time"))?
             }
         };

@@ -85,8 +85,8 @@ use crate::error::Error;
 /// | 408 | `request` | the client did not send the rest of it |
 /// | 429 | `request` | the session has [as many requests](EndpointLimits::session_requests) as it may; `Retry-After` |
 /// | 502 | `wake`, `connect`, `response` | the session does not wake; nobody listens at the port; the application closed early, or does not speak HTTP |
-/// | 503 | `wake` | it has not woken [in time](EndpointLimits::wake_time), or [too many](EndpointLimits::session_held) wait for it; `Retry-After` |
-/// | 504 | `response` | the application has not answered [in time](EndpointLimits::answer_time) |
+/// | 503 | `wake` | it has not woken [in time](EndpointLimits::wake_timeout), or [too many](EndpointLimits::session_held) wait for it; `Retry-After` |
+/// | 504 | `response` | the application has not answered [in time](EndpointLimits::answer_timeout) |
 ///
 /// 431, for headers that are too large, comes without a body. An answer that breaks off in the middle ends the client's
 /// connection, or its stream of HTTP/2, and never passes for a whole one. Answers 1xx of the application end here, but for 100.

@@ -40,18 +40,18 @@ pub struct EndpointLimits {
     pub headers: usize,
     /// How long a connection may take for TLS, and for the line and headers of each request; so it is also how long
     /// one is kept that asks for nothing (30 s). Then it is closed.
-    pub header_time: Duration,
+    pub header_timeout: Duration,
     /// Requests and open streams of one session at a time (1,024). More are answered with 429.
     pub session_requests: usize,
     /// Requests of one session that wait for it to wake (256). More are answered with 503.
     pub session_held: usize,
     /// How long a request waits for its session to wake (60 s). Then it is answered with 503, and the session goes on waking.
-    pub wake_time: Duration,
+    pub wake_timeout: Duration,
     /// How long a connection to the application may take (10 s). Then the request is answered with 502.
-    pub connect_time: Duration,
+    pub connect_timeout: Duration,
     /// How long the application may take for the head of its answer, from the last byte of the request that it took
     /// (5 min). Then the request is answered with 504. Bodies and streams may take for ever.
-    pub answer_time: Duration,
+    pub answer_timeout: Duration,
 }
 
 impl Default for EndpointLimits {
@@ -61,12 +61,12 @@ impl Default for EndpointLimits {
             streams: 256,
             header_bytes: 64 << 10,
             headers: 100,
-            header_time: Duration::from_secs(30),
+            header_timeout: Duration::from_secs(30),
             session_requests: 1024,
             session_held: 256,
-            wake_time: Duration::from_secs(60),
-            connect_time: Duration::from_secs(10),
-            answer_time: Duration::from_secs(300),
+            wake_timeout: Duration::from_secs(60),
+            connect_timeout: Duration::from_secs(10),
+            answer_timeout: Duration::from_secs(300),
         }
     }
 }

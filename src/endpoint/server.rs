@@ -80,7 +80,7 @@ impl Server {
             origin: Origin::new(peer, self.tls.is_some()),
             opened: Opened::default(),
         };
-        let patience = self.shared.limits.header_time;
+        let patience = self.shared.limits.header_timeout;
         match &self.tls {
             Some(tls) => {
                 let Ok(Ok(stream)) = timeout(patience, tls.accept(stream)).await else { return };
@@ -118,7 +118,9 @@ impl Server {
     {
         let limits = &self.shared.limits;
         let mut builder = http1::Builder::new();
-        builder.timer(HeadTimer::new(limits.header_time)).header_read_timeout(limits.header_time);
+        builder
+            .timer(HeadTimer::new(limits.header_timeout))
+            .header_read_timeout(limits.header_timeout);
         builder.max_header_size(limits.header_bytes as usize);
         builder.max_buf_size(MIN_BUFFER.max(limits.header_bytes as usize));
         // With another number than its own, hyper takes memory for each request.
@@ -167,7 +169,7 @@ impl Server {
             tokio::select! {
                 _ = connection.as_mut() => return,
                 () = &mut closing => break,
-                () = sleep(limits.header_time) => {}
+                () = sleep(limits.header_timeout) => {}
             }
             // hyper closes a connection of HTTP/1 on which nothing goes on, and none of HTTP/2.
             if streams.is_idle_since(seen) {
@@ -176,9 +178,9 @@ impl Server {
         }
         connection.as_mut().graceful_shutdown();
         let last = async {
-            sleep(limits.header_time).await;
+            sleep(limits.header_timeout).await;
             while !streams.is_idle_since(streams.begun()) {
-                sleep(limits.header_time).await;
+                sleep(limits.header_timeout).await;
             }
         };
         tokio::select! {

@@ -20,7 +20,7 @@ impl Image {
     /// ```
     pub fn configure(&self, config: VmConfig) -> VmConfig {
         let (.., machine) = config.parts();
-        let index = u32::try_from(machine.blocks.len()).unwrap_or(u32::MAX);
+        let index = machine.blocks.len();
         let mut agent = machine.agent.clone().unwrap_or_default();
         if agent.root.is_none() {
             agent = agent.root(self.root(index));

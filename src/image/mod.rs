@@ -135,7 +135,7 @@ impl Image {
     /// The guest's root, where [`disk`](Self::disk) is the disk of this number. What the guest writes stays in
     /// its memory, up to half of that: see [`RootDisk::overlay_memory`] and [`RootDisk::overlay_disk`] for
     /// others.
-    pub fn root(&self, disk: u32) -> RootDisk {
+    pub fn root(&self, disk: usize) -> RootDisk {
         RootDisk::new(disk).fs_type("erofs").overlay_memory(0)
     }
 }

@@ -64,7 +64,7 @@ impl SessionOptions {
 
     /// How long the guest may take until its agent is ready, before the hook `run`; for as long as it lives unless set.
     #[must_use]
-    pub fn ready_within(mut self, timeout: Duration) -> Self {
+    pub fn ready_timeout(mut self, timeout: Duration) -> Self {
         self.within = Some(timeout);
         self
     }

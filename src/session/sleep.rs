@@ -160,7 +160,7 @@ impl Keeper {
 async fn awake(vm: &MicroVm<Running>) -> Result<Option<Agent>, Error> {
     let Some(config) = vm.agent_config() else { return Ok(None) };
     let hook = config.hooks.get(&HookName::Resume).map_or(Duration::ZERO, |hook| hook.deadline);
-    vm.agent_within(WAKING.saturating_add(hook)).await.map(Some)
+    vm.agent_timeout(WAKING.saturating_add(hook)).await.map(Some)
 }
 
 /// Writes the VM to its files, and leaves it running where that fails.

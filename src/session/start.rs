@@ -99,7 +99,7 @@ async fn ready(vm: &MicroVm<Running>, guest: Guest) -> Result<Option<Agent>, Err
         return Ok(None);
     }
     let agent = match guest.within {
-        Some(within) => vm.agent_within(within).await?,
+        Some(within) => vm.agent_timeout(within).await?,
         None => vm.agent().await?,
     };
     // What comes from a template, or ran before, has been asked.

@@ -50,7 +50,7 @@ fn an_application_that_is_down_is_a_bad_gateway() {
 fn an_application_that_hangs_is_not_waited_for_for_ever() {
     run(async {
         let mut limits = EndpointLimits::default();
-        limits.answer_time = Duration::from_millis(200);
+        limits.answer_timeout = Duration::from_millis(200);
         let setup = Setup::new(open().limits(limits)).await;
         let address = setup.endpoint.address();
         let answer = get(address, "one.localhost", "/never", "").await;

@@ -177,7 +177,7 @@ fn a_client_of_http_2_with_headers_that_are_too_large_is_refused() {
 /// An endpoint that has little patience.
 async fn impatient(change: impl FnOnce(&mut EndpointLimits)) -> Setup {
     let mut limits = EndpointLimits::default();
-    limits.header_time = Duration::from_millis(200);
+    limits.header_timeout = Duration::from_millis(200);
     change(&mut limits);
     Setup::new(open().limits(limits)).await
 }
@@ -225,7 +225,7 @@ fn a_line_that_comes_byte_by_byte_is_not_waited_for() {
 #[test]
 fn a_body_that_does_not_come_is_not_waited_for() {
     run(async {
-        let setup = impatient(|limits| limits.answer_time = Duration::from_millis(300)).await;
+        let setup = impatient(|limits| limits.answer_timeout = Duration::from_millis(300)).await;
         let head =
             "POST /length HTTP/1.1\r\nHost: one.localhost\r\nContent-Length: 100\r\n\r\nhalf";
         let text = after(&setup, head.as_bytes()).await;

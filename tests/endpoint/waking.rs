@@ -69,7 +69,7 @@ fn more_requests_than_may_wait_are_sent_away_for_a_while() {
 fn a_session_that_does_not_wake_in_time_is_to_be_asked_again() {
     run(async {
         let mut limits = EndpointLimits::default();
-        limits.wake_time = Duration::from_millis(100);
+        limits.wake_timeout = Duration::from_millis(100);
         let setup = Setup::new(open().limits(limits)).await;
         setup.guest.is_awake.send_replace(false);
         let answer = get(setup.endpoint.address(), "one.localhost", "/hello", "").await;

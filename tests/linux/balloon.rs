@@ -126,7 +126,7 @@ fn a_guest_that_is_out_of_memory_takes_it_from_the_balloon() {
 echo ready; wait_for go
 dd if=/dev/zero of=/t/big bs=1M count=100 2>/dev/null && echo "all=$(wc -c < /t/big)"
 dmesg | grep -iE 'killed process'"#;
-    let balloon = BalloonConfig::default().deflate_on_oom();
+    let balloon = BalloonConfig::default().deflate_on_oom(true);
     let (vm, transcript) = start(Release::Linux6_12, balloon, script);
     transcript.wait_for("ready\n");
     // Less than 100 MiB are left to the guest then.
@@ -149,7 +149,7 @@ dd if=/dev/zero of=/t/big bs=1M count=150 2>/dev/null; echo full; wait_for free
 rm /t/big; wait_for again
 dd if=/dev/zero of=/t/big bs=1M count=150 2>/dev/null &&
     echo "size=$(wc -c < /t/big) others=$(tail -c 4000000 /t/big | tr -d '\0' | wc -c)""#;
-    let balloon = BalloonConfig::default().free_page_reporting();
+    let balloon = BalloonConfig::default().free_page_reporting(true);
     let (vm, transcript) = start(Release::Linux6_12, balloon, script);
     transcript.wait_for("full\n");
     let before = resident();

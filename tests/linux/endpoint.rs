@@ -43,7 +43,7 @@ impl Setup {
         let up = Hook::command(["sh", "-c", "until [ -e /run/up ]; do sleep 0.1; done"]);
         let agent = AgentConfig::new()
             .entrypoint(Entrypoint::new(["python3", "-c", include_str!("endpoint/servers.py")]))
-            .hook(HookName::Ready, up.deadline(PATIENCE));
+            .hook(HookName::Ready, up.timeout(PATIENCE));
         let transcript = Transcript::default();
         let config = VmConfig::new(Release::Linux6_12.kernel())
             .cmdline(Cmdline::default().push("quiet").unwrap())

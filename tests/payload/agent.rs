@@ -70,7 +70,7 @@ fn without_a_runtime_an_agent_cannot_be_had_and_says_why() {
     let binary = Binary::new("runtime");
     let vm = MicroVm::create(binary.config()).unwrap().start().unwrap();
     let context = &mut Context::from_waker(Waker::noop());
-    for polled in [pin!(vm.agent()).poll(context), pin!(vm.agent_within(PATIENCE)).poll(context)] {
+    for polled in [pin!(vm.agent()).poll(context), pin!(vm.agent_timeout(PATIENCE)).poll(context)] {
         let Poll::Ready(Err(error)) = polled else { panic!("{polled:?}") };
         assert_eq!(error.kind(), &ErrorKind::Config);
         assert!(error.how_to_fix().unwrap().contains("tokio::main"), "{error}");

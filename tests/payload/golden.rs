@@ -43,7 +43,7 @@ fn guest(scratch: &Scratch) -> MicroVm<Paused> {
         .block(BlockConfig::new(disk(scratch, 2)).delta(scratch.join("delta")))
         .network(NetConfig::pair().unwrap().0)
         .entropy(true)
-        .balloon(BalloonConfig::default().deflate_on_oom())
+        .balloon(BalloonConfig::default().deflate_on_oom(true))
         .vsock(VsockConfig::default())
         .console(writer);
     let vm = MicroVm::create(config).unwrap().start().unwrap();

@@ -163,7 +163,7 @@ fn timings_name_every_phase_once_in_order() {
     output.next();
     let ended = vm.pause().unwrap().resume().unwrap().terminate();
     let timings = ended.timings();
-    let mut names: Vec<&str> = timings.iter().map(|timing| timing.phase.name()).collect();
+    let mut names: Vec<&str> = timings.iter().map(|timing| timing.phase.as_str()).collect();
     names.sort_unstable();
     let mut all = [
         "config",

@@ -15,7 +15,7 @@ fn those_who_come_when_all_are_in_use_get_one_that_others_give_back() {
     let guest = Guest::boot();
     guest.write(10, 1);
     let snapshot = guest.pause().0.snapshot(scratch.join("base")).unwrap();
-    let options = PoolOptions::new().min(1).max(MAX).wait(PATIENCE);
+    let options = PoolOptions::new().min(1).max(MAX).timeout(PATIENCE);
     let pool = Pool::new(snapshot, options).unwrap();
     thread::scope(|scope| {
         for _ in 0..4 {

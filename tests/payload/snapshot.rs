@@ -453,7 +453,7 @@ fn a_guest_goes_on_from_a_packed_snapshot_of_several_layers() {
 fn a_pool_keeps_vms_ready_and_counts_those_in_use() {
     let scratch = Scratch::new();
     let snapshot = saved(&scratch.join("base"));
-    let options = PoolOptions::new().min(2).max(3).wait(Duration::from_millis(50));
+    let options = PoolOptions::new().min(2).max(3).timeout(Duration::from_millis(50));
     let pool = Pool::new(snapshot, options).unwrap();
     let begin = std::time::Instant::now();
     while pool.ready() < 2 {

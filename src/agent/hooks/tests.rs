@@ -104,7 +104,7 @@ async fn nobody_at_the_port_is_not_yet_for_who_may_say_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_nonsense_and_an_endless_answer_are_failures() {
-    let soon = Hook::http(80).deadline(Duration::from_millis(50));
+    let soon = Hook::http(80).timeout(Duration::from_millis(50));
     let (agent, mut guests) = agent_of(AgentConfig::new().hook(HookName::Run, soon), 1);
     let mut silent = guests.remove(0);
     let silent = std::thread::spawn(move || {

@@ -113,15 +113,14 @@ impl AgentConfig {
 /// The disks that are mounted so far.
 struct Disks<'a> {
     machine: &'a MachineConfig,
-    mounted: HashSet<u32>,
+    mounted: HashSet<usize>,
 }
 
 impl Disks<'_> {
-    fn mount(&mut self, what: &'static str, disk: u32, writes: bool) -> Checked {
+    fn mount(&mut self, what: &'static str, disk: usize, writes: bool) -> Checked {
         let blocks = &self.machine.blocks;
-        let block = usize::try_from(disk).ok().and_then(|index| blocks.get(index));
         let count = blocks.len();
-        let block = block.ok_or(AgentConfigError::NoDisk { what, disk, count })?;
+        let block = blocks.get(disk).ok_or(AgentConfigError::NoDisk { what, disk, count })?;
         if writes && block.writes == Writes::Refused {
             return Err(AgentConfigError::ReadOnlyDisk { what, disk });
         }

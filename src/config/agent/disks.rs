@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootDisk {
-    pub(crate) disk: u32,
+    pub(crate) disk: usize,
     #[serde(default)]
     pub(crate) fs_type: Option<String>,
     #[serde(default)]
@@ -28,13 +28,13 @@ pub(crate) enum Overlay {
     ReadOnly,
     /// Bytes; 0 for half of the memory.
     Memory(u64),
-    Disk(u32),
+    Disk(usize),
 }
 
 impl RootDisk {
     /// The disk with this number, counted from 0 in the order of
     /// [`VmConfig::block`](crate::VmConfig::block). What the guest writes goes to it.
-    pub fn new(disk: u32) -> Self {
+    pub fn new(disk: usize) -> Self {
         Self { disk, fs_type: None, overlay: Overlay::None }
     }
 
@@ -64,7 +64,7 @@ impl RootDisk {
     /// What the guest writes goes to another disk, which has an ext4 file system, and lies over this one
     /// (overlayfs). With the feature `image`, `OverlayDisk::create` makes such a disk.
     #[must_use]
-    pub fn overlay_disk(mut self, disk: u32) -> Self {
+    pub fn overlay_disk(mut self, disk: usize) -> Self {
         self.overlay = Overlay::Disk(disk);
         self
     }
@@ -79,7 +79,7 @@ impl RootDisk {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountConfig {
-    pub(crate) disk: u32,
+    pub(crate) disk: usize,
     pub(crate) path: String,
     #[serde(default)]
     pub(crate) fs_type: Option<String>,
@@ -89,7 +89,7 @@ pub struct MountConfig {
 
 impl MountConfig {
     /// The disk with this number, counted from 0, at an absolute path of the guest.
-    pub fn new(disk: u32, path: impl Into<String>) -> Self {
+    pub fn new(disk: usize, path: impl Into<String>) -> Self {
         Self { disk, path: path.into(), fs_type: None, read_only: false }
     }
 

@@ -28,11 +28,11 @@ pub(super) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug, PartialEq, Eq, ThisError)]
 pub(crate) enum AgentConfigError {
     #[error("{what} is disk {disk}, counted from 0: the VM has {count}")]
-    NoDisk { what: &'static str, disk: u32, count: usize },
+    NoDisk { what: &'static str, disk: usize, count: usize },
     #[error("disk {disk} is mounted twice")]
-    DiskTwice { disk: u32 },
+    DiskTwice { disk: usize },
     #[error("{what}, disk {disk}, is one that the guest may only read")]
-    ReadOnlyDisk { what: &'static str, disk: u32 },
+    ReadOnlyDisk { what: &'static str, disk: usize },
     #[error("an overlay of {bytes} bytes in a memory of {memory_bytes}")]
     OverlayTooLarge { bytes: u64, memory_bytes: u64 },
     #[error(

@@ -62,7 +62,7 @@ impl HookName {
 /// use std::time::Duration;
 /// use dormouse::{AgentConfig, Hook, HookName};
 ///
-/// let sync = Hook::command(["/bin/sync"]).deadline(Duration::from_secs(5));
+/// let sync = Hook::command(["/bin/sync"]).timeout(Duration::from_secs(5));
 /// let agent = AgentConfig::new()
 ///     .hook(HookName::Ready, Hook::http(9000))
 ///     .hook(HookName::Suspend, sync);
@@ -102,8 +102,8 @@ impl Hook {
 
     /// How long it may take: 1 s to a day; 30 s unless set. Then it has failed.
     #[must_use]
-    pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.deadline = deadline;
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.deadline = timeout;
         self
     }
 

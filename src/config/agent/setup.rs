@@ -27,15 +27,20 @@ impl AgentConfig {
     }
 }
 
+/// The number of a disk that there is.
+fn number(disk: usize) -> u32 {
+    u32::try_from(disk).unwrap_or(u32::MAX)
+}
+
 impl RootDisk {
     fn to_wire(&self) -> Root {
         let overlay = match self.overlay {
             Overlay::None => protocol::Overlay::None,
             Overlay::ReadOnly => protocol::Overlay::ReadOnly,
             Overlay::Memory(bytes) => protocol::Overlay::Memory(bytes),
-            Overlay::Disk(disk) => protocol::Overlay::Disk(disk),
+            Overlay::Disk(disk) => protocol::Overlay::Disk(number(disk)),
         };
-        Root { disk: self.disk, fs_type: self.fs_type.clone(), overlay }
+        Root { disk: number(self.disk), fs_type: self.fs_type.clone(), overlay }
     }
 }
 
@@ -43,7 +48,7 @@ impl MountConfig {
     fn to_wire(&self) -> Mount {
         let Self { disk, path, fs_type, read_only } = self;
         let path = Bytes::from(path.as_str());
-        Mount { disk: *disk, path, fs_type: fs_type.clone(), read_only: *read_only }
+        Mount { disk: number(*disk), path, fs_type: fs_type.clone(), read_only: *read_only }
     }
 }
 

@@ -36,7 +36,7 @@ fn whole() -> AgentConfig {
         .service("db", 5432, HostService::Tcp(([127, 0, 0, 1], 5432).into()))
         .service("log", 514, HostService::Unix("/run/log".into()))
         .hook(HookName::Ready, Hook::http(9000))
-        .hook(HookName::Suspend, Hook::command(["sync"]).deadline(Duration::from_secs(1)))
+        .hook(HookName::Suspend, Hook::command(["sync"]).timeout(Duration::from_secs(1)))
         .entrypoint(
             Entrypoint::new(["app", "-x"])
                 .env("A", "b")
@@ -126,7 +126,7 @@ fn disks_that_are_not_there_or_used_twice_or_read_only_are_refused() {
     assert_eq!(refusal(root(RootDisk::new(2))), "the root is disk 2, counted from 0: the VM has 2");
     let none: crate::Error = machine(root(RootDisk::new(2))).check().unwrap_err().into();
     assert!(none.how_to_fix().unwrap().contains("VmConfig::block"), "{none}");
-    assert!(refusal(root(RootDisk::new(u32::MAX))).contains("4294967295"));
+    assert!(refusal(root(RootDisk::new(usize::MAX))).contains("18446744073709551615"));
     assert!(refusal(root(RootDisk::new(1))).contains("may only read"));
     taken(root(RootDisk::new(1).read_only()));
     taken(root(RootDisk::new(1).overlay_disk(0)));
@@ -220,7 +220,7 @@ fn hooks_are_programs_or_requests_with_a_deadline() {
         assert!(refusal(hook(Hook::http_at(1, bad))).contains("begins with `/`"), "{bad:?}");
     }
     for bad in [0, 999, 86_400_001] {
-        let hook = hook(Hook::http(1).deadline(Duration::from_millis(bad)));
+        let hook = hook(Hook::http(1).timeout(Duration::from_millis(bad)));
         assert!(refusal(hook).contains("1 s to 24 h"), "{bad}");
     }
     let path = Hook::http(1).action.http_path(HookName::Run);

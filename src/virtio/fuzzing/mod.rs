@@ -211,7 +211,7 @@ fn queue_state(input: &mut Input<'_>) -> QueueState {
 }
 
 fn balloon() -> Balloon {
-    let config = BalloonConfig::default().deflate_on_oom().free_page_reporting();
+    let config = BalloonConfig::default().deflate_on_oom(true).free_page_reporting(true);
     Balloon::new(config)
 }
 

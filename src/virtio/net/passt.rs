@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn options_are_those_of_the_manual() {
-        let network = UserNetwork::new().forward_tcp(8080, 80).dns([9, 9, 9, 9]);
+        let network = UserNetwork::new().forward_tcp(8080, 80).nameserver([9, 9, 9, 9]);
         let text = options(&network, Some(1500)).join(" ");
         assert_eq!(text, "--tcp-ports 8080:80 --dns 9.9.9.9 --mtu 1500 --no-map-gw");
         assert!(options(&UserNetwork::new().host_loopback(true), None).is_empty());

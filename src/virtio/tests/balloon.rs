@@ -130,7 +130,8 @@ fn lists_that_lie_touch_nothing_but_the_pages_that_they_name() {
 
 #[test]
 fn the_target_reaches_the_driver_and_its_size_the_host() {
-    let mut driver = Driver::new(BalloonConfig::default().deflate_on_oom(), DEFLATE_ON_OOM, &[0]);
+    let mut driver =
+        Driver::new(BalloonConfig::default().deflate_on_oom(true), DEFLATE_ON_OOM, &[0]);
     let generation = driver.transport.read_config_generation();
     driver.host.reconfigure(|balloon| balloon.set_target(5000));
     assert_ne!(driver.transport.read_config_generation(), generation);
@@ -220,7 +221,7 @@ fn a_driver_with_many_buffers_for_statistics_gets_all_but_one_back() {
 
 #[test]
 fn reported_pages_cost_the_host_nothing_on_either_reporting_queue() {
-    let config = BalloonConfig::default().free_page_reporting();
+    let config = BalloonConfig::default().free_page_reporting(true);
     // Where the specification has the queue, where Linux has it, and where Linux would have it
     // without statistics.
     for (features, index) in [(STATS, 4), (STATS, 3), (0, 2)] {
@@ -252,7 +253,7 @@ fn reported_pages_cost_the_host_nothing_on_either_reporting_queue() {
 
 #[test]
 fn queues_whose_features_were_not_chosen_are_left_alone() {
-    let config = BalloonConfig::default().free_page_reporting();
+    let config = BalloonConfig::default().free_page_reporting(true);
     let mut driver = Driver::new(config, 0, &[0, 1, 2, 3, 4]);
     for queue in 2..5 {
         // SAFETY: the buffer is a copy in the test's RAM, by TestHal, and static.

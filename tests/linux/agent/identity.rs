@@ -146,11 +146,11 @@ fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
 fn a_hook_that_fails_leaves_the_guest_running_and_says_what_it_said() {
     block_on(async {
         let failing = Hook::command(["sh", "-c", "echo not now >&2; exit 1"]);
-        let slow = Hook::command(["sleep", "1000"]).deadline(Duration::from_secs(1));
+        let slow = Hook::command(["sleep", "1000"]).timeout(Duration::from_secs(1));
         let agent = AgentConfig::new()
             .hook(HookName::Suspend, failing)
             .hook(HookName::Run, slow)
-            .hook(HookName::Ready, Hook::http_at(9000, "/cgi-bin/ready").deadline(PATIENCE / 2));
+            .hook(HookName::Ready, Hook::http_at(9000, "/cgi-bin/ready").timeout(PATIENCE / 2));
         let guest = Guest::boot(config(agent)).await;
         let error = guest.agent.freeze().await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Hook, "{error}");

@@ -94,7 +94,7 @@ impl Guest {
     pub(crate) async fn boot(config: VmConfig) -> Self {
         let transcript = Transcript::default();
         let vm = MicroVm::create(config.console(transcript.clone())).unwrap().start().unwrap();
-        match vm.agent_within(PATIENCE / 2).await {
+        match vm.agent_timeout(PATIENCE / 2).await {
             Ok(agent) => Self { vm, agent, transcript },
             Err(error) => panic!("{error:?}\n{}", transcript.text()),
         }
@@ -102,7 +102,7 @@ impl Guest {
 
     /// One that runs already.
     pub(crate) async fn of(vm: MicroVm<Running>) -> Self {
-        let agent = vm.agent_within(PATIENCE / 2).await.unwrap();
+        let agent = vm.agent_timeout(PATIENCE / 2).await.unwrap();
         Self { vm, agent, transcript: Transcript::default() }
     }
 

@@ -134,7 +134,7 @@ fn a_template_waits_for_a_line_or_a_command_and_says_what_never_came() {
         let fails = Hook::command(["sh", "-c", "cat /tmp/asked && echo no luck >&2; exit 3"]);
         let agent = AgentConfig::new()
             .entrypoint(server)
-            .hook(HookName::Ready, Hook::http_at(8080, "/cgi-bin/ready").deadline(PATIENCE / 2))
+            .hook(HookName::Ready, Hook::http_at(8080, "/cgi-bin/ready").timeout(PATIENCE / 2))
             .hook(HookName::Validate, fails);
         let files = busybox().file("www/cgi-bin/ready", 0o755, not_yet);
         let config = config_of(Release::Linux6_12, files, agent);

@@ -23,7 +23,7 @@ fn a_hook_suspend_that_hangs_leaves_it_running_and_idle_it_is_tried_again_later(
         let scratch = Scratch::new("session-hangs");
         let sessions = Sessions::open(scratch.0.join("sessions")).await.unwrap();
         let hangs = "echo x >> /tmp/tries; test ! -e /tmp/hang || sleep 1000";
-        let hook = Hook::command(["sh", "-c", hangs]).deadline(Duration::from_secs(2));
+        let hook = Hook::command(["sh", "-c", hangs]).timeout(Duration::from_secs(2));
         let (vm, _transcript) = guest(application().hook(HookName::Suspend, hook));
         let session = sessions.start(vm, SessionOptions::new()).await.unwrap();
         sh(&session, "echo > /tmp/hang").await;

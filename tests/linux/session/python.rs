@@ -35,7 +35,7 @@ fn an_application_of_aws_lambdas_is_asked_the_same_hooks_at_the_same_paths_in_or
         let config = VmConfig::new(Release::Linux6_12.kernel())
             .cmdline(Cmdline::default().push("quiet").unwrap())
             .memory_mib(256);
-        let hook = || Hook::http(9000).deadline(PATIENCE / 3);
+        let hook = || Hook::http(9000).timeout(PATIENCE / 3);
         // It is not there before its port is: `ready` waits for it, `run` would not.
         let agent = AgentConfig::new()
             .entrypoint(Entrypoint::new(["python3", "-c", APPLICATION]))
