@@ -130,6 +130,17 @@ impl From<ConfigError> for Error {
 /// let same: VmConfig = serde_json::from_str(&json).unwrap();
 /// assert_eq!(same.memory_bytes(), 512 << 20);
 /// ```
+///
+/// Serialized it has the names `kernel`, `initramfs`, `cmdline`, `memory_bytes`, `vcpus`, `cpu`, `console_tail_bytes`,
+/// `blocks`, `networks`, `entropy`, `entropy_rate_limit`, `vsock`, `agent`, `balloon`, `seccomp` and `kvm_device`. All but
+/// the kernel may be left out, and are then as in [`new`](Self::new); other names are passed over.
+///
+/// ```
+/// # use dormouse::VmConfig;
+/// let text = r#"{ "kernel": { "source": { "file": "vmlinux" } }, "memory_bytes": 536870912, "vcpus": 2 }"#;
+/// let config: VmConfig = serde_json::from_str(text).unwrap();
+/// assert_eq!(config.memory_bytes(), 512 << 20);
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmConfig {
     kernel: Kernel,
