@@ -11,7 +11,7 @@ use std::path::Path;
 /// Where something is that a guest is booted from.
 #[cfg(feature = "image")]
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Origin<'a> {
+pub(crate) enum InputFile<'a> {
     File(&'a Path),
     Bytes(&'a [u8]),
 }

@@ -9,7 +9,7 @@ use thiserror::Error as ThisError;
 
 use crate::config::RestoreOptions;
 use crate::error::{Error, ErrorKind};
-use crate::microvm::{Lease, MicroVm, Paused};
+use crate::microvm::{MicroVm, OnEnd, Paused};
 use crate::snapshot::Snapshot;
 
 /// How long a VM that was taken is left alone with the machine, before the next one is made ready.
@@ -204,12 +204,12 @@ impl Shared {
         self.changed.notify_all();
         // Gives the place back however this ends.
         let shared = Arc::clone(self);
-        let lease = Lease::new(move || shared.give_back());
+        let on_end = OnEnd::new(move || shared.give_back());
         let mut vm = match ready {
             Some(vm) => vm,
             None => self.snapshot.restore_with(&self.options.restore)?,
         };
-        vm.lease(lease);
+        vm.on_end(on_end);
         Ok(vm)
     }
 

@@ -58,10 +58,10 @@ impl From<AgentError> for Error {
 
 /// Where the agent comes from that a guest would get.
 #[cfg(feature = "image")]
-pub(crate) fn agent_origin(config: &AgentConfig) -> input_file::Origin<'_> {
+pub(crate) fn agent_file(config: &AgentConfig) -> input_file::InputFile<'_> {
     match &config.binary {
-        Some(path) => input_file::Origin::File(path),
-        None => input_file::Origin::Bytes(EMBEDDED),
+        Some(path) => input_file::InputFile::File(path),
+        None => input_file::InputFile::Bytes(EMBEDDED),
     }
 }
 

@@ -6,7 +6,7 @@
 mod agent;
 
 #[cfg(feature = "image")]
-pub(crate) use self::agent::agent_origin;
+pub(crate) use self::agent::agent_file;
 pub(crate) use self::agent::archive;
 
 use linux_loader::configurator;

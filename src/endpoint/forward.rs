@@ -13,7 +13,7 @@ use super::body::AnswerBody;
 use super::connections::Lent;
 use super::fault::{Fault, Stage};
 use super::guest::{Guest, Lease};
-use super::headers::{self, Origin};
+use super::headers::{self, Peer};
 use super::port::{self, Asked};
 use super::route::Target;
 use super::shared::Shared;
@@ -24,7 +24,7 @@ use super::upload::Upload;
 /// The requests of one client's connection.
 pub(super) struct Forward {
     pub(super) shared: Arc<Shared>,
-    pub(super) origin: Origin,
+    pub(super) peer: Peer,
     pub(super) opened: Opened,
 }
 
@@ -72,7 +72,7 @@ impl Forward {
         let (mut parts, body) = request.into_parts();
         let wants_h2 = port::wants_h2(&parts.headers) && upgrade.is_none();
         join_cookies(&mut parts);
-        headers::to_guest(&mut parts.headers, parts.version, &target, &self.origin);
+        headers::to_guest(&mut parts.headers, parts.version, &target, &self.peer);
         if is_websocket {
             port::strip_subprotocols(&mut parts.headers);
         }

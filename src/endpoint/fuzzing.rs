@@ -11,7 +11,7 @@ use hyper::header::{CONNECTION, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENC
 use hyper::{Method, Uri, Version};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
-use super::headers::{self, Origin};
+use super::headers::{self, Peer};
 use super::port::{self, OWN_HEADERS};
 use super::route::Routes;
 use super::token::Opened;
@@ -60,8 +60,8 @@ fn request(method: &Method, uri: &Uri, version: Version, mut headers: HeaderMap)
         let path = path.split('?').next().unwrap_or_default();
         assert!(path.split('/').all(|segment| segment != "." && segment != ".."), "{target:?}");
     }
-    let origin = Origin::new(SocketAddr::from(([127, 0, 0, 1], 1)), false);
-    headers::to_guest(&mut headers, version, &target, &origin);
+    let peer = Peer::new(SocketAddr::from(([127, 0, 0, 1], 1)), false);
+    headers::to_guest(&mut headers, version, &target, &peer);
     port::strip_subprotocols(&mut headers);
     assert!(!headers.contains_key(CONNECTION) && !headers.contains_key(TRANSFER_ENCODING));
     assert!(headers.keys().all(|name| !name.as_str().starts_with(OWN_HEADERS)));

@@ -51,14 +51,14 @@ fn is_of_origin(name: &HeaderName) -> bool {
 
 /// Where the requests of a connection come from, as it is written in each.
 #[derive(Debug)]
-pub(super) struct Origin {
+pub(super) struct Peer {
     scheme: HeaderValue,
     address: HeaderValue,
     /// What `Forwarded` begins with.
     forwarded: String,
 }
 
-impl Origin {
+impl Peer {
     pub(super) fn new(peer: SocketAddr, is_tls: bool) -> Self {
         let scheme = if is_tls { "https" } else { "http" };
         let address = peer.ip().to_string();
@@ -114,12 +114,7 @@ fn strip(headers: &mut HeaderMap, ends_here: impl Fn(&HeaderName) -> bool) {
 }
 
 /// Makes what the client said what the guest's application is told.
-pub(super) fn to_guest(
-    headers: &mut HeaderMap,
-    version: Version,
-    target: &Target,
-    origin: &Origin,
-) {
+pub(super) fn to_guest(headers: &mut HeaderMap, version: Version, target: &Target, peer: &Peer) {
     let takes_trailers = lists(headers, &TE, "trailers");
     let is_own = |name: &HeaderName| name.as_str().starts_with(OWN_HEADERS);
     strip(headers, |name| is_of_one_hop(name) || is_of_origin(name) || is_own(name));
@@ -131,13 +126,13 @@ pub(super) fn to_guest(
     if version != Version::HTTP_11 {
         headers.remove(EXPECT);
     }
-    say_origin(headers, target, origin);
+    say_peer(headers, target, peer);
     headers.append(VIA, via(version));
 }
 
-fn say_origin(headers: &mut HeaderMap, target: &Target, origin: &Origin) {
+fn say_peer(headers: &mut HeaderMap, target: &Target, peer: &Peer) {
     let mut forwarded = String::with_capacity(128);
-    forwarded.push_str(&origin.forwarded);
+    forwarded.push_str(&peer.forwarded);
     if let Some(authority) = &target.authority {
         for part in [";host=\"", authority.as_str(), "\""] {
             forwarded.push_str(part);
@@ -150,8 +145,8 @@ fn say_origin(headers: &mut HeaderMap, target: &Target, origin: &Origin) {
     if let Ok(forwarded) = HeaderValue::try_from(forwarded) {
         headers.insert(FORWARDED, forwarded);
     }
-    headers.insert(FORWARDED_FOR, origin.address.clone());
-    headers.insert(FORWARDED_PROTO, origin.scheme.clone());
+    headers.insert(FORWARDED_FOR, peer.address.clone());
+    headers.insert(FORWARDED_PROTO, peer.scheme.clone());
     if let Some(prefix) = &target.prefix {
         headers.insert(FORWARDED_PREFIX, prefix.clone());
     }

@@ -17,7 +17,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::alarm::HeadTimer;
 use super::forward::Forward;
-use super::headers::Origin;
+use super::headers::Peer;
 use super::preface;
 use super::shared::Shared;
 use super::signal::Signal;
@@ -77,7 +77,7 @@ impl Server {
         let _ = keep_alive(&stream);
         let forward = Forward {
             shared: Arc::clone(&self.shared),
-            origin: Origin::new(peer, self.tls.is_some()),
+            peer: Peer::new(peer, self.tls.is_some()),
             opened: Opened::default(),
         };
         let patience = self.shared.limits.header_timeout;

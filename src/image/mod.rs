@@ -87,7 +87,7 @@ impl Image {
     /// An image in a file or a directory: an OCI layout, an archive of one, or what `docker save` or
     /// `podman save` writes. Of a directory with a root file system [`directory`](Self::directory) makes one.
     pub fn open(path: impl Into<PathBuf>) -> ImageSource {
-        ImageSource::new(Origin::Path(path.into()))
+        ImageSource::new(Location::Path(path.into()))
     }
 
     /// A directory whose content becomes the root file system, as an image without a configuration. Its owner's
@@ -95,7 +95,7 @@ impl Image {
     ///
     /// It is copied again when something in it has changed, by the times of change that its file system keeps.
     pub fn directory(path: impl Into<PathBuf>) -> ImageSource {
-        ImageSource::new(Origin::Directory(path.into()))
+        ImageSource::new(Location::Directory(path.into()))
     }
 
     /// An image of a registry, by its reference: `[HOST[:PORT]/]NAME[:TAG][@DIGEST]`, of Docker Hub where no host
@@ -104,7 +104,7 @@ impl Image {
     /// logins are not run. It needs a runtime with I/O and time.
     #[cfg(feature = "registry")]
     pub fn pull(reference: impl Into<String>) -> ImageSource {
-        ImageSource::new(Origin::Registry(registry::Registry::new(reference.into())))
+        ImageSource::new(Location::Registry(registry::Registry::new(reference.into())))
     }
 
     fn new(config: ImageConfig, digest: Option<Digest>, root: Cached) -> Self {
@@ -144,7 +144,7 @@ impl Image {
 #[derive(Clone)]
 #[must_use = "it does nothing before `unpack`"]
 pub struct ImageSource {
-    origin: Origin,
+    location: Location,
     name: Option<String>,
     platform: Platform,
     limits: ImageLimits,
@@ -152,7 +152,7 @@ pub struct ImageSource {
 }
 
 #[derive(Clone, Debug)]
-enum Origin {
+enum Location {
     Path(PathBuf),
     Directory(PathBuf),
     #[cfg(feature = "registry")]
@@ -160,10 +160,10 @@ enum Origin {
 }
 
 impl ImageSource {
-    fn new(origin: Origin) -> Self {
+    fn new(location: Location) -> Self {
         let (name, platform) = (None, Platform::guest());
         Self {
-            origin,
+            location,
             name,
             platform,
             limits: ImageLimits::default(),
@@ -186,7 +186,7 @@ impl ImageSource {
     /// Who asks a registry. Another source needs none.
     #[cfg(feature = "registry")]
     pub fn login(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
-        if let Origin::Registry(registry) = &mut self.origin {
+        if let Location::Registry(registry) = &mut self.location {
             registry.login = Some((name.into(), password.into()));
         }
         self
@@ -195,7 +195,7 @@ impl ImageSource {
     /// The file with Docker's logins; `$DOCKER_CONFIG/config.json` or `~/.docker/config.json` unless set.
     #[cfg(feature = "registry")]
     pub fn docker_config(mut self, path: impl Into<PathBuf>) -> Self {
-        if let Origin::Registry(registry) = &mut self.origin {
+        if let Location::Registry(registry) = &mut self.location {
             registry.docker_config = Some(path.into());
         }
         self
@@ -239,14 +239,14 @@ impl ImageSource {
             limits: self.limits.0,
             reporter: self.reporter,
         };
-        let origin = self.origin;
+        let location = self.location;
         #[cfg(feature = "registry")]
         let inner = runtime.clone();
-        let done = runtime.spawn_blocking(move || match origin {
-            Origin::Path(path) => work.open(&path),
-            Origin::Directory(path) => work.directory(&path),
+        let done = runtime.spawn_blocking(move || match location {
+            Location::Path(path) => work.open(&path),
+            Location::Directory(path) => work.directory(&path),
             #[cfg(feature = "registry")]
-            Origin::Registry(registry) => work.pull(&registry, &inner),
+            Location::Registry(registry) => work.pull(&registry, &inner),
         });
         Ok(done.await.map_err(|_| ImageError::Lost)??)
     }

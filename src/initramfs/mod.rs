@@ -87,10 +87,10 @@ impl Initramfs {
 
     /// Where it comes from.
     #[cfg(feature = "image")]
-    pub(crate) fn origin(&self) -> input_file::Origin<'_> {
+    pub(crate) fn input_file(&self) -> input_file::InputFile<'_> {
         match &self.source {
-            Source::File(path) => input_file::Origin::File(path),
-            Source::Bytes(bytes) => input_file::Origin::Bytes(bytes),
+            Source::File(path) => input_file::InputFile::File(path),
+            Source::Bytes(bytes) => input_file::InputFile::Bytes(bytes),
         }
     }
 

@@ -226,11 +226,11 @@ impl Kernel {
 
     /// Where it comes from.
     #[cfg(feature = "image")]
-    pub(crate) fn origin(&self) -> input_file::Origin<'_> {
+    pub(crate) fn input_file(&self) -> input_file::InputFile<'_> {
         match &self.source {
-            Source::File(path) | Source::Deb(path) => input_file::Origin::File(path),
-            Source::Installed(kernel) => input_file::Origin::File(kernel.path()),
-            Source::Bytes(bytes) => input_file::Origin::Bytes(bytes),
+            Source::File(path) | Source::Deb(path) => input_file::InputFile::File(path),
+            Source::Installed(kernel) => input_file::InputFile::File(kernel.path()),
+            Source::Bytes(bytes) => input_file::InputFile::Bytes(bytes),
         }
     }
 

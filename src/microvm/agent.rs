@@ -25,7 +25,7 @@ pub(crate) type AgentSlot = Mutex<Option<Arc<dyn Any + Send + Sync>>>;
 
 /// What a VM keeps for the conversation with its agent.
 #[derive(Debug, Default)]
-pub(super) struct Agent {
+pub(super) struct AgentContact {
     slot: Arc<AgentSlot>,
     identity: Option<Arc<CloneIdentity>>,
 }
@@ -58,7 +58,7 @@ impl CloneIdentity {
     }
 }
 
-impl Agent {
+impl AgentContact {
     /// That of a VM that was restored.
     pub(super) fn of_clone(options: &RestoreOptions) -> Self {
         let (hostname, interfaces) = (options.hostname.clone(), options.interfaces.clone());
@@ -129,21 +129,21 @@ mod tests {
     fn a_clone_that_slept_before_it_knew_is_still_one_and_has_an_empty_slot() {
         let mut options = RestoreOptions::new();
         options.hostname = Some("clone".into());
-        let clone = Agent::of_clone(&options);
+        let clone = AgentContact::of_clone(&options);
         *clone.slot.lock().unwrap() = Some(Arc::new(7));
-        let woken = Agent::woken(clone.into_untold());
+        let woken = AgentContact::woken(clone.into_untold());
         assert!(woken.slot.lock().unwrap().is_none());
         let identity = woken.identity.as_ref().unwrap();
         assert_eq!(identity.hostname.as_deref(), Some("clone"));
         assert!(!identity.is_told());
 
         identity.set_told();
-        assert!(Agent::woken(woken.into_untold()).identity.is_none());
+        assert!(AgentContact::woken(woken.into_untold()).identity.is_none());
     }
 
     #[test]
     fn a_vm_that_booted_is_nobodys_clone() {
-        assert!(Agent::default().identity.is_none());
-        assert!(Agent::default().into_untold().is_none());
+        assert!(AgentContact::default().identity.is_none());
+        assert!(AgentContact::default().into_untold().is_none());
     }
 }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::agent::{Agent, CloneIdentity};
-use super::stopped::{Lease, Origin, Stopped};
+use super::agent::{AgentContact, CloneIdentity};
+use super::stopped::{OnEnd, Origin, Stopped};
 use crate::config::{MachineConfig, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
@@ -17,7 +17,7 @@ use crate::timings::Recorder;
 pub(super) struct Asleep {
     place: Place,
     options: RestoreOptions,
-    lease: Option<Lease>,
+    on_end: Option<OnEnd>,
     /// Who it is, where it is a clone that has not been told so.
     identity: Option<Arc<CloneIdentity>>,
     /// What its vCPUs had used when it fell asleep, as far as this process knows.
@@ -35,9 +35,9 @@ impl Asleep {
     pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
         let options = as_before(stopped.machine.config());
         let cpu_time = stopped.cpu_time();
-        let Origin { lease, agent, .. } = *stopped.origin;
+        let Origin { on_end, agent, .. } = *stopped.origin;
         let identity = agent.into_untold();
-        Self { place: Place::of(snapshot), options, lease, identity, cpu_time }
+        Self { place: Place::of(snapshot), options, on_end, identity, cpu_time }
     }
 
     /// The machine that lies in a directory, whoever put it there; and its console, which is empty.
@@ -50,7 +50,7 @@ impl Asleep {
         let identity = sleep.clone.map(|names| Arc::new(CloneIdentity::new(names)));
         let console = Console::new(snapshot.console_tail_bytes());
         let (place, cpu_time) = (Place::of(snapshot), Duration::ZERO);
-        Ok((Self { place, options, lease: None, identity, cpu_time }, console))
+        Ok((Self { place, options, on_end: None, identity, cpu_time }, console))
     }
 
     pub(super) fn wake(
@@ -64,8 +64,8 @@ impl Asleep {
         let mut stopped =
             Stopped::restored(&snapshot, &self.options, Purpose::Sleep, from, recorder)?;
         stopped.origin.lock = lock;
-        stopped.origin.lease = self.lease.take();
-        stopped.origin.agent = Agent::woken(self.identity.clone());
+        stopped.origin.on_end = self.on_end.take();
+        stopped.origin.agent = AgentContact::woken(self.identity.clone());
         stopped.origin.cpu_time = self.cpu_time;
         Ok(stopped)
     }
@@ -88,7 +88,7 @@ impl Asleep {
 
     /// The VM did not go on after all, and who waits for its end has to be told of that one.
     pub(super) fn take_back(&mut self, woken: &mut Stopped) {
-        self.lease = woken.origin.lease.take();
+        self.on_end = woken.origin.on_end.take();
     }
 
     /// Removes the files that the VM lies in.

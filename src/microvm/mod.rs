@@ -35,7 +35,7 @@ pub(crate) use self::agent::CloneIdentity;
 pub use self::any::AnyMicroVm;
 pub use self::restored::PreparedShell;
 pub use self::state::{Created, Paused, Running, State, Suspended, Terminated};
-pub(crate) use self::stopped::Lease;
+pub(crate) use self::stopped::OnEnd;
 
 use std::fmt;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::stopped::Lease;
+use super::stopped::OnEnd;
 use super::{MicroVm, Paused, Running, Terminated, TransitionError};
 use crate::exit::ExitStatus;
 use crate::phase::Phase;
@@ -33,8 +33,8 @@ impl MicroVm<Paused> {
     }
 
     /// Tells somebody of the VM's end.
-    pub(crate) fn lease(&mut self, lease: Lease) {
-        self.state.stopped.origin.lease = Some(lease);
+    pub(crate) fn on_end(&mut self, on_end: OnEnd) {
+        self.state.stopped.origin.on_end = Some(on_end);
     }
 
     /// As [`cpu_time`](MicroVm::<Running>::cpu_time) of a VM that runs.

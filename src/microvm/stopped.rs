@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::agent::Agent;
+use super::agent::AgentContact;
 use crate::config::RestoreOptions;
 use crate::console::Console;
 use crate::error::Error;
@@ -29,22 +29,22 @@ pub(super) struct Origin {
     pub(super) snapshot: Option<Snapshot>,
     /// That nobody else wakes it, where it was woken from files.
     pub(super) lock: Option<WakeLock>,
-    pub(super) lease: Option<Lease>,
-    pub(super) agent: Agent,
+    pub(super) on_end: Option<OnEnd>,
+    pub(super) agent: AgentContact,
     /// What vCPUs have used that it had before it slept.
     pub(super) cpu_time: Duration,
 }
 
 /// Calls somebody when a VM is over, in whatever state it was.
-pub(crate) struct Lease(Option<Box<dyn FnOnce() + Send + Sync>>);
+pub(crate) struct OnEnd(Option<Box<dyn FnOnce() + Send + Sync>>);
 
-impl Lease {
+impl OnEnd {
     pub(crate) fn new(end: impl FnOnce() + Send + Sync + 'static) -> Self {
         Self(Some(Box::new(end)))
     }
 }
 
-impl Drop for Lease {
+impl Drop for OnEnd {
     fn drop(&mut self) {
         if let Some(end) = self.0.take() {
             end();
@@ -52,9 +52,9 @@ impl Drop for Lease {
     }
 }
 
-impl std::fmt::Debug for Lease {
+impl std::fmt::Debug for OnEnd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Lease")
+        f.write_str("OnEnd")
     }
 }
 
@@ -92,8 +92,8 @@ impl Stopped {
     ) -> Result<Self, Error> {
         let (machine, vcpus) = snapshot.machine(shell, options, purpose, console, recorder)?;
         let agent = match purpose {
-            Purpose::Clones => Agent::of_clone(options),
-            Purpose::Sleep => Agent::default(),
+            Purpose::Clones => AgentContact::of_clone(options),
+            Purpose::Sleep => AgentContact::default(),
         };
         let snapshot = Some(snapshot.clone());
         let origin = Box::new(Origin { snapshot, agent, ..Origin::default() });

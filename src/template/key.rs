@@ -13,7 +13,7 @@ use super::store::Key;
 use crate::boot;
 use crate::config::{MachineConfig, VmConfig, Writes};
 use crate::error::Error;
-use crate::input_file::Origin;
+use crate::input_file::InputFile;
 use crate::kvm::{HostFacts, Kvm};
 
 /// Raised when templates of before would be misunderstood, or are built otherwise.
@@ -45,10 +45,10 @@ enum Content {
 }
 
 impl Content {
-    fn of(origin: Origin<'_>) -> Result<Self, TemplateError> {
+    fn of(origin: InputFile<'_>) -> Result<Self, TemplateError> {
         match origin {
-            Origin::Bytes(bytes) => Ok(Self::Hash(Sha256::digest(bytes).into())),
-            Origin::File(path) => Self::file(path),
+            InputFile::Bytes(bytes) => Ok(Self::Hash(Sha256::digest(bytes).into())),
+            InputFile::File(path) => Self::file(path),
         }
     }
 
@@ -78,12 +78,12 @@ pub(super) fn of(config: &VmConfig, ready: &Ready) -> Result<Key, Error> {
         dormouse: env!("CARGO_PKG_VERSION"),
         host: HostFacts::of(kvm.capabilities(), None)?,
         features: features(&kvm),
-        kernel: Content::of(kernel.origin())?,
+        kernel: Content::of(kernel.input_file())?,
         protocol: format!("{:?}", kernel.boot_protocol()),
-        initramfs: initramfs.map(|initramfs| Content::of(initramfs.origin())).transpose()?,
+        initramfs: initramfs.map(|initramfs| Content::of(initramfs.input_file())).transpose()?,
         cmdline: cmdline.as_str(),
         machine,
-        agent: Content::of(boot::agent_origin(agent))?,
+        agent: Content::of(boot::agent_file(agent))?,
         files: files.map(Content::file).collect::<Result<_, _>>()?,
         ready,
     };

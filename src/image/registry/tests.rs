@@ -280,7 +280,7 @@ fn a_registry_that_stalls_is_not_waited_for_for_ever() {
         let mut registry = Registry::new(format!("127.0.0.1:{}/app:1", fake.port));
         registry.docker_config = Some("/nowhere".into());
         registry.patience = Duration::from_millis(1000);
-        let source = crate::ImageSource::new(crate::image::Origin::Registry(registry));
+        let source = crate::ImageSource::new(crate::image::Location::Registry(registry));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let error = runtime.block_on(source.unpack(&cache)).unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Timeout, "{error}");
