@@ -19,8 +19,8 @@ const SHOWN_BYTES: usize = 1024;
 /// [`Agent::command`].
 ///
 /// It runs as root in `/`, without input, in a process group of its own, unless set otherwise. Its environment is
-/// `PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`, `TERM=xterm`, and `HOME`, the home directory
-/// of its user in the guest's /etc/passwd (`/root` for root and `/` for others, where it is not there).
+/// `PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`, `TERM=xterm`, and `HOME`: `/root`, or where a user
+/// is set that one's home directory in the guest's /etc/passwd (`/root` for root and `/` for others, where it is not there).
 ///
 /// ```no_run
 /// # async fn example(agent: dormouse::Agent) -> Result<(), dormouse::Error> {

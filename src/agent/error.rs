@@ -135,8 +135,8 @@ impl From<AgentError> for Error {
             {
                 "put it into the guest, or say where it is there: by its path, or PATH by `Command::env`"
             }
-            E::Create(failure) if failure.kind == FailureKind::NotFound => {
-                "make its directory by `Agent::create_dir_all`"
+            E::Create(failure) if failure.errno == libc::ENOENT => {
+                "where its directory is missing, make that by `Agent::create_dir_all`"
             }
             E::Output { .. } => {
                 "raise `Command::output_limit`, cut by `Command::truncate_output`, or read the streams of `spawn`"

@@ -7,8 +7,9 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::sleep;
 
+use super::patience::within;
 use super::{Agent, AgentError};
 use crate::config::{Hook, HookAction, HookName};
 use crate::error::{Error, ErrorKind};
@@ -32,25 +33,27 @@ impl Agent {
     /// [every call](crate::Agent#errors-of-every-call).
     pub async fn run_hook(&self, name: HookName, payload: impl AsRef<[u8]>) -> Result<(), Error> {
         let Some(hook) = self.link.config().hooks.get(&name) else { return Ok(()) };
-        let deadline = Instant::now() + hook.deadline;
         // They are run because the VM changes, not because somebody needs it.
         let uncounted = self.uncounted();
-        loop {
-            let attempt = uncounted.attempt(name, hook, payload.as_ref());
-            let refusal = match timeout_at(deadline, attempt).await {
-                Ok(Ok(Outcome::Done)) => return Ok(()),
-                Ok(Ok(Outcome::NotYet(how))) if name.may_wait() => how,
-                Ok(Ok(Outcome::NotYet(how) | Outcome::Failed(how))) => {
-                    return Err(failed(name, how));
+        let mut refusal = None;
+        let done = async {
+            loop {
+                match uncounted.attempt(name, hook, payload.as_ref()).await? {
+                    Outcome::Done => return Ok(()),
+                    Outcome::NotYet(how) if name.may_wait() => refusal = Some(how),
+                    Outcome::NotYet(how) | Outcome::Failed(how) => return Err(failed(name, how)),
                 }
-                Ok(Err(error)) => return Err(error),
-                Err(_) => "has not answered".to_owned(),
-            };
-            if Instant::now() + AGAIN >= deadline {
-                let seconds = hook.deadline.as_secs_f64();
-                return Err(failed(name, format!("{refusal} within {seconds} s")));
+                sleep(AGAIN).await;
+                refusal = None;
             }
-            sleep(AGAIN).await;
+        };
+        match within(hook.deadline, done).await {
+            Some(done) => done,
+            None => {
+                let refusal = refusal.as_deref().unwrap_or("has not answered");
+                let seconds = hook.deadline.as_secs_f64();
+                Err(failed(name, format!("{refusal} within {seconds} s")))
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinError;
 
 use super::Agent;
+use super::patience::within;
 use crate::config::HookName;
 use crate::error::Error;
 use crate::microvm::{MicroVm, Running, Terminated};
@@ -73,7 +74,7 @@ impl MicroVm<Running> {
             // A hook that fails does not save its VM; one that takes long takes nothing of the others' time.
             let _ = agent.run_hook(HookName::Terminate, "").await;
             let off = grace.saturating_add(SWITCH_OFF);
-            let _ = tokio::time::timeout(off, agent.shut_down(grace)).await;
+            let _ = within(off, agent.shut_down(grace)).await;
         }
         end(self).await
     }

@@ -38,6 +38,7 @@ pub use self::command::{Command, Output};
 pub(crate) use self::error::AgentError;
 pub use self::metadata::{DirEntry, FileType, Metadata};
 pub use self::open_files::{FileReader, FileWriter, WriteOptions};
+pub(crate) use self::patience::within;
 pub use self::ports::GuestStream;
 pub use self::process::Process;
 pub use self::streams::{ProcessInput, ProcessOutput};
@@ -49,7 +50,6 @@ use std::time::Duration;
 
 use self::calls::Calls;
 use self::link::Link;
-use self::patience::within;
 use crate::config::HookName;
 use crate::error::Error;
 use crate::microvm::{MicroVm, Running};

@@ -24,10 +24,12 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 const STEPS: u32 = 12;
 
 /// What is waited for, if it comes within the limit.
-pub(super) async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T> {
     let mut future = pin!(future);
-    for _ in 0..STEPS {
-        if let Ok(done) = timeout(limit / STEPS, future.as_mut()).await {
+    // A timer counts milliseconds.
+    let steps = u32::try_from(limit.as_millis()).map_or(STEPS, |ms| ms.clamp(1, STEPS));
+    for _ in 0..steps {
+        if let Ok(done) = timeout(limit / steps, future.as_mut()).await {
             return Some(done);
         }
     }
@@ -166,6 +168,9 @@ mod tests {
         let begin = Instant::now();
         assert_eq!(within(limit, pending::<()>()).await, None);
         assert!(begin.elapsed() >= limit);
+        // What is there at once needs no time.
+        assert_eq!(within(Duration::ZERO, async { 7 }).await, Some(7));
+        assert_eq!(within(Duration::ZERO, pending::<()>()).await, None);
         let mut patience = Patience::new(limit);
         let begin = Instant::now();
         poll_fn(|context| patience.poll(context, Poll::<()>::Pending)).await.unwrap_err();

@@ -14,6 +14,8 @@ pub(crate) enum DiskError {
     Open { path: PathBuf, source: io::Error },
     #[error("the disk {} is gone", path.display())]
     Gone { path: PathBuf },
+    #[error("the delta {} is gone, which was left there for a VM that sleeps", path.display())]
+    DeltaGone { path: PathBuf },
     #[error("the disk {} is neither a regular file nor a block device", path.display())]
     Kind { path: PathBuf },
     #[error("the disk {} is in use, and one of its users writes to it", path.display())]
@@ -54,6 +56,14 @@ impl DiskError {
             _ => Self::Open { path, source },
         }
     }
+
+    /// Why what was written over a disk cannot be found any more.
+    pub(super) fn of_left_delta(path: &Path, source: io::Error) -> Self {
+        match Self::of_known(path, source) {
+            Self::Gone { path } => Self::DeltaGone { path },
+            error => error,
+        }
+    }
 }
 
 impl From<DiskError> for Error {
@@ -69,9 +79,13 @@ impl From<DiskError> for Error {
                 _ => None,
             },
             DiskError::Gone { .. } => Some(
-                "bring it back as it was, or name a copy of it with RestoreOptions::disk_base; \
-                 unpacking an image again makes a copy of its root file system",
+                "bring it back as it was, or name a copy of it with RestoreOptions::disk_base, also for the files \
+                 that a session sleeps in (MicroVm::<Suspended>::open_with); unpacking an image again makes a copy \
+                 of its root file system",
             ),
+            DiskError::DeltaGone { .. } => {
+                Some("bring it back as it was: what the guest has written is in it alone")
+            }
             DiskError::Kind { .. } => None,
             DiskError::InUse { .. } => Some(
                 "end its other user, make the disk read-only for all, or give each VM a delta of \

@@ -138,7 +138,7 @@ impl SavedDisk {
         let Self::Left { delta: Some(expected), .. } = self else { return Ok(()) };
         let Some(path) = self.left_delta(original) else { return Ok(()) };
         let metadata =
-            std::fs::metadata(path).map_err(|source| DiskError::of_known(path, source))?;
+            std::fs::metadata(path).map_err(|source| DiskError::of_left_delta(path, source))?;
         super::compare(path, expected, &super::facts(&metadata, metadata.len()))
     }
 
@@ -155,7 +155,7 @@ impl SavedDisk {
         };
         let path = &base.path;
         let metadata =
-            std::fs::metadata(path).map_err(|source| DiskError::of_known(path, source))?;
+            std::fs::metadata(path).map_err(|source| DiskError::of_left_delta(path, source))?;
         match metadata.is_file() {
             true => super::compare(path, &base.facts, &super::facts(&metadata, metadata.len())),
             // The size of a block device is not in its node.

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
+use crate::error::Error;
 use crate::memory::GuestRam;
 use vm_memory::GuestAddress;
 
@@ -276,6 +277,21 @@ fn a_disk_that_is_left_where_it_is_is_synced_where_that_is_asked_for() {
     assert!(matches!(disk.leave(&path, None, false, &mut go_on), Ok(SavedDisk::Left { .. })));
     let refused = disk.leave(&path, None, true, &mut go_on).unwrap_err();
     assert!(matches!(refused, DiskError::Save { .. }), "{refused}");
+}
+
+#[test]
+fn a_delta_that_was_left_and_is_gone_is_not_asked_for_elsewhere() {
+    let folder = Folder::new();
+    let (base, _) = folder.base();
+    let delta = folder.path("delta");
+    let config = BlockConfig::new(&base).delta(&delta);
+    let mut disk = Disk::open(&config).unwrap();
+    let saved = disk.leave(&folder.path("copy"), None, false, &mut go_on).unwrap();
+    drop(disk);
+    saved.check_left(&config).unwrap();
+    fs::remove_file(&delta).unwrap();
+    let error = Error::from(saved.check_left(&config).unwrap_err()).to_string();
+    assert!(error.contains("is gone, which was left") && !error.contains("disk_base"), "{error}");
 }
 
 #[test]

@@ -48,8 +48,8 @@ pub struct ExposedPort {
 impl ImageConfig {
     /// The program that the image is there for, as the agent starts it; none if the image names none.
     ///
-    /// The user is looked up by the agent, in the image's own /etc/passwd and /etc/group, which say its HOME too,
-    /// unless the image does. All of it can be changed: see [`Entrypoint`].
+    /// A user that the image names is looked up by the agent, in the image's own /etc/passwd and /etc/group, which say
+    /// its HOME too, unless the image does; HOME is `/root` where it names none. All of it can be changed: see [`Entrypoint`].
     pub fn entrypoint(&self) -> Option<Entrypoint> {
         self.entrypoint_with(&self.cmd)
     }

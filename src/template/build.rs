@@ -3,13 +3,12 @@
 use std::ops::ControlFlow;
 
 use tokio::runtime::Handle;
-use tokio::time::timeout;
 
 use super::Template;
 use super::error::TemplateError;
 use super::options::{TemplateOptions, TemplateProgress, TemplateStage};
 use super::store::Entry;
-use crate::agent::AgentError;
+use crate::agent::{AgentError, within};
 use crate::config::{HookName, RestoreOptions, VmConfig};
 use crate::error::{Error, ErrorKind};
 use crate::microvm::{MicroVm, Running};
@@ -64,16 +63,16 @@ async fn up(config: VmConfig, options: &TemplateOptions) -> Result<MicroVm<Runni
         None => config,
     };
     let vm = blocking(move || Ok(MicroVm::create(config)?.start()?)).await?;
-    let ready = timeout(options.timeout, async {
+    let ready = within(options.timeout, async {
         let agent = vm.agent().await?;
         options.begin(TemplateStage::Ready);
         options.ready.wait(&agent, watch.as_ref()).await?;
         agent.stop_processes().await
     });
     match ready.await {
-        Ok(Ok(())) => Ok(vm),
-        Ok(Err(error)) => Err(vm.error(Phase::Agent, error)),
-        Err(_) => Err(vm.error(Phase::Agent, not_ready(options))),
+        Some(Ok(())) => Ok(vm),
+        Some(Err(error)) => Err(vm.error(Phase::Agent, error)),
+        None => Err(vm.error(Phase::Agent, not_ready(options))),
     }
 }
 
@@ -106,22 +105,28 @@ async fn save(
 
 /// Tries a VM of the snapshot: it has to be up, and what it writes first is noted when it is paused.
 async fn validate(snapshot: &Snapshot, options: &TemplateOptions) -> Result<(), Error> {
-    let vm = restored(snapshot, RestoreOptions::new().outside_paths(true)).await;
+    let vm = resumed(snapshot, RestoreOptions::new().outside_paths(true)).await;
     let vm = vm.map_err(TemplateError::Invalid)?;
-    let tried = timeout(options.timeout, async {
+    let tried = within(options.timeout, async {
         let agent = vm.agent().await?;
         options.ready.wait(&agent, None).await?;
         agent.run_hook(HookName::Validate, "").await
     });
     let error = match tried.await {
-        Ok(Ok(())) => {
-            drop(blocking(move || Ok(vm.pause()?.terminate())).await?);
-            return Ok(());
+        Some(Ok(())) => {
+            let ended = blocking(move || Ok(vm.pause()?.terminate())).await;
+            return ended.map(drop).map_err(|error| TemplateError::Invalid(error).into());
         }
-        Ok(Err(error)) => error,
-        Err(_) => not_ready(options).into(),
+        Some(Err(error)) => error,
+        None => not_ready(options).into(),
     };
     Err(TemplateError::Invalid(vm.error(Phase::Agent, error)).into())
+}
+
+/// A VM of the snapshot, whose agent may not have called yet.
+async fn resumed(snapshot: &Snapshot, options: RestoreOptions) -> Result<MicroVm<Running>, Error> {
+    let snapshot = snapshot.clone();
+    blocking(move || Ok(snapshot.restore_with(&options)?.resume()?)).await
 }
 
 /// A VM of the snapshot, with its programs running.
@@ -129,8 +134,7 @@ pub(super) async fn restored(
     snapshot: &Snapshot,
     options: RestoreOptions,
 ) -> Result<MicroVm<Running>, Error> {
-    let snapshot = snapshot.clone();
-    let vm = blocking(move || Ok(snapshot.restore_with(&options)?.resume()?)).await?;
+    let vm = resumed(snapshot, options).await?;
     vm.agent().await?;
     Ok(vm)
 }

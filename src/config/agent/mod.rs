@@ -236,8 +236,9 @@ impl Entrypoint {
     }
 
     /// A variable of its environment. All that it has are these, and unless they are among them
-    /// `PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`, and `HOME`, the home directory of its
-    /// user in the guest's /etc/passwd (`/root` for root and `/` for others, where it is not there).
+    /// `PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin`, and `HOME`: `/root`, or
+    /// where a [user](Self::user) is set that one's home directory in the guest's /etc/passwd (`/root` for root and `/` for
+    /// others, where it is not there).
     #[must_use]
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.env.insert(name.into(), value.into());
