@@ -3,10 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::Purpose;
 use super::directory::disk_name;
 use super::error::SnapshotError;
-use super::{Inner, Place, Snapshot};
+use super::{Inner, Place, Purpose, Snapshot};
 use crate::arch::layout;
 use crate::config::{MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
