@@ -82,6 +82,9 @@ pub enum ExecFailure {
     NotExecutable,
     /// The working directory cannot be entered.
     BadDirectory,
+    /// The guest's processes stand still, after [`Agent::freeze`](crate::Agent::freeze) or while a session is
+    /// suspended.
+    Frozen,
     /// Something else: no memory, too many processes.
     Other,
 }

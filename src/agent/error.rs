@@ -135,6 +135,9 @@ impl From<AgentError> for Error {
             {
                 "put it into the guest, or say where it is there: by its path, or PATH by `Command::env`"
             }
+            E::Exec { failure, .. } if failure.kind == FailureKind::Frozen => {
+                "call `Agent::thaw` where nothing is saved, or ask the VM that comes of this one"
+            }
             E::Create(failure) if failure.errno == libc::ENOENT => {
                 "where its directory is missing, make that by `Agent::create_dir_all`"
             }
@@ -171,6 +174,7 @@ fn exec_failure(failure: &Failure) -> ExecFailure {
         FailureKind::NotFound => ExecFailure::NotFound,
         FailureKind::NotExecutable | FailureKind::Permission => ExecFailure::NotExecutable,
         FailureKind::BadDirectory => ExecFailure::BadDirectory,
+        FailureKind::Frozen => ExecFailure::Frozen,
         _ => ExecFailure::Other,
     }
 }

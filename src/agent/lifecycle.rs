@@ -22,7 +22,8 @@ impl Agent {
     /// all processes but the agent. To be followed by [`MicroVm::suspend`](MicroVm::<Running>::suspend), a snapshot
     /// or clones: each VM that comes of it gets its own clock, entropy, machine-id, hostname and
     /// addresses before its processes go on, which they do when [`MicroVm::agent`] has found it.
-    /// A VM that goes on as it is needs [`thaw`](Self::thaw).
+    /// A VM that goes on as it is needs [`thaw`](Self::thaw). Until then no program is started
+    /// ([`ExecFailure::Frozen`](crate::ExecFailure::Frozen)); files can be read and written.
     ///
     /// # Errors
     ///

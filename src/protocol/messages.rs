@@ -254,6 +254,8 @@ wire! {
         /// The host does not allow it.
         8 => NotAllowed,
         9 => Other,
+        /// The guest's processes stand still, to be saved.
+        10 => Frozen,
     }
 
     struct Exit {

@@ -44,7 +44,7 @@ pub(crate) use self::messages::*;
 pub(crate) use self::wire::{Bytes, Malformed, Wire};
 
 /// The version of everything here.
-pub(crate) const VERSION: u32 = 5;
+pub(crate) const VERSION: u32 = 6;
 
 /// The port of the host at which agents call. Below 1,024, as the agent's own, so that nobody but
 /// the guest's root can take it.

@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::sync::OnceLock;
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,69 @@ const DIRECTORY: &str = "/sys/fs/cgroup/guest";
 const PATIENCE: Duration = Duration::from_secs(5);
 
 static GUEST: OnceLock<CgroupFds> = OnceLock::new();
+
+static GATE: Gate = Gate::new();
+
+/// What whoever starts a process goes through. He waits, out of the reach of signals, until it has executed its
+/// program, and so would wait for as long as it is frozen.
+struct Gate {
+    starts: Mutex<Starts>,
+    last_is_over: Condvar,
+}
+
+struct Starts {
+    under_way: usize,
+    is_closed: bool,
+}
+
+/// The leave to start a process, until it runs its program.
+pub(crate) struct Start<'a>(&'a Gate);
+
+impl Gate {
+    const fn new() -> Self {
+        let starts = Mutex::new(Starts { under_way: 0, is_closed: false });
+        Self { starts, last_is_over: Condvar::new() }
+    }
+
+    fn enter(&self) -> Option<Start<'_>> {
+        let mut starts = self.lock();
+        if starts.is_closed {
+            return None;
+        }
+        starts.under_way += 1;
+        Some(Start(self))
+    }
+
+    /// From now on nothing is started. Waits until what was being started runs.
+    fn close(&self) -> io::Result<()> {
+        let mut starts = self.lock();
+        starts.is_closed = true;
+        let last = &self.last_is_over;
+        let waited = last.wait_timeout_while(starts, PATIENCE, |starts| starts.under_way > 0);
+        let over = waited.unwrap_or_else(PoisonError::into_inner).1;
+        if over.timed_out() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+
+    fn open(&self) {
+        self.lock().is_closed = false;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Starts> {
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Start<'_> {
+    fn drop(&mut self) {
+        self.0.lock().under_way -= 1;
+        self.0.last_is_over.notify_all();
+    }
+}
+
+/// The leave to start a process; none while the guest's processes are frozen.
+pub(crate) fn begin_start() -> Option<Start<'static>> {
+    GATE.enter()
+}
 
 /// Makes the cgroup, where cgroups of version 2 are mounted.
 pub(crate) fn make() -> io::Result<()> {
@@ -39,9 +102,9 @@ pub(crate) fn freeze() -> Result<(), Failure> {
     }
     // Most is written while they still run.
     sys::sync();
-    let frozen = set_frozen(true).and_then(|()| wait_until_frozen());
+    let frozen = GATE.close().and_then(|()| set_frozen(true)).and_then(|()| wait_until_frozen());
     if let Err(error) = frozen {
-        let _ = set_frozen(false);
+        let _ = thaw();
         return Err(Failure::of("freeze the guest's processes", &error));
     }
     sys::sync();
@@ -52,7 +115,11 @@ pub(crate) fn freeze() -> Result<(), Failure> {
 pub(crate) fn thaw() -> Result<(), Failure> {
     match descriptors() {
         None => Ok(()),
-        Some(_) => set_frozen(false).map_err(|e| Failure::of("thaw the guest's processes", &e)),
+        Some(_) => {
+            set_frozen(false).map_err(|e| Failure::of("thaw the guest's processes", &e))?;
+            GATE.open();
+            Ok(())
+        }
     }
 }
 
@@ -74,5 +141,28 @@ fn wait_until_frozen() -> io::Result<()> {
         }
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_started_once_the_last_start_before_is_over_until_it_may_be_again() {
+        let gate = Gate::new();
+        let start = gate.enter().unwrap();
+        thread::scope(|scope| {
+            let closing = scope.spawn(|| gate.close());
+            while gate.enter().is_some() {
+                thread::yield_now();
+            }
+            assert!(!closing.is_finished());
+            drop(start);
+            closing.join().unwrap().unwrap();
+        });
+        assert!(gate.enter().is_none());
+        gate.open();
+        assert!(gate.enter().is_some());
     }
 }

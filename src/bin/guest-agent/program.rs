@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::accounts::{Account, ROOTS_HOME};
+use crate::cgroup;
 use crate::children::Child;
 use crate::protocol::{Bytes, Failure, FailureKind, Program};
 use crate::sys::{self, LaunchFault, LaunchStep};
@@ -50,6 +51,10 @@ pub(crate) fn start(
         terminal,
     };
     let candidates = launch.candidates.clone();
+    let Some(_start) = cgroup::begin_start() else {
+        let what = "the guest's processes are frozen, to be saved";
+        return Err(Failure::new(FailureKind::Frozen, what));
+    };
     Child::start(launch).map_err(|fault| failure(program, name, &candidates, &fault))
 }
 
