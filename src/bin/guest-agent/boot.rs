@@ -4,10 +4,9 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process;
 use std::time::Duration;
 
-use crate::console::{Faults, describe, say};
+use crate::console::{Faults, say};
 use crate::protocol::{AGENT_PORT, Failure, FailureKind, MODULES_PATH, SETUP_PATH, Setup, Wire};
 use crate::sys::{self, VsockListener};
 use crate::{cgroup, entrypoint, identity, mounts, network, ports, shutdown};
@@ -35,7 +34,8 @@ pub(crate) fn boot() -> Booted {
     load_modules(&mut faults);
     let setup = faults.note(read_setup()).unwrap_or_else(empty_setup);
     // Early: the host may call already, and waits until the agent is ready.
-    let listener = VsockListener::bind(AGENT_PORT).unwrap_or_else(|error| end_unreached(&error));
+    let listener = VsockListener::bind(AGENT_PORT)
+        .unwrap_or_else(|error| shutdown::end_unreached("listen for the host", &error));
     faults.note(network::set_loopback_up());
     let is_rooted = match &setup.root {
         Some(root) => faults.note(mounts::switch_root(root)).is_some(),
@@ -63,18 +63,6 @@ pub(crate) fn boot() -> Booted {
         faults.note(entrypoint::start(program, setup.stop_signal, at_its_end));
     }
     Booted { setup, fault: faults.first, listener }
-}
-
-/// Ends a guest that the host cannot reach, so that nobody waits for it.
-fn end_unreached(error: &io::Error) -> ! {
-    say(&describe(&Failure::of("listen for the host", error)));
-    say(
-        "this kernel has no vsock, which the agent needs: name its modules with AgentConfig::modules_dir, \
-         or take one that has it built in",
-    );
-    let _ = shutdown::shut_down(Duration::ZERO);
-    // The kernel panics with its first process.
-    process::exit(1)
 }
 
 fn empty_setup() -> Setup {

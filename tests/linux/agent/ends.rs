@@ -58,6 +58,24 @@ fn a_kernel_without_the_modules_that_the_agent_needs_ends_and_says_which() {
     });
 }
 
+/// Its vsock leads nowhere: what carries it is missing.
+#[test]
+fn a_kernel_whose_vsock_does_not_reach_the_host_ends_and_says_which_module_it_needs() {
+    block_on(async {
+        let vsock = Release::Linux6_1.modules_dir().join("kernel/net/vmw_vsock/vsock.ko");
+        let archive = busybox().host_file("dormouse/modules/00-vsock.ko", vsock);
+        let config = VmConfig::new(Kernel::bytes(Release::Linux6_1.kernel().vmlinux().unwrap()))
+            .initramfs(archive.build().unwrap())
+            .agent(AgentConfig::new());
+        let vm = MicroVm::create(config).unwrap().start().unwrap();
+        let error = vm.agent().await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::GuestEnded(ExitStatus::PoweredOff), "{error:?}");
+        let tail = error.console_tail().unwrap();
+        assert!(tail.contains("cannot call the host: No such device"), "{error:?}");
+        assert!(tail.contains("AgentConfig::modules_dir"), "{error:?}");
+    });
+}
+
 #[test]
 fn a_vm_without_an_agent_says_how_to_get_one() {
     block_on(async {
@@ -87,7 +105,7 @@ fn a_shutdown_lets_programs_end_and_a_dead_guest_says_that_it_is_dead() {
         let mut stubborn = agent.command("sh").args(["-c", stubborn]).spawn().await.unwrap();
         stubborn.stdout.as_mut().unwrap().read_exact(&mut [0]).await.unwrap();
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let vm = vm.shutdown(Duration::from_secs(20)).await;
+        let vm = vm.shutdown(Duration::from_secs(10)).await;
         assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{}", transcript.text());
         let text = transcript.text();
         let (hook, goodbye) = (text.find("the hook was run"), text.find("goodbye"));

@@ -31,6 +31,7 @@ pub(crate) use self::system::{
 };
 
 pub(crate) const ECHILD: i32 = 10;
+pub(crate) const ENODEV: i32 = 19;
 
 const FIONREAD: c_ulong = 0x541b;
 const TIOCSWINSZ: c_ulong = 0x5414;
