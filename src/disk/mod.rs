@@ -72,7 +72,7 @@ pub(crate) struct Part<'a, 'ram> {
 pub(crate) type Parts<'a, 'ram> = SmallVec<[Part<'a, 'ram>; 1]>;
 
 /// A flush under way: groups of operations, each begun when those before it have ended.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Flush {
     stages: VecDeque<Vec<Transfer>>,
     /// What has to be written again where it fails.

@@ -10,7 +10,7 @@ mod shell;
 mod state;
 mod vcpu_threads;
 
-pub(crate) use self::shell::{Cpus, Shell, ShellConfig};
+pub(crate) use self::shell::{Shell, ShellConfig};
 use self::vcpu_threads::VcpuThreads;
 pub(crate) use self::vcpu_threads::{NotRun, Running};
 

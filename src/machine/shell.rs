@@ -59,6 +59,24 @@ impl<'a> From<&'a MachineConfig> for ShellConfig<'a> {
     }
 }
 
+impl<'a> ShellConfig<'a> {
+    /// For a guest that runs or was saved already, which goes on with the CPUs that it was shown.
+    ///
+    /// # Errors
+    ///
+    /// As [`CpuProfile::cpuid`].
+    pub(crate) fn as_shown(
+        profile: &'a CpuProfile,
+        config: &'a MachineConfig,
+    ) -> Result<Self, KvmError> {
+        Ok(Self {
+            kvm_device: &config.kvm_device,
+            cpus: Cpus::Exactly(profile.cpuid()?),
+            seccomp: config.seccomp,
+        })
+    }
+}
+
 impl Shell {
     /// Makes a shell over `ram`, in about 1 ms, of which KVM_CREATE_VM is the largest part.
     pub(crate) fn new(

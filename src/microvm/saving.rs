@@ -8,7 +8,7 @@ use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, 
 use crate::config::RestoreOptions;
 use crate::error::Error;
 use crate::kvm::FreshState;
-use crate::machine::{Cpus, Shell, ShellConfig};
+use crate::machine::{Shell, ShellConfig};
 use crate::phase::Phase;
 use crate::snapshot::{Purpose, Snapshot, SnapshotOptions};
 use crate::timings::Recorder;
@@ -144,11 +144,8 @@ impl MicroVm<Paused> {
     pub fn prepare(&self) -> Result<PreparedShell, Error> {
         let Stopped { vcpus, machine, .. } = &self.state.stopped;
         let shell = machine.profile(vcpus).and_then(|profile| {
-            let config = machine.config();
-            let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
-            let cpus = Cpus::Exactly(profile.cpuid()?);
             let ram = machine.ram().reserve_alike()?;
-            let config = ShellConfig { kvm_device, cpus, seccomp };
+            let config = ShellConfig::as_shown(&profile, machine.config())?;
             let shell = Shell::new(&config, ram, &mut Recorder::new())?;
             shell.look_ahead(&FreshState::new())?;
             Ok(shell)

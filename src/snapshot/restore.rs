@@ -11,7 +11,7 @@ use crate::config::{MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
 use crate::kvm::Vcpu;
-use crate::machine::{Cpus, Machine, Shell, ShellConfig};
+use crate::machine::{Machine, Shell, ShellConfig};
 use crate::memory::{GuestRam, MemoryError};
 use crate::phase::Phase;
 use crate::timings::Recorder;
@@ -43,9 +43,7 @@ impl Snapshot {
             fill(&ram)?;
             Ok::<_, MemoryError>(ram)
         })?;
-        let (kvm_device, seccomp) = (&config.kvm_device, config.seccomp);
-        let cpus = Cpus::Exactly(host.cpuid()?);
-        let shell = Shell::new(&ShellConfig { kvm_device, cpus, seccomp }, ram, recorder)?;
+        let shell = Shell::new(&ShellConfig::as_shown(host, config)?, ram, recorder)?;
         // The host stays what it is: where one VM went on, the next will.
         if self.0.fresh.get().is_none() {
             recorder.run(Phase::Kvm, || shell.fits(host))?;

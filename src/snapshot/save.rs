@@ -79,11 +79,7 @@ impl Sleeper<'_> {
         let controls = self.machine.controls();
         let mut saved = Vec::new();
         for (index, disk) in controls.disks.iter().enumerate() {
-            let mut done = 0;
-            let mut report = |bytes| {
-                done += bytes;
-                options.report(SaveStage::Disk(index), done, None)
-            };
+            let mut report = report_disk(options, index);
             let origin = self.origin.and_then(|origin| origin.0.state.disks.get(index));
             let whole = origin.and_then(SavedDisk::whole);
             let disk = match purpose {
@@ -152,11 +148,7 @@ impl Snapshot {
         for (index, name, _) in self.0.state.disk_files() {
             let from = self.file(&name).map_err(SnapshotError::open(&self.path(&name)))?;
             let to = staging.create(&name)?;
-            let mut done = 0;
-            let mut report = |bytes| {
-                done += bytes;
-                options.report(SaveStage::Disk(index), done, None)
-            };
+            let mut report = report_disk(options, index);
             disk::copy_file(&from, &to, &mut report).map_err(|source| {
                 if source.kind() == std::io::ErrorKind::Interrupted {
                     return SnapshotError::Interrupted;
@@ -192,6 +184,15 @@ impl Snapshot {
 
 fn report_memory(options: &SnapshotOptions) -> impl Fn(MemoryProgress) -> ControlFlow<()> + Sync {
     |progress| options.report(SaveStage::Memory, progress.done_bytes, Some(progress.total_bytes))
+}
+
+/// How much of a disk has been copied, as one part after the other has.
+fn report_disk(options: &SnapshotOptions, index: usize) -> impl FnMut(u64) -> ControlFlow<()> {
+    let mut done = 0;
+    move |bytes| {
+        done += bytes;
+        options.report(SaveStage::Disk(index), done, None)
+    }
 }
 
 /// Writes the state, which is the last of a snapshot's files, and puts the directory into place.

@@ -12,13 +12,13 @@ mod saving;
 use std::io;
 use std::sync::Arc;
 
-use self::pending::{Ended, Job, Pending, PendingRequests};
+use self::pending::{Ended, Job, PendingRequests, Reply};
 use self::request::{FRAMING_BYTES, Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request};
 use super::{
     Answer, Chain, DeviceType, QueueError, Queues, RateLimiter, Served, Source, VirtioDevice,
 };
 use crate::config::{BlockConfig, RateLimit};
-use crate::disk::{Disk, Flush, SECTOR_BYTES};
+use crate::disk::{Disk, SECTOR_BYTES};
 use crate::memory::{FileIo, GuestRam, Transfer};
 use crate::metrics::{BlockMetrics, DeviceMetrics};
 
@@ -68,6 +68,8 @@ pub(crate) struct Block {
 enum Started {
     Done,
     Waits(Job, Vec<Transfer>),
+    /// For its turn among the flushes.
+    WaitsToFlush,
 }
 
 impl Block {
@@ -101,15 +103,15 @@ impl Block {
         let head = chain.head;
         let Parsed { status, written, request } = Parsed::new(chain, self.sectors, self.read_only);
         let started = request.and_then(|request| self.start(request, ram));
+        let reply = || Reply { queue: index, head, written, status: status.keep(ram) };
         let code = match started {
             Ok(Started::Done) => S_OK,
             Ok(Started::Waits(job, transfers)) => {
-                let status = status.keep(ram);
-                let pending = Pending { queue: index, head, written, status, job };
-                match pending.job {
-                    Job::Flush(_) => self.pending.add_flush(pending),
-                    _ => self.unsubmitted.extend(self.pending.add(pending, transfers)),
-                }
+                self.unsubmitted.extend(self.pending.add(reply(), job, transfers));
+                return Answer::InFlight;
+            }
+            Ok(Started::WaitsToFlush) => {
+                self.pending.add_flush(reply());
                 return Answer::InFlight;
             }
             Err(fault) => {
@@ -164,7 +166,7 @@ impl Block {
                 }
                 Ok(self.then(Job::Write { offset, len }, transfers))
             }
-            Request::Flush => Ok(Started::Waits(Job::Flush(Flush::default()), Vec::new())),
+            Request::Flush => Ok(Started::WaitsToFlush),
             Request::GetId { bytes } => {
                 bytes.copy_from(&self.id);
                 Ok(Started::Done)
@@ -220,19 +222,19 @@ impl Block {
 
     /// Gives a request back whose operations have ended.
     fn give_back(&mut self, ended: Ended, queues: &mut Queues<'_>) -> Result<(), QueueError> {
-        let Ended { pending, failed } = ended;
+        let Ended { reply, job, failed } = ended;
         if failed {
             self.metrics.errors += 1;
-            if let (Job::Flush(flush), Some(disk)) = (&pending.job, &mut self.disk) {
+            if let (Job::Flush(flush), Some(disk)) = (&job, &mut self.disk) {
                 disk.flush_failed(flush);
             }
         } else {
-            self.succeeded(&pending.job);
+            self.succeeded(&job);
         }
-        pending.status.copy_from(&[if failed { S_IOERR } else { S_OK }]);
+        reply.status.copy_from(&[if failed { S_IOERR } else { S_OK }]);
         let ram = queues.ram();
-        match queues.get(pending.queue) {
-            Some(queue) => queue.add_used(ram, pending.head, pending.written),
+        match queues.get(reply.queue) {
+            Some(queue) => queue.add_used(ram, reply.head, reply.written),
             // The driver took the queue away.
             None => Ok(()),
         }

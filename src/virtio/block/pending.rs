@@ -7,14 +7,13 @@ use super::request::Range;
 use crate::disk::{Disk, Flush};
 use crate::memory::{GuestBuffers, Transfer};
 
-/// A request that waits.
+/// Where a request is given back to that waits.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(super) struct Reply {
     pub(super) queue: usize,
     pub(super) head: u16,
     pub(super) written: u32,
     pub(super) status: GuestBuffers,
-    pub(super) job: Job,
 }
 
 /// What is to be done when its operations have ended.
@@ -29,7 +28,8 @@ pub(super) enum Job {
 /// A request whose operations have ended.
 #[derive(Debug)]
 pub(super) struct Ended {
-    pub(super) pending: Pending,
+    pub(super) reply: Reply,
+    pub(super) job: Job,
     pub(super) failed: bool,
 }
 
@@ -40,12 +40,13 @@ pub(super) struct PendingRequests {
     waiting: HashMap<u64, Waiting>,
     /// Flushes run one at a time: what one takes on, the next must not think done.
     flushing: bool,
-    flushes: VecDeque<Pending>,
+    flushes: VecDeque<Reply>,
 }
 
 #[derive(Debug)]
 struct Waiting {
-    pending: Pending,
+    reply: Reply,
+    job: Job,
     operations: usize,
     failed: bool,
 }
@@ -58,19 +59,20 @@ impl PendingRequests {
     /// Takes on a request with its operations; returns them under its token.
     pub(super) fn add(
         &mut self,
-        pending: Pending,
+        reply: Reply,
+        job: Job,
         transfers: Vec<Transfer>,
     ) -> Vec<(u64, Transfer)> {
         let token = self.next_token;
         self.next_token = token.wrapping_add(1);
-        let waiting = Waiting { pending, operations: transfers.len(), failed: false };
+        let waiting = Waiting { reply, job, operations: transfers.len(), failed: false };
         self.waiting.insert(token, waiting);
         transfers.into_iter().map(|transfer| (token, transfer)).collect()
     }
 
     /// Takes on a flush. Its turn comes with [`next_flush`](Self::next_flush).
-    pub(super) fn add_flush(&mut self, pending: Pending) {
-        self.flushes.push_back(pending);
+    pub(super) fn add_flush(&mut self, reply: Reply) {
+        self.flushes.push_back(reply);
     }
 
     /// Begins the next flush, if none is under way.
@@ -78,12 +80,11 @@ impl PendingRequests {
         if self.flushing {
             return Vec::new();
         }
-        let Some(mut pending) = self.flushes.pop_front() else { return Vec::new() };
+        let Some(reply) = self.flushes.pop_front() else { return Vec::new() };
         self.flushing = true;
         let mut flush = disk.flush();
         let stage = flush.next_stage().unwrap_or_default();
-        pending.job = Job::Flush(flush);
-        self.add(pending, stage)
+        self.add(reply, Job::Flush(flush), stage)
     }
 
     /// One operation has ended. Returns the request if that was its last one, and otherwise the
@@ -99,17 +100,17 @@ impl PendingRequests {
         if waiting.operations > 0 {
             return (None, Vec::new());
         }
-        if let (Job::Flush(flush), false) = (&mut waiting.pending.job, waiting.failed)
+        if let (Job::Flush(flush), false) = (&mut waiting.job, waiting.failed)
             && let Some(stage) = flush.next_stage()
         {
             waiting.operations = stage.len();
             let stage = stage.into_iter().map(|transfer| (token, transfer));
             return (None, stage.collect());
         }
-        let ended = self.waiting.remove(&token).map(|waiting| {
+        let ended = self.waiting.remove(&token).map(|Waiting { reply, job, failed, .. }| {
             // The next flush may begin.
-            self.flushing &= !matches!(waiting.pending.job, Job::Flush(_));
-            Ended { pending: waiting.pending, failed: waiting.failed }
+            self.flushing &= !matches!(job, Job::Flush(_));
+            Ended { reply, job, failed }
         });
         (ended, Vec::new())
     }
