@@ -12,8 +12,8 @@ use crate::error::{Error, ErrorKind};
 pub(crate) enum DiskError {
     #[error("cannot open the disk {}", path.display())]
     Open { path: PathBuf, source: io::Error },
-    #[error("the disk {} is gone", path.display())]
-    Gone { path: PathBuf },
+    #[error("the disk {} is not there", path.display())]
+    NotThere { path: PathBuf },
     #[error("the delta {} is gone, which was left there for a VM that sleeps", path.display())]
     DeltaGone { path: PathBuf },
     #[error("the disk {} is neither a regular file nor a block device", path.display())]
@@ -48,11 +48,11 @@ pub(crate) enum DiskError {
 }
 
 impl DiskError {
-    /// Why a disk cannot be opened that was there before.
+    /// Why a disk cannot be opened that was there before, or of which a copy is said to be there.
     pub(super) fn of_known(path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();
         match source.kind() {
-            io::ErrorKind::NotFound => Self::Gone { path },
+            io::ErrorKind::NotFound => Self::NotThere { path },
             _ => Self::Open { path, source },
         }
     }
@@ -60,7 +60,7 @@ impl DiskError {
     /// Why what was written over a disk cannot be found any more.
     pub(super) fn of_left_delta(path: &Path, source: io::Error) -> Self {
         match Self::of_known(path, source) {
-            Self::Gone { path } => Self::DeltaGone { path },
+            Self::NotThere { path } => Self::DeltaGone { path },
             error => error,
         }
     }
@@ -78,7 +78,7 @@ impl From<DiskError> for Error {
                 }
                 _ => None,
             },
-            DiskError::Gone { .. } => Some(
+            DiskError::NotThere { .. } => Some(
                 "bring it back as it was, or name a copy of it with RestoreOptions::disk_base, also for the files \
                  that a session sleeps in (MicroVm::<Suspended>::open_with); unpacking an image again makes a copy \
                  of its root file system",

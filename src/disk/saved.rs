@@ -155,7 +155,7 @@ impl SavedDisk {
         };
         let path = &base.path;
         let metadata =
-            std::fs::metadata(path).map_err(|source| DiskError::of_left_delta(path, source))?;
+            std::fs::metadata(path).map_err(|source| DiskError::of_known(path, source))?;
         match metadata.is_file() {
             true => super::compare(path, &base.facts, &super::facts(&metadata, metadata.len())),
             // The size of a block device is not in its node.

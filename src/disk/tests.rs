@@ -217,7 +217,7 @@ fn a_disk_that_changed_below_its_delta_is_refused_and_the_fact_is_named() {
     file.set_modified(modified).unwrap();
     assert!(refusal().contains("its inode was"), "{}", refusal());
     fs::remove_file(&base).unwrap();
-    assert!(refusal().ends_with("is gone"), "{}", refusal());
+    assert!(refusal().ends_with("is not there"), "{}", refusal());
 }
 
 #[test]
@@ -292,6 +292,10 @@ fn a_delta_that_was_left_and_is_gone_is_not_asked_for_elsewhere() {
     fs::remove_file(&delta).unwrap();
     let error = Error::from(saved.check_left(&config).unwrap_err()).to_string();
     assert!(error.contains("is gone, which was left") && !error.contains("disk_base"), "{error}");
+    // The disk below it may be had from elsewhere.
+    fs::remove_file(&base).unwrap();
+    let error = format!("{:?}", Error::from(saved.check_base().unwrap_err()));
+    assert!(error.contains("is not there") && error.contains("disk_base"), "{error}");
 }
 
 #[test]
