@@ -82,8 +82,8 @@ pub enum ExecFailure {
     NotExecutable,
     /// The working directory cannot be entered.
     BadDirectory,
-    /// The guest's processes stand still, after [`Agent::freeze`](crate::Agent::freeze) or while a session is
-    /// suspended.
+    /// The guest's processes stand still, to be saved: after [`Agent::freeze`](crate::Agent::freeze), or since the session
+    /// goes to sleep. Nothing of it ran.
     Frozen,
     /// Something else: no memory, too many processes.
     Other,

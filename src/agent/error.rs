@@ -136,7 +136,7 @@ impl From<AgentError> for Error {
                 "put it into the guest, or say where it is there: by its path, or PATH by `Command::env`"
             }
             E::Exec { failure, .. } if failure.kind == FailureKind::Frozen => {
-                "call `Agent::thaw` where nothing is saved, or ask the VM that comes of this one"
+                "ask again when the VM has been saved, or its session sleeps; `Agent::thaw` ends a `freeze` of one's own"
             }
             E::Create(failure) if failure.errno == libc::ENOENT => {
                 "where its directory is missing, make that by `Agent::create_dir_all`"

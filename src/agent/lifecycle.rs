@@ -27,8 +27,9 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Hook`](crate::ErrorKind::Hook) where the hook failed; the guest runs on. Else as
-    /// [every call](crate::Agent#errors-of-every-call).
+    /// [`ErrorKind::Hook`](crate::ErrorKind::Hook) where the hook failed, and
+    /// [`ErrorKind::ExecFailed`](crate::ErrorKind::ExecFailed) where its program could not be run, as in a guest that is
+    /// frozen already; the guest stays as it was. Else as [every call](crate::Agent#errors-of-every-call).
     pub async fn freeze(&self) -> Result<(), Error> {
         self.run_hook(HookName::Suspend, "").await?;
         self.stop_processes().await
@@ -72,6 +73,8 @@ impl MicroVm<Running> {
     /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
         if let Ok(agent) = self.agent_timeout(grace.saturating_add(SWITCH_OFF)).await {
+            // Where it is frozen, its hook could not run.
+            let _ = agent.thaw().await;
             // A hook that fails does not save its VM; one that takes long takes nothing of the others' time.
             let _ = agent.run_hook(HookName::Terminate, "").await;
             let off = grace.saturating_add(SWITCH_OFF);

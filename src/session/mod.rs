@@ -43,7 +43,8 @@ use self::keeper::{Call, Wish};
 use self::shared::Shared;
 use crate::agent::{Agent, Output};
 use crate::console::Console;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
+use crate::exit::ExecFailure;
 use crate::microvm::{MicroVm, Running};
 
 /// A microVM that sleeps and wakes: a handle that clones and crosses threads.
@@ -229,7 +230,8 @@ impl Session {
         Ok(self.agent_of(agent)?.with_activity(self.shared.activity.clone()))
     }
 
-    /// Runs a program in the guest to its end: [`wake`](Self::wake), then [`Agent::exec`].
+    /// Runs a program in the guest to its end: [`wake`](Self::wake), then [`Agent::exec`]. One that was to be started
+    /// just as the session went to sleep is started when it has woken.
     ///
     /// # Errors
     ///
@@ -239,8 +241,19 @@ impl Session {
         program: impl AsRef<OsStr>,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Output, Error> {
-        let (_awake, agent) = self.wake_with_agent().await?;
-        self.agent_of(agent)?.exec(program, args).await
+        let args: Vec<S> = args.into_iter().collect();
+        let run = async || {
+            let (_awake, agent) = self.wake_with_agent().await?;
+            self.agent_of(agent)?.exec(&program, &args).await
+        };
+        match run().await {
+            Err(error) if error.kind() == &ErrorKind::ExecFailed(ExecFailure::Frozen) => {
+                let mut status = self.shared.status.subscribe();
+                let _ = status.wait_for(|now| now.event.state != SessionState::Suspending).await;
+                run().await
+            }
+            ran => ran,
+        }
     }
 
     /// What it has used up to now. No number ever falls, also not over a restart: what is said is written down

@@ -3,6 +3,8 @@
 mod faults;
 mod python;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dormouse::{
@@ -182,6 +184,28 @@ fn calls_streams_and_the_guests_own_lease_keep_it_awake() {
         assert!(stays(&session).await);
         sh(&session, "(sleep 1; rm /run/dormouse/keep-awake) >/dev/null 2>&1 &").await;
         until(&session, SessionState::Suspended).await;
+        // Programs that are started as it is sent to sleep run, then or when it has woken, or are cut off.
+        let is_over = Arc::new(AtomicBool::new(false));
+        let starting = tokio::spawn({
+            let (session, is_over) = (session.clone(), Arc::clone(&is_over));
+            async move {
+                while !is_over.load(Ordering::Relaxed) {
+                    match session.exec("true", [""; 0]).await {
+                        Ok(output) => assert!(output.status.success()),
+                        Err(error) => assert!(
+                            matches!(error.kind(), ErrorKind::Agent | ErrorKind::GuestEnded(_)),
+                            "{error:?}"
+                        ),
+                    }
+                }
+            }
+        });
+        for _ in 0..6 {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            session.suspend().await.unwrap();
+        }
+        is_over.store(true, Ordering::Relaxed);
+        starting.await.unwrap();
         session.terminate().await.unwrap();
     });
 }

@@ -13,7 +13,7 @@ use crate::sys::{self, CgroupFds};
 
 const DIRECTORY: &str = "/sys/fs/cgroup/guest";
 
-/// How long processes may take to stop.
+/// How long processes may take to start, and then to stop.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 static GUEST: OnceLock<CgroupFds> = OnceLock::new();
@@ -50,12 +50,12 @@ impl Gate {
         Some(Start(self))
     }
 
-    /// From now on nothing is started. Waits until what was being started runs.
-    fn close(&self) -> io::Result<()> {
+    /// From now on nothing is started. Waits for so long until what was being started runs.
+    fn close(&self, patience: Duration) -> io::Result<()> {
         let mut starts = self.lock();
         starts.is_closed = true;
         let last = &self.last_is_over;
-        let waited = last.wait_timeout_while(starts, PATIENCE, |starts| starts.under_way > 0);
+        let waited = last.wait_timeout_while(starts, patience, |starts| starts.under_way > 0);
         let over = waited.unwrap_or_else(PoisonError::into_inner).1;
         if over.timed_out() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
     }
@@ -95,16 +95,22 @@ pub(crate) fn descriptors() -> Option<&'static CgroupFds> {
     GUEST.get()
 }
 
+/// Freezing and thawing are several steps each, and one comes after the other: the last that is asked for stays.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// Stops all processes, and writes what they have written to the disks.
 pub(crate) fn freeze() -> Result<(), Failure> {
     if descriptors().is_none() {
         return Err(Failure::new(FailureKind::Other, "freeze without cgroups of version 2"));
     }
+    let _turn = TURN.lock();
     // Most is written while they still run.
     sys::sync();
-    let frozen = GATE.close().and_then(|()| set_frozen(true)).and_then(|()| wait_until_frozen());
+    let frozen =
+        GATE.close(PATIENCE).and_then(|()| set_frozen(true)).and_then(|()| wait_until_frozen());
     if let Err(error) = frozen {
-        let _ = thaw();
+        let _ = set_frozen(false);
+        GATE.open();
         return Err(Failure::of("freeze the guest's processes", &error));
     }
     sys::sync();
@@ -113,14 +119,14 @@ pub(crate) fn freeze() -> Result<(), Failure> {
 
 /// Lets them go on.
 pub(crate) fn thaw() -> Result<(), Failure> {
-    match descriptors() {
-        None => Ok(()),
-        Some(_) => {
-            set_frozen(false).map_err(|e| Failure::of("thaw the guest's processes", &e))?;
-            GATE.open();
-            Ok(())
-        }
+    if descriptors().is_none() {
+        return Ok(());
     }
+    let _turn = TURN.lock();
+    let thawed = set_frozen(false);
+    // Whatever came of that: it cannot be known here that they stand still.
+    GATE.open();
+    thawed.map_err(|error| Failure::of("thaw the guest's processes", &error))
 }
 
 fn set_frozen(frozen: bool) -> io::Result<()> {
@@ -149,20 +155,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_started_once_the_last_start_before_is_over_until_it_may_be_again() {
+    fn from_when_the_gate_closes_nothing_is_started_and_it_is_closed_when_the_last_start_is_over() {
         let gate = Gate::new();
         let start = gate.enter().unwrap();
         thread::scope(|scope| {
-            let closing = scope.spawn(|| gate.close());
+            let closing = scope.spawn(|| gate.close(PATIENCE));
             while gate.enter().is_some() {
                 thread::yield_now();
             }
+            thread::sleep(Duration::from_millis(50));
             assert!(!closing.is_finished());
             drop(start);
             closing.join().unwrap().unwrap();
         });
         assert!(gate.enter().is_none());
         gate.open();
-        assert!(gate.enter().is_some());
+        let start = gate.enter().unwrap();
+        let error = gate.close(Duration::from_millis(10)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(start);
+        assert!(gate.enter().is_none());
     }
 }
