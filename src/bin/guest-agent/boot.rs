@@ -4,15 +4,20 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::console::{Faults, say};
+use crate::console::{Faults, describe, say};
 use crate::protocol::{AGENT_PORT, Failure, FailureKind, MODULES_PATH, SETUP_PATH, Setup, Wire};
 use crate::sys::{self, VsockListener};
 use crate::{cgroup, entrypoint, identity, mounts, network, ports, shutdown};
 
 /// How long other processes have to end when the entrypoint has, and the guest with it.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// How long the device by which the guest reaches the host may take to be found.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A guest that is up, as far as it could be.
 pub(crate) struct Booted {
@@ -34,8 +39,11 @@ pub(crate) fn boot() -> Booted {
     load_modules(&mut faults);
     let setup = faults.note(read_setup()).unwrap_or_else(empty_setup);
     // Early: the host may call already, and waits until the agent is ready.
-    let listener = VsockListener::bind(AGENT_PORT)
-        .unwrap_or_else(|error| shutdown::end_unreached("listen for the host", &error));
+    let listener = VsockListener::bind(AGENT_PORT).and_then(|listener| {
+        wait_for_the_way_to_the_host()?;
+        Ok(listener)
+    });
+    let listener = listener.unwrap_or_else(|error| end_unreached(&error));
     faults.note(network::set_loopback_up());
     let is_rooted = match &setup.root {
         Some(root) => faults.note(mounts::switch_root(root)).is_some(),
@@ -63,6 +71,31 @@ pub(crate) fn boot() -> Booted {
         faults.note(entrypoint::start(program, setup.stop_signal, at_its_end));
     }
     Booted { setup, fault: faults.first, listener }
+}
+
+/// A driver may find its device a little later than it is loaded.
+fn wait_for_the_way_to_the_host() -> io::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    // A kernel that does not say has it, or shows otherwise that it has not.
+    while sys::guest_cid().is_ok_and(|cid| cid.is_none()) {
+        if Instant::now() > deadline {
+            return Err(io::ErrorKind::HostUnreachable.into());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+/// Ends a guest that the host cannot reach, so that nobody waits for it.
+fn end_unreached(error: &io::Error) -> ! {
+    say(&describe(&Failure::of("listen for the host", error)));
+    say(
+        "this kernel has no vsock, or none over virtio, which the agent needs: name its modules with \
+         AgentConfig::modules_dir, or take one that has it built in",
+    );
+    let _ = shutdown::shut_down(Duration::ZERO);
+    // The kernel panics with its first process.
+    process::exit(1)
 }
 
 fn empty_setup() -> Setup {

@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::process;
@@ -10,7 +9,7 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
 
-use crate::console::{describe, say};
+use crate::console::say;
 use crate::protocol::{Failure, FailureKind};
 use crate::{cgroup, children, entrypoint, mounts, sys};
 
@@ -42,25 +41,13 @@ pub(crate) fn shut_down(grace: Duration) -> Result<(), Failure> {
     sys::sync();
     let result = sys::power_off().map_err(|error| Failure::of("switch off", &error));
     if let Err(failure) = &result {
-        say(&describe(failure));
+        say(&crate::console::describe(failure));
         // Other calls would find a guest without file systems.
         loop {
             thread::park();
         }
     }
     result
-}
-
-/// Ends a guest that the host cannot reach, so that nobody waits for it. `what` cannot be done.
-pub(crate) fn end_unreached(what: &str, error: &io::Error) -> ! {
-    say(&describe(&Failure::of(what, error)));
-    say(
-        "this kernel has no vsock over virtio, which the agent needs: name its modules with AgentConfig::modules_dir, \
-         or take one that has it built in",
-    );
-    let _ = shut_down(Duration::ZERO);
-    // The kernel panics with its first process.
-    process::exit(1)
 }
 
 /// SIGTERM, to all but an entrypoint that has another signal, and what that has started.

@@ -22,7 +22,7 @@ pub(crate) use self::process::{
     kill, kill_process, launch, reap_orphan, wait, wait_for_child_signal,
 };
 pub(crate) use self::socket::{
-    CID_HOST, NetlinkSocket, VsockListener, connect_vsock, takes_no_more,
+    CID_HOST, NetlinkSocket, VsockListener, connect_vsock, guest_cid, takes_no_more,
 };
 pub(crate) use self::system::{
     MountFlags, add_entropy, give_memory_back, keep_memory_small, kill_all, load_module, mount,
@@ -31,7 +31,6 @@ pub(crate) use self::system::{
 };
 
 pub(crate) const ECHILD: i32 = 10;
-pub(crate) const ENODEV: i32 = 19;
 
 const FIONREAD: c_ulong = 0x541b;
 const TIOCSWINSZ: c_ulong = 0x5414;

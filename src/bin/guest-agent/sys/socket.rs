@@ -1,13 +1,13 @@
 //! Sockets of families that the standard library does not know: vsock and netlink.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_uint, c_ulong, c_void};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::ptr;
 
-use super::{checked, owned};
+use super::{checked, ioctl, owned};
 
 /// The host's address (`VMADDR_CID_HOST`).
 pub(crate) const CID_HOST: u32 = 2;
@@ -20,6 +20,7 @@ const SOCK_RAW: c_int = 3;
 const SOCK_CLOEXEC: c_int = 0o2_000_000;
 const NETLINK_ROUTE: c_int = 0;
 const MSG_NOSIGNAL: c_int = 0x4000;
+const IOCTL_VM_SOCKETS_GET_LOCAL_CID: c_ulong = 0x7b9;
 
 /// `struct sockaddr_vm` (vsock(7)).
 #[repr(C)]
@@ -61,6 +62,20 @@ pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<UnixStream> {
     // SAFETY: the kernel reads the address, which is as long as is said.
     checked(unsafe { connect(socket.as_raw_fd(), &address, SOCKADDR_BYTES) })?;
     Ok(UnixStream::from(socket))
+}
+
+/// The guest's own address, by which the host knows it: none where no device leads to the host. With vsock's
+/// loopback alone a connection to the host would end in the guest itself.
+///
+/// # Errors
+///
+/// The kernel does not say.
+pub(crate) fn guest_cid() -> io::Result<Option<u32>> {
+    let vsock = File::open("/dev/vsock")?;
+    let mut cid: c_uint = CID_ANY;
+    // SAFETY: the kernel writes one integer.
+    checked(unsafe { ioctl(vsock.as_raw_fd(), IOCTL_VM_SOCKETS_GET_LOCAL_CID, &mut cid) })?;
+    Ok((CID_HOST + 1..CID_ANY).contains(&cid).then_some(cid))
 }
 
 /// Whether the other side of a stream has closed it for what this one sends, too.
