@@ -185,9 +185,10 @@ fn clones_differ(vcpus: u8) {
     let mut seen: HashSet<String> = original.lines().map(str::to_owned).collect();
     for (at, clone) in vm.fork(32).unwrap().into_iter().enumerate() {
         let clone = clone.resume().unwrap();
-        // It is another from when its kernel has heard so on, which the driver of VMGenID says in the log.
-        let heard = "until dmesg | grep -q 'virtual machine fork'; do sleep 0.1; done";
-        let answer = of_a_clone(&clone, &format!("{heard}; {RANDOM}"));
+        // The driver of VMGenID says in the kernel's log that this is a clone, and has made it another then.
+        let answer = of_a_clone(&clone, &format!("{HEARD}; {RANDOM}"));
+        let (heard, answer) = answer.split_once('\n').unwrap();
+        assert_eq!(heard, "1", "how often clone {at} has heard that it is one");
         let lines: Vec<_> = answer.lines().collect();
         assert_eq!(lines.len(), 4, "{answer}");
         for line in lines {
@@ -195,6 +196,10 @@ fn clones_differ(vcpus: u8) {
         }
     }
 }
+
+/// How often the kernel has said that it is a clone: once, within half a minute.
+const HEARD: &str = "left=300; until dmesg | grep -q 'virtual machine fork' || [ $((left -= 1)) = 0 ]; do sleep 0.1; done; \
+    dmesg | grep -c 'virtual machine fork'";
 
 /// What differs from clone to clone, a line each.
 const RANDOM: &str = "guest-tool random; cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | hexdump -v -e '1/1 \"%02x\"'; echo; \
