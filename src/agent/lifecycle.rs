@@ -10,7 +10,8 @@ use tokio::task::JoinError;
 use super::Agent;
 use super::patience::within;
 use crate::config::HookName;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
+use crate::exit::ExecFailure;
 use crate::microvm::{MicroVm, Running, Terminated};
 use crate::protocol::Call;
 
@@ -73,10 +74,12 @@ impl MicroVm<Running> {
     /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
         if let Ok(agent) = self.agent_timeout(grace.saturating_add(SWITCH_OFF)).await {
-            // Where it is frozen, its hook could not run.
-            let _ = agent.thaw().await;
             // A hook that fails does not save its VM; one that takes long takes nothing of the others' time.
-            let _ = agent.run_hook(HookName::Terminate, "").await;
+            let hook = agent.run_hook(HookName::Terminate, "").await;
+            let frozen = ErrorKind::ExecFailed(ExecFailure::Frozen);
+            if hook.is_err_and(|error| error.kind() == &frozen) && agent.thaw().await.is_ok() {
+                let _ = agent.run_hook(HookName::Terminate, "").await;
+            }
             let off = grace.saturating_add(SWITCH_OFF);
             let _ = within(off, agent.shut_down(grace)).await;
         }
