@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// [`MicroVm::set_balloon_mib`]: crate::MicroVm::set_balloon_mib
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct BalloonConfig {
     pub(crate) deflate_on_oom: bool,
     pub(crate) free_page_reporting: bool,

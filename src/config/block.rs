@@ -21,6 +21,7 @@ use super::{ConfigError, RateLimit};
 /// let data = BlockConfig::new("data.img").id("data");
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     pub(crate) path: PathBuf,
     #[serde(default)]

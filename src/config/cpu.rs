@@ -43,6 +43,7 @@ impl CpuTemplate {
 
 /// One change of a [`CpuTemplate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct CpuidChange {
     pub(crate) leaf: u32,
     #[serde(default)]

@@ -35,6 +35,7 @@ const MTUS: std::ops::RangeInclusive<u16> = 68..=65535;
 ///
 /// Source: virtio 1.2 §5.1.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct NetConfig {
     pub(crate) backend: NetBackend,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -191,7 +192,7 @@ impl NetConfig {
 /// let network = UserNetwork::new().forward_tcp(8080, 80).nameserver([9, 9, 9, 9]);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct UserNetwork {
     pub(crate) program: PathBuf,
     pub(crate) tcp: Vec<(u16, u16)>,

@@ -21,7 +21,7 @@ use super::ConfigError;
 ///     .burst_operations(50);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct RateLimit {
     pub(crate) bytes_per_second: Option<u64>,
     pub(crate) burst_bytes: Option<u64>,

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 /// let vsock = VsockConfig::default().unix_socket("/run/vm.sock");
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct VsockConfig {
     pub(crate) guest_cid: u32,
     pub(crate) max_connections: usize,

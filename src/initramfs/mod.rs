@@ -48,6 +48,7 @@ impl From<InitramfsError> for Error {
 /// The kernel takes a cpio archive, or several in a row, each plain or compressed in a way that
 /// the kernel was built to read. What it holds is not looked at here.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Initramfs {
     source: Source,
 }

@@ -122,6 +122,7 @@ pub enum BootProtocol {
 /// # Ok::<(), dormouse::Error>(())
 /// ```
 #[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Kernel {
     source: Source,
     #[serde(default)]

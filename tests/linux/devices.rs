@@ -26,9 +26,11 @@ pub fn config_with(
     script: &str,
     more: impl FnOnce(InitramfsBuilder) -> InitramfsBuilder,
 ) -> VmConfig {
+    // A program that waits in the kernel for so long is told of, with where it waits.
+    let options = "quiet sysctl.kernel.hung_task_timeout_secs=60";
     VmConfig::new(release.kernel())
         .initramfs(more(initramfs_with(release, modules, script)).build().unwrap())
-        .cmdline(Cmdline::default().push("quiet").unwrap())
+        .cmdline(Cmdline::default().push(options).unwrap())
 }
 
 /// An initramfs with these modules, whose init loads them before it runs `script`.

@@ -162,7 +162,7 @@ impl Transcript {
     pub fn wait_for(&self, text: &str) {
         let mut heard = (self.length(), Instant::now());
         while !self.text().contains(text) {
-            self.listen(&mut heard, &format!("no {text:?}"));
+            self.listen(&mut heard, || format!("no {text:?}"));
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -175,7 +175,7 @@ impl Transcript {
                 Ok(vm) => return vm,
                 Err(failed) => failed.vm,
             };
-            self.listen(&mut heard, "no end");
+            self.listen(&mut heard, || "no end".to_owned());
         }
     }
 
@@ -184,11 +184,11 @@ impl Transcript {
     }
 
     /// Panics where the guest has been silent for too long. `heard` is what it had written, and when.
-    pub fn listen(&self, heard: &mut (usize, Instant), missing: &str) {
+    pub fn listen(&self, heard: &mut (usize, Instant), missing: impl FnOnce() -> String) {
         if heard.0 < self.length() {
             *heard = (self.length(), Instant::now());
         }
-        assert!(heard.1.elapsed() < PATIENCE, "{missing} in:\n{}", self.text());
+        assert!(heard.1.elapsed() < PATIENCE, "{} in:\n{}", missing(), self.text());
     }
 }
 

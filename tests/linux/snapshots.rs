@@ -51,7 +51,9 @@ impl Guest {
             if let Some((answer, _)) = answer.split_once("=0=\n") {
                 return answer.to_owned();
             }
-            self.transcript.listen(&mut heard, "no answer");
+            // What its devices have done says who waits for whom.
+            let missing = || format!("no answer to {command:?}, with {:?}", self.vm.metrics());
+            self.transcript.listen(&mut heard, missing);
             sleep(Duration::from_millis(20));
         }
     }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 /// let shared = RootDisk::new(0).fs_type("squashfs").overlay_disk(1);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RootDisk {
     pub(crate) disk: usize,
     #[serde(default)]
@@ -78,6 +79,7 @@ impl RootDisk {
 /// let data = MountConfig::new(1, "/var/lib/data").fs_type("ext4");
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MountConfig {
     pub(crate) disk: usize,
     pub(crate) path: String,

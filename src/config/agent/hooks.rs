@@ -68,6 +68,7 @@ impl HookName {
 ///     .hook(HookName::Suspend, sync);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Hook {
     pub(crate) action: HookAction,
     pub(crate) deadline: Duration,

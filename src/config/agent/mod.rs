@@ -48,7 +48,7 @@ use crate::protocol;
 ///     .agent(agent);
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct AgentConfig {
     pub(crate) root: Option<RootDisk>,
     pub(crate) mounts: Vec<MountConfig>,
@@ -68,6 +68,7 @@ pub struct AgentConfig {
 
 /// A service, and the port of the guest's loopback that stands for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct ServicePort {
     pub(crate) port: u16,
     pub(crate) service: HostService,
@@ -176,7 +177,7 @@ impl AgentConfig {
 
 /// The addresses of a network interface of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct InterfaceConfig {
     pub(crate) addresses: Vec<String>,
     pub(crate) gateways: Vec<String>,
@@ -216,6 +217,7 @@ pub enum HostService {
 
 /// A program of the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Entrypoint {
     pub(crate) argv: Vec<String>,
     #[serde(default)]

@@ -2,12 +2,12 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime};
 
 use dormouse::{
-    Agent, AgentConfig, Clock, Error, ErrorKind, ExecFailure, Hook, HookName, MicroVm,
+    Agent, AgentConfig, Clock, Error, ErrorKind, ExecFailure, ExitStatus, Hook, HookName, MicroVm,
     RestoreOptions, Snapshot, Suspended, WriteOptions,
 };
 
 use super::{Guest, block_on, busybox, config, config_of, sh};
-use crate::{PATIENCE, Release, Scratch, guest_tool};
+use crate::{PATIENCE, Release, Scratch, Transcript, guest_tool};
 
 #[test]
 fn clones_are_others_before_their_programs_go_on_and_their_agents_answer_at_once() {
@@ -100,7 +100,8 @@ fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
         let agent = AgentConfig::new()
             .hostname("sleeper")
             .hook(HookName::Suspend, Hook::command(["sh", "-c", "echo suspend >>/hooks"]))
-            .hook(HookName::Resume, Hook::command(["sh", "-c", "echo resume >>/hooks"]));
+            .hook(HookName::Resume, Hook::command(["sh", "-c", "echo resume >>/hooks"]))
+            .hook(HookName::Terminate, Hook::command(["sh", "-c", "echo last hook >/dev/console"]));
         let guest = Guest::boot(config(agent)).await;
         let id =
             guest.sh("cat /etc/machine-id /proc/sys/kernel/random/boot_id; busybox hostname").await;
@@ -134,12 +135,20 @@ fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
         let snapshot = Snapshot::open(&dir).unwrap();
         // Its clocks stand still, and the agent sets the one that has to be right. Time has to pass for that to show.
         tokio::time::sleep(Duration::from_secs(5).saturating_sub(slept_at.elapsed())).await;
-        let options = RestoreOptions::new().clock(Clock::Freeze);
+        let transcript = Transcript::default();
+        let options = RestoreOptions::new().clock(Clock::Freeze).console(transcript.clone());
         let vm = snapshot.restore_with(&options).unwrap().resume().unwrap();
         let agent = vm.agent().await.unwrap();
         let other = sh(&agent, "cat /etc/machine-id").await.unwrap();
         assert!(!id.starts_with(other.trim()));
         assert_right(&agent).await;
+        // One that stands still ends as any other does, its hook first.
+        agent.freeze().await.unwrap();
+        let error = agent.exec("true", [""; 0]).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::ExecFailed(ExecFailure::Frozen), "{error}");
+        let vm = vm.shutdown(Duration::from_secs(10)).await;
+        assert_eq!(vm.exit_status(), &ExitStatus::PoweredOff, "{}", transcript.text());
+        assert!(transcript.text().contains("last hook"), "{}", transcript.text());
     });
 }
 
