@@ -14,8 +14,9 @@ use crate::{PATIENCE, config, resources};
 /// Each thread of this process: its name, and its number of seccomp filters.
 fn filters() -> Vec<(String, u32)> {
     let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
-    let threads = tasks.map(|task| {
-        let status = fs::read_to_string(task.join("status")).unwrap();
+    // One that ends meanwhile, as those of a VM before may, is not there.
+    let status = tasks.filter_map(|task| fs::read_to_string(task.join("status")).ok());
+    let threads = status.map(|status| {
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
             line.trim().to_owned()

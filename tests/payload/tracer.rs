@@ -88,7 +88,11 @@ fn seize(pid: pid_t) -> io::Result<()> {
         // SAFETY: as above.
         let stops = unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, thread, nothing, nothing) };
         if seized < 0 || stops < 0 {
-            return Err(io::Error::last_os_error());
+            match io::Error::last_os_error() {
+                // It has ended since it was listed.
+                error if error.raw_os_error() == Some(libc::ESRCH) => {}
+                error => return Err(error),
+            }
         }
     }
     Ok(())
