@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, Tc
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::console::say;
@@ -15,6 +16,10 @@ use crate::threads::{self, Threads};
 
 /// How much of each direction is on its way.
 const BUFFER_BYTES: usize = 64 << 10;
+
+/// How often one that has said all is asked whether it still wants an answer: to poll(2) a vsock stream that is closed looks
+/// like one that is closed by half.
+const ASK_EVERY: Duration = Duration::from_millis(500);
 
 /// Connections of programs to services of the host. However many those open, the host's calls have threads of
 /// their own.
@@ -53,13 +58,12 @@ pub(crate) fn pass_on(a: UnixStream, b: UnixStream) -> io::Result<()> {
             PollFd::new(back.wants_to_read().then(|| b.as_fd()), POLLIN),
             PollFd::new(back.wants_to_write().then(|| a.as_fd()), POLLOUT),
         ];
-        sys::poll(&mut fds, None)?;
+        sys::poll(&mut fds, there.is_over.then_some(ASK_EVERY))?;
         // An error of either ends both: the streams are closed with their descriptors.
-        let was_over = there.is_over;
         there.advance(&a, &b)?;
         back.advance(&b, &a)?;
         // Who wants no answer either is gone: what does not answer would be waited for in vain.
-        if there.is_over && !was_over && sys::takes_no_more(&a) {
+        if there.is_over && sys::takes_no_more(&a) {
             break;
         }
     }
@@ -127,7 +131,7 @@ fn accept(listener: &TcpListener, service: &Service) {
     loop {
         let Ok((stream, _)) = listener.accept() else {
             // Out of descriptors, or of memory: not for long.
-            thread::sleep(std::time::Duration::from_millis(100));
+            thread::sleep(Duration::from_millis(100));
             continue;
         };
         let name = service.name.clone();

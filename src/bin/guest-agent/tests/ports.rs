@@ -2,6 +2,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Duration;
 
 use crate::host::{call, failure};
 use crate::ports::pass_on;
@@ -66,6 +67,22 @@ fn a_host_that_has_gone_is_not_kept_for_a_server_that_never_answers() {
     let mut request = String::new();
     server.read_to_string(&mut request).unwrap();
     assert_eq!(request, "request");
+}
+
+#[test]
+fn a_host_that_goes_after_it_has_said_all_is_not_kept_either() {
+    let ((mut host, theirs), (mut server, ours)) =
+        (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let passing = thread::spawn(move || pass_on(theirs, ours));
+    host.write_all(b"request").unwrap();
+    host.shutdown(Shutdown::Write).unwrap();
+    let mut request = String::new();
+    server.read_to_string(&mut request).unwrap();
+    assert_eq!(request, "request");
+    // By now it waits for the answer.
+    thread::sleep(Duration::from_millis(50));
+    drop(host);
+    passing.join().unwrap().unwrap();
 }
 
 #[test]
