@@ -32,8 +32,10 @@ async fn other_process(directory: &Path) {
     restored.resume().await.unwrap();
     let _fresh = start("fresh", SessionPolicy::new().lost(Lost::Restore)).await;
     start("over", SessionPolicy::new()).await.terminate().await.unwrap();
-    tokio::time::sleep(SHORT).await;
     for session in sessions.list() {
+        while session.state() == SessionState::Running && session.metering().vcpu < SHORT / 10 {
+            tokio::time::sleep(SHORT / 10).await;
+        }
         let metering = serde_json::to_string(&session.metering()).unwrap();
         println!("session {} {metering}", session.id());
     }
@@ -103,8 +105,9 @@ fn sessions_of_a_process_that_was_killed_are_found_as_their_policy_says() {
             assert_eq!(get(id).state(), Running);
         }
         // The guests go on.
-        tokio::time::sleep(SHORT).await;
-        assert!(get("asleep").console().unwrap().tail().contains('.'));
+        while !get("asleep").console().unwrap().tail().contains('.') {
+            tokio::time::sleep(SHORT / 10).await;
+        }
         sessions.suspend_all().await.unwrap();
         drop(sessions);
         // Its keepers are tasks, and end a little later.
