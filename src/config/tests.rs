@@ -83,3 +83,29 @@ fn a_name_that_there_is_not_is_refused_by_name() {
     let json = serde_json::to_string(&config().vcpus(3).block(BlockConfig::new("/d"))).unwrap();
     assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap().machine.vcpus, 3);
 }
+
+/// Readers of this version refuse any other name in a part. What is added is written only where it is not its default
+/// (docs/snapshot-format.md, "Compatibility"), and so never comes into this list.
+#[test]
+fn a_plain_part_is_written_with_the_names_that_each_reader_of_this_version_knows() {
+    let config = config()
+        .block(BlockConfig::new("/d"))
+        .network(NetConfig::tap("tap0"))
+        .vsock(VsockConfig::default())
+        .balloon(BalloonConfig::default());
+    let written = serde_json::to_value(&config).unwrap();
+    for (part, known) in [
+        ("/blocks/0", "direct id path queues rate_limit writes"),
+        (
+            "/blocks/0/rate_limit",
+            "burst_bytes burst_operations bytes_per_second operations_per_second",
+        ),
+        ("/networks/0", "backend"),
+        ("/vsock", "guest_cid max_connections unix_socket"),
+        ("/balloon", "deflate_on_oom free_page_reporting"),
+        ("/kernel", "protocol source"),
+    ] {
+        let names = written.pointer(part).unwrap().as_object().unwrap().keys();
+        assert!(names.eq(known.split(' ')), "{part}: {written:#}");
+    }
+}

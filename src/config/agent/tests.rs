@@ -282,3 +282,12 @@ fn a_clone_has_what_is_said_of_it_in_place_of_what_was_saved() {
     let error = options.apply(&mut MachineConfig::default()).unwrap_err().to_string();
     assert_eq!(error, "the snapshot has no agent, whose hostname could be another");
 }
+
+/// As of other parts: what is added is written only where it is not its default.
+#[test]
+fn a_plain_agent_is_written_with_the_names_that_each_reader_of_this_version_knows() {
+    let known = "binary end_with_entrypoint entrypoint hooks hostname interfaces modules modules_dir mounts nameservers \
+        root services";
+    let written = serde_json::to_value(AgentConfig::default()).unwrap();
+    assert!(written.as_object().unwrap().keys().eq(known.split(' ')), "{written:#}");
+}
