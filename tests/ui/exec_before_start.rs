@@ -1,7 +1,0 @@
-use dormouse::{Created, MicroVm};
-
-fn main() {}
-
-fn exec(vm: MicroVm<Created>) {
-    vm.exec("true", []);
-}
