@@ -31,7 +31,7 @@ pub(super) struct Shared {
     lasting: Mutex<Lasting>,
     vm: Mutex<Option<MicroVm<Running>>>,
     console: Mutex<Option<Console>>,
-    /// The state that is written down, held while something is written.
+    /// The state that is written down, or is to be with the next note; held while something is written.
     written: Mutex<SessionState>,
 }
 
@@ -164,12 +164,30 @@ impl Shared {
         Ok(self.write_as(None, None).1?)
     }
 
+    /// Writes down in which state its guest is. Where that cannot be done now, it is with the next note.
+    pub(super) fn has_become(&self, state: SessionState) {
+        self.has_come_to(&mut lock(&self.written), state);
+    }
+
+    /// The same, of one that sleeps in this snapshot. Both are known at once: who finds "suspending" and another snapshot
+    /// than the record's knows that it was finished.
+    pub(super) fn has_gone_to_sleep(&self, snapshot: Option<[u8; 16]>) {
+        let mut written = lock(&self.written);
+        self.lasting().snapshot = snapshot;
+        self.has_come_to(&mut written, SessionState::Suspended);
+    }
+
     /// Writes down what became of it while no process had it.
     pub(super) fn note_found(&self, state: SessionState) {
-        *lock(&self.written) = SessionState::Pending;
-        if let Err(error) = self.write(state) {
+        let mut written = lock(&self.written);
+        *written = SessionState::Pending;
+        self.has_come_to(&mut written, state);
+    }
+
+    fn has_come_to(&self, written: &mut SessionState, state: SessionState) {
+        if let Err(error) = self.write_held(written, Some(state), None).1 {
             tracing::warn!(session = %self.id, %error, "cannot write down the session");
-            *lock(&self.written) = state;
+            *written = state;
         }
     }
 
@@ -186,7 +204,15 @@ impl Shared {
         event: Option<&SessionEvent>,
     ) -> (Metering, Result<(), SessionError>) {
         // One after the other, so that what is written never is less than before.
-        let mut written = lock(&self.written);
+        self.write_held(&mut lock(&self.written), state, event)
+    }
+
+    fn write_held(
+        &self,
+        written: &mut SessionState,
+        state: Option<SessionState>,
+        event: Option<&SessionEvent>,
+    ) -> (Metering, Result<(), SessionError>) {
         let metering = self.settle();
         // Of one that is over nothing changes; what is damaged is left as it is.
         if *written == SessionState::Terminated {
@@ -217,4 +243,56 @@ impl Shared {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::session::metering::Counts;
+
+    #[test]
+    fn what_a_session_has_come_to_is_written_later_where_it_cannot_be_now() {
+        let path = std::env::temp_dir().join(format!("dormouse-{}-shared", std::process::id()));
+        let home = Arc::new(Home::open(&path).unwrap());
+        home.make("one").unwrap();
+        let event = SessionEvent {
+            session: "one".to_owned(),
+            number: 1,
+            state: SessionState::Running,
+            reason: SessionReason::Started,
+            message: None,
+            at: SystemTime::UNIX_EPOCH,
+            took: None,
+        };
+        let meter = Meter::new(Metering::default(), Counts::Running, Duration::ZERO);
+        let (policy, lasting) = (SessionPolicy::default(), Lasting::default());
+        let shared = Shared::new(home, event, policy, meter, lasting);
+        let written = || {
+            let record = Record::read(&shared.directory(), "one").unwrap();
+            (record.state, record.lasting.snapshot)
+        };
+        shared.write(SessionState::Suspending).unwrap();
+        // What keeps a record from being written.
+        let obstacle = shared.directory().join("session.json.part");
+        fs::create_dir(&obstacle).unwrap();
+        shared.has_gone_to_sleep(Some([9; 16]));
+        shared.note();
+        // Other files than the record's: whoever finds this takes it for one that sleeps.
+        assert_eq!(written(), (SessionState::Suspending, None));
+        fs::remove_dir(&obstacle).unwrap();
+        shared.note();
+        assert_eq!(written(), (SessionState::Suspended, Some([9; 16])));
+
+        // It wakes in vain.
+        shared.write(SessionState::Running).unwrap();
+        fs::create_dir(&obstacle).unwrap();
+        shared.has_become(SessionState::Suspended);
+        assert_eq!(written().0, SessionState::Running);
+        fs::remove_dir(&obstacle).unwrap();
+        shared.metering();
+        assert_eq!(written(), (SessionState::Suspended, Some([9; 16])));
+        fs::remove_dir_all(path).unwrap();
+    }
 }

@@ -66,9 +66,9 @@ impl Keeper {
                 let message = Some(error.to_string());
                 self.not_idle();
                 let shared = Arc::clone(&self.shared);
-                // It may not be possible, on a disk that is full. What is written, that it was about to sleep, says
+                // It may not be possible yet, on a disk that is full. What is written, that it was about to sleep, says
                 // the same to whoever finds it.
-                let _ = blocking(move || shared.write(SessionState::Running)).await;
+                blocking(move || shared.has_become(SessionState::Running)).await;
                 let took = Some(begin.elapsed());
                 let reason = SessionReason::SuspendFailed;
                 self.publish(SessionState::Running, reason, message, took);
@@ -125,7 +125,7 @@ impl Keeper {
             }
             Err(error) => {
                 let shared = Arc::clone(&self.shared);
-                let _ = blocking(move || shared.write(SessionState::Suspended)).await;
+                blocking(move || shared.has_become(SessionState::Suspended)).await;
                 let message = Some(error.to_string());
                 let reason = SessionReason::ResumeFailed;
                 self.publish(SessionState::Suspended, reason, message, took);
@@ -176,10 +176,6 @@ fn save(shared: &Shared) -> Result<MicroVm<Suspended>, Error> {
     match vm.suspend_with(&place, &SnapshotOptions::new().sync(sync)) {
         Ok(asleep) => {
             has_been_saved(shared, &asleep, cpu, &before);
-            // Not possible on a disk that is full; what is written is enough to find it by.
-            if let Err(error) = shared.write(SessionState::Suspended) {
-                tracing::warn!(session = %shared.id, %error, "cannot write down the session");
-            }
             Ok(asleep)
         }
         Err(TransitionError { vm, error }) => {
@@ -226,7 +222,7 @@ fn save_again(shared: &Shared, vm: MicroVm<Paused>, cpu: Duration) -> Asleep {
     }
 }
 
-/// Counts what it took, and has it known which files it sleeps in. There were those `before`.
+/// Counts what it took, and writes down that it sleeps, and in which files. There were those `before`.
 fn has_been_saved(
     shared: &Shared,
     asleep: &MicroVm<Suspended>,
@@ -241,7 +237,7 @@ fn has_been_saved(
     let bytes = meter.totals.snapshot_bytes;
     meter.totals.snapshot_bytes = bytes.saturating_add(written(&place, before));
     drop(meter);
-    shared.lasting().snapshot = asleep.snapshot_id();
+    shared.has_gone_to_sleep(asleep.snapshot_id());
 }
 
 /// Wakes the VM in its files, which is written down before it runs.
