@@ -337,9 +337,20 @@ async fn until(due: Option<(Instant, Next)>) -> Next {
     }
 }
 
+/// Does what goes on to its end although nobody waits for it any more.
+pub(super) async fn detached<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> T {
+    outcome(tokio::spawn(work).await).await
+}
+
 /// Does what blocks, on a thread for that.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await.map_err(JoinError::try_into_panic) {
+    outcome(tokio::task::spawn_blocking(work).await).await
+}
+
+async fn outcome<T>(done: Result<T, JoinError>) -> T {
+    match done.map_err(JoinError::try_into_panic) {
         Ok(done) => done,
         Err(Ok(panic)) => resume_unwind(panic),
         // The runtime ends, and this with it.

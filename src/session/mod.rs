@@ -115,17 +115,20 @@ impl Session {
     /// [`ErrorKind::SessionEnded`](crate::ErrorKind::SessionEnded). The policy is as before then.
     pub async fn set_policy(&self, policy: SessionPolicy) -> Result<(), Error> {
         policy.check()?;
-        let shared = Arc::clone(&self.shared);
-        keeper::blocking(move || {
-            let before = std::mem::replace(&mut *shared.policy(), policy);
-            let written = shared.note_or_fail();
-            if written.is_err() {
-                *shared.policy() = before;
-            }
-            written
+        let (session, shared) = (self.clone(), Arc::clone(&self.shared));
+        keeper::detached(async move {
+            keeper::blocking(move || {
+                let before = std::mem::replace(&mut *shared.policy(), policy);
+                let written = shared.note_or_fail();
+                if written.is_err() {
+                    *shared.policy() = before;
+                }
+                written
+            })
+            .await?;
+            session.ask(Wish::Look).await
         })
-        .await?;
-        self.ask(Wish::Look).await
+        .await
     }
 
     /// Puts it to sleep, now and whatever goes on in it: hook `suspend`, then its memory and disks to files. Its

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::clock::Stamp;
 use super::error::SessionError;
 use super::home::{Home, check_id};
-use super::keeper::{Body, Call, Keeper, blocking};
+use super::keeper::{Body, Call, Keeper, blocking, detached};
 use super::metering::{Counts, Meter, Metering};
 use super::policy::{Lost, SessionPolicy};
 use super::record::{Lasting, Record};
@@ -99,12 +99,16 @@ impl Sessions {
         check_id(&id)?;
         options.policy.check()?;
         let payload = options.run_body(&id)?;
-        let session = self.make(id, &options).await?;
         let (started, has_started) = oneshot::channel();
         let start = Start { vm: vm.into(), payload, within: options.within, started };
-        let (session, calls) = session;
-        let keeper = Keeper::new(Arc::clone(&session.shared), calls, Body::Over);
-        tokio::spawn(keeper.start(start));
+        let sessions = self.clone();
+        let begun = detached(async move {
+            let (session, calls) = sessions.make(id, &options).await?;
+            let keeper = Keeper::new(Arc::clone(&session.shared), calls, Body::Over);
+            tokio::spawn(keeper.start(start));
+            Ok::<_, Error>(session)
+        });
+        let session = begun.await?;
         match has_started.await {
             Ok(started) => started.map(|()| session),
             Err(_) => Err(SessionError::RuntimeOver { id: session.id().to_owned() }.into()),
@@ -172,14 +176,26 @@ impl Sessions {
     /// [`ErrorKind::Session`](crate::ErrorKind::Session) where there is none, or it is not over;
     /// [`ErrorKind::File`](crate::ErrorKind::File) where its files cannot be removed.
     pub async fn remove(&self, id: &str) -> Result<(), Error> {
-        let session = self.get(id).ok_or_else(|| SessionError::Unknown { id: id.to_owned() })?;
+        let session = self.take_ended(id)?;
+        let (sessions, id) = (self.clone(), id.to_owned());
+        // Nobody has its name before its directory is gone.
+        Ok(blocking(move || {
+            sessions.0.home.remove(&id).inspect_err(|_| {
+                sessions.sessions().insert(id, session);
+            })
+        })
+        .await?)
+    }
+
+    /// Takes a session that is over from the list: one caller has it.
+    fn take_ended(&self, id: &str) -> Result<Session, SessionError> {
+        let mut sessions = self.sessions();
+        let session =
+            sessions.get(id).ok_or_else(|| SessionError::Unknown { id: id.to_owned() })?;
         if session.state() != SessionState::Terminated {
-            return Err(SessionError::NotOver { id: id.to_owned() }.into());
+            return Err(SessionError::NotOver { id: id.to_owned() });
         }
-        let (home, name) = (Arc::clone(&self.0.home), id.to_owned());
-        blocking(move || home.remove(&name)).await?;
-        self.sessions().remove(id);
-        Ok(())
+        sessions.remove(id).ok_or_else(|| SessionError::Unknown { id: id.to_owned() })
     }
 
     /// A session that is to be: its directory, its record, its name in the list.

@@ -293,13 +293,69 @@ fn a_wake_that_fails_fails_once_for_all_and_one_that_nobody_wants_any_more_is_no
         assert_eq!(failed, [(SessionState::Suspended, SessionReason::ResumeFailed)]);
         // Nobody else was needed for it to be tried a few times at most: who came later tried again.
         std::fs::rename(&away, &asleep).unwrap();
-        // Asked for, and dropped at once: a time would not do, since a wake takes less than a timer's tick.
-        let mut wake = Box::pin(session.wake());
-        let asked = poll_fn(|context| Poll::Ready(wake.as_mut().poll(context).is_pending())).await;
-        assert!(asked);
-        drop(wake);
+        // A time would not do, since a wake takes less than a timer's tick.
+        asked_and_dropped(session.wake()).await;
         session.resume().await.unwrap();
         assert!(session.with_vm(|vm| vm.exit_status().is_none()).unwrap());
+    });
+}
+
+/// Asks for something, and drops that at once.
+async fn asked_and_dropped(asked: impl Future) {
+    let mut asked = Box::pin(asked);
+    assert!(poll_fn(|context| Poll::Ready(asked.as_mut().poll(context).is_pending())).await);
+}
+
+#[test]
+fn what_is_asked_for_is_done_although_nobody_waits_for_it() {
+    block_on(async {
+        let house = House::new().await;
+        let vm = MicroVm::create(config(&Program::Halt)).unwrap();
+        asked_and_dropped(house.sessions.start_with_id("alice", vm, SessionOptions::new())).await;
+        let session = loop {
+            match house.sessions.get("alice") {
+                Some(session) => break session,
+                None => tokio::time::sleep(SHORT / 10).await,
+            }
+        };
+        until(&session, SessionState::Running).await;
+        let policy = SessionPolicy::new().idle_after(SHORT).busy_cpu(None);
+        asked_and_dropped(session.set_policy(policy)).await;
+        until(&session, SessionState::Suspended).await;
+        session.terminate().await.unwrap();
+        asked_and_dropped(house.sessions.remove("alice")).await;
+        while house.path().join("alice").exists() {
+            tokio::time::sleep(SHORT / 10).await;
+        }
+    });
+}
+
+#[test]
+fn who_takes_the_name_of_a_session_that_is_being_removed_keeps_it() {
+    block_on(async {
+        let house = House::new().await;
+        let start = || {
+            let vm = MicroVm::create(config(&Program::Halt)).unwrap();
+            house.sessions.start_with_id("alice", vm, SessionOptions::new())
+        };
+        start().await.unwrap().terminate().await.unwrap();
+        let mut removing = Box::pin(house.sessions.remove("alice"));
+        poll_fn(|context| Poll::Ready(removing.as_mut().poll(context).is_pending())).await;
+        let session = loop {
+            match start().await {
+                Ok(session) => break session,
+                Err(error) => assert_eq!(error.kind(), &ErrorKind::Session, "{error:?}"),
+            }
+        };
+        removing.await.unwrap();
+        assert_eq!(house.sessions.get("alice").unwrap().state(), SessionState::Running);
+        assert!(house.path().join("alice/session.json").exists());
+        assert_eq!(kind(house.sessions.remove("alice").await), ErrorKind::Session);
+        session.terminate().await.unwrap();
+        // Of two who remove it one does.
+        let both = tokio::join!(house.sessions.remove("alice"), house.sessions.remove("alice"));
+        both.0.unwrap();
+        assert_eq!(kind(both.1), ErrorKind::Session);
     });
 }
 
