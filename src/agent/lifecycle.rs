@@ -70,10 +70,14 @@ impl MicroVm<Running> {
     /// SIGTERM to all its processes, or to the entrypoint its own [signal](crate::Entrypoint::stop_signal), SIGKILL to
     /// those that are left after `grace`, file systems unmounted, power off. A guest whose agent is not ready within
     /// `grace` and 30 s, or that is not off 30 s after the grace of its processes, is
-    /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was. No thread of the
+    /// [terminated](MicroVm::<Running>::terminate); the exit status tells which it was. One that slept and was not asked
+    /// for its agent since runs the hook `resume` before all that; where that fails, it ends all the same. No thread of the
     /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
-        if let Ok(agent) = self.agent_timeout(grace.saturating_add(SWITCH_OFF)).await {
+        let ready = within(grace.saturating_add(SWITCH_OFF), self.ready_agent());
+        if let Some(Ok(agent)) = ready.await {
+            // One that woke to end: what its hook `resume` says does not matter any more.
+            let _ = agent.has_woken().await;
             // A hook that fails does not save its VM; one that takes long takes nothing of the others' time.
             let hook = agent.run_hook(HookName::Terminate, "").await;
             let frozen = ErrorKind::ExecFailed(ExecFailure::Frozen);

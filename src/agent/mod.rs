@@ -160,6 +160,11 @@ impl Agent {
         Self::check_done(self.ask(call).await?)
     }
 
+    /// Runs the hook `resume` of a guest that slept and woke as itself; once.
+    async fn has_woken(&self) -> Result<(), Error> {
+        self.link.on_waking(self.run_hook(HookName::Resume, "")).await
+    }
+
     fn check_done(reply: Reply) -> Result<(), Error> {
         match reply {
             Reply::Done => Ok(()),
@@ -184,14 +189,19 @@ impl MicroVm<Running> {
     /// [`ErrorKind::Config`](crate::ErrorKind::Config) where the configuration has none, and outside of a tokio
     /// runtime.
     pub async fn agent(&self) -> Result<Agent, Error> {
-        let ready = async {
-            let link = Link::of(self)?;
-            link.ready().await?;
-            let agent = Agent::new(link);
-            agent.link.on_waking(agent.run_hook(HookName::Resume, "")).await?;
+        let awake = async {
+            let agent = self.ready_agent().await?;
+            agent.has_woken().await?;
             Ok(agent)
         };
-        ready.await.map_err(|error: Error| self.agent_error(error))
+        awake.await.map_err(|error: Error| self.agent_error(error))
+    }
+
+    /// The agent when it is ready, whose guest may not have been told yet that it woke.
+    async fn ready_agent(&self) -> Result<Agent, Error> {
+        let link = Link::of(self)?;
+        link.ready().await?;
+        Ok(Agent::new(link))
     }
 
     /// As [`agent`](Self::agent), for at most `timeout`, of which time in which this process stands still is a

@@ -55,9 +55,13 @@ fn a_hook_resume_that_fails_leaves_it_suspended_and_the_next_request_tries_again
         fs::write(&disk, [0; 4096]).unwrap();
         let fails = "n=$(cat /tmp/count); echo resumed >> /tmp/hooks; echo $n > /tmp/resumed-at; \
                      test $(head -c 1 /dev/vda) != x";
-        let agent = application().hook(HookName::Resume, Hook::command(["sh", "-c", fails]));
+        let last = Hook::command(["sh", "-c", "echo the last hook > /dev/console"]);
+        let agent = application()
+            .hook(HookName::Resume, Hook::command(["sh", "-c", fails]))
+            .hook(HookName::Terminate, last);
+        let transcript = Transcript::default();
         let config = config_of(Release::Linux6_12, busybox(), agent);
-        let config = config.block(BlockConfig::new(&disk).read_only());
+        let config = config.block(BlockConfig::new(&disk).read_only()).console(transcript.clone());
         let session = sessions.start(MicroVm::create(config).unwrap(), SessionOptions::new()).await;
         let session = session.unwrap();
         served(&session).await;
@@ -86,7 +90,11 @@ fn a_hook_resume_that_fails_leaves_it_suspended_and_the_next_request_tries_again
         assert_eq!(sh(&session, "cat /tmp/hooks").await, "resumed\n");
         let metering = session.metering();
         assert_eq!((metering.suspends, metering.resumes), (1, 1));
+        // Its end does not depend on it.
+        session.suspend().await.unwrap();
+        note(b"x");
         session.terminate().await.unwrap();
+        assert!(transcript.text().contains("the last hook"), "{}", transcript.text());
     });
 }
 
