@@ -34,8 +34,8 @@ use self::digest::Digest;
 pub(crate) use self::error::ImageError;
 use self::manifest::Platform;
 pub use self::overlay::OverlayDisk;
-use self::progress::{EndOnDrop, Reporter};
 pub use self::progress::{ImageProgress, ImageStage};
+use self::progress::{OnProgress, Reporter};
 use self::rootfs::Limits;
 use self::source::Wanted;
 use self::unpack::Work;
@@ -148,7 +148,7 @@ pub struct ImageSource {
     name: Option<String>,
     platform: Platform,
     limits: ImageLimits,
-    reporter: Reporter,
+    listener: Option<Arc<OnProgress>>,
 }
 
 #[derive(Clone, Debug)]
@@ -162,13 +162,7 @@ enum Location {
 impl ImageSource {
     fn new(location: Location) -> Self {
         let (name, platform) = (None, Platform::guest());
-        Self {
-            location,
-            name,
-            platform,
-            limits: ImageLimits::default(),
-            reporter: Reporter::default(),
-        }
+        Self { location, name, platform, limits: ImageLimits::default(), listener: None }
     }
 
     /// Which image of several, by its name there or by the end of it: `3.12`, `python:3.12`.
@@ -210,12 +204,13 @@ impl ImageSource {
     /// Calls `progress` at every step, and within one as it goes on, from threads of the work: for each MiB that a layer
     /// unpacks to, which is less of the layer as it is packed; for each 256 KiB of a directory's files, and at each file;
     /// for each piece that comes from a registry. When it answers `Break`, the work ends with
-    /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted), and nothing of it is kept.
+    /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted), and nothing of it is kept but layers of a registry that
+    /// have come whole.
     pub fn progress(
         mut self,
         progress: impl Fn(ImageProgress) -> ControlFlow<()> + Send + Sync + 'static,
     ) -> Self {
-        self.reporter.listener = Some(Arc::new(progress));
+        self.listener = Some(Arc::new(progress));
         self
     }
 
@@ -232,12 +227,12 @@ impl ImageSource {
     /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted).
     pub async fn unpack(self, cache: &ImageCache) -> Result<Image, Error> {
         let runtime = Handle::try_current().map_err(|_| ImageError::NoRuntime)?;
-        let _guard = EndOnDrop(Arc::clone(&self.reporter.is_over));
+        let (reporter, _guard) = Reporter::new(self.listener);
         let work = Work {
             cache: cache.clone(),
             wanted: Wanted { name: self.name, platform: self.platform },
             limits: self.limits.0,
-            reporter: self.reporter,
+            reporter,
         };
         let location = self.location;
         #[cfg(feature = "registry")]
@@ -252,7 +247,9 @@ impl ImageSource {
     }
 }
 
-/// How much an image may be. What is more is refused, and nothing of it is kept.
+/// How much an image may be. What is more is refused, and nothing of it is kept but layers of a registry that unpack to
+/// more than they said: those have come, at most [`bytes`](Self::bytes) of them, and stay in the cache until
+/// [`ImageCache::evict`] removes them.
 #[derive(Clone, Debug)]
 pub struct ImageLimits(Limits);
 

@@ -40,13 +40,19 @@ pub enum ImageStage {
 pub(super) type OnProgress = dyn Fn(ImageProgress) -> ControlFlow<()> + Send + Sync;
 
 /// Who wants to know, and whether the caller still waits.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(super) struct Reporter {
-    pub(super) listener: Option<Arc<OnProgress>>,
-    pub(super) is_over: Arc<AtomicBool>,
+    listener: Option<Arc<OnProgress>>,
+    is_over: Arc<AtomicBool>,
 }
 
 impl Reporter {
+    /// For work that ends when the second value is dropped.
+    pub(super) fn new(listener: Option<Arc<OnProgress>>) -> (Self, EndOnDrop) {
+        let is_over = Arc::new(AtomicBool::new(false));
+        (Self { listener, is_over: Arc::clone(&is_over) }, EndOnDrop(is_over))
+    }
+
     pub(super) fn report(
         &self,
         stage: ImageStage,
@@ -70,7 +76,7 @@ impl Reporter {
 }
 
 /// Ends the work when nobody waits for it any more.
-pub(super) struct EndOnDrop(pub(super) Arc<AtomicBool>);
+pub(super) struct EndOnDrop(Arc<AtomicBool>);
 
 impl Drop for EndOnDrop {
     fn drop(&mut self) {

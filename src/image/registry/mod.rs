@@ -114,6 +114,12 @@ impl Work {
         layers: &[Descriptor],
         runtime: &Handle,
     ) -> Result<Vec<(Blob, Option<Digest>)>, ImageError> {
+        let limit = self.limits.bytes;
+        let packed = layers.iter().fold(0u64, |sum, layer| sum.saturating_add(layer.size));
+        // Before anything is brought: what layers are packed they are unpacked, and more.
+        if packed > limit {
+            return Err(ImageError::TooLarge { what: "the image".to_owned(), limit });
+        }
         let mut blobs = Vec::new();
         for (group, descriptors) in layers.chunks(AT_ONCE).enumerate() {
             let tasks = descriptors.iter().enumerate().map(|(at, descriptor)| {
@@ -144,10 +150,6 @@ impl Work {
         runtime: &Handle,
     ) -> Result<(Blob, Option<Digest>), ImageError> {
         let digest = descriptor.digest()?;
-        if descriptor.size > self.limits.bytes {
-            let limit = self.limits.bytes;
-            return Err(ImageError::TooLarge { what: "a layer".to_owned(), limit });
-        }
         let waiting = || self.reporter.report(stage, 0, Some(descriptor.size));
         let cached = match self.cache.reserve(Shelf::Blobs, &digest.hex(), waiting)? {
             Ok(found) => found,

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::super::tests::{Scratch, Tar};
 use super::*;
-use crate::{Error, ErrorKind, ImageCache};
+use crate::{Error, ErrorKind, ImageCache, ImageLimits};
 
 /// What is answered to a request: path and headers.
 type Answer = dyn Fn(&str, &str) -> Vec<u8> + Send + Sync;
@@ -104,6 +104,8 @@ fn status(line: &str, header: &str) -> Vec<u8> {
     format!("HTTP/1.1 {line}\r\n{header}\r\ncontent-length: 0\r\n\r\n").into_bytes()
 }
 
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+
 /// An image of one layer, as a registry has it.
 #[derive(Clone)]
 struct Served {
@@ -115,18 +117,28 @@ struct Served {
 impl Served {
     fn new() -> Self {
         let layer = Tar::new().file("text", "from the registry").end();
+        let (digest, size) = (Digest::of(&layer).to_string(), layer.len());
+        Self { layer, ..Self::of(&[(digest, size)]) }
+    }
+
+    /// One that says that it has layers with these digests and lengths.
+    fn of(layers: &[(String, usize)]) -> Self {
+        let diff_ids: Vec<_> = layers.iter().map(|(digest, _)| digest).collect();
         let config = json!({
             "os": "linux", "architecture": "amd64", "config": {"Cmd": ["/text"]},
-            "rootfs": {"type": "layers", "diff_ids": [Digest::of(&layer).to_string()]},
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
         });
         let config = config.to_string().into_bytes();
-        let describe = |media_type: &str, bytes: &[u8]| json!({"mediaType": media_type, "digest": Digest::of(bytes).to_string(), "size": bytes.len()});
+        let describe = |media_type: &str, digest: &str, size: usize| json!({"mediaType": media_type, "digest": digest, "size": size});
+        let layers: Vec<_> =
+            layers.iter().map(|(digest, size)| describe(LAYER, digest, *size)).collect();
+        let digest = Digest::of(&config).to_string();
         let manifest = json!({
             "schemaVersion": 2,
-            "config": describe("application/vnd.oci.image.config.v1+json", &config),
-            "layers": [describe("application/vnd.oci.image.layer.v1.tar", &layer)],
+            "config": describe("application/vnd.oci.image.config.v1+json", &digest, config.len()),
+            "layers": layers,
         });
-        Self { manifest: manifest.to_string().into_bytes(), config, layer }
+        Self { manifest: manifest.to_string().into_bytes(), config, layer: Vec::new() }
     }
 
     fn answer(&self, path: &str) -> Vec<u8> {
@@ -158,6 +170,22 @@ fn an_image_is_brought_once() {
     let second = fake.pull(&cache, false).unwrap();
     assert_eq!(first.path(), second.path());
     assert_eq!(fake.asked.lock().unwrap().len(), 5, "no layer the second time");
+}
+
+#[test]
+fn layers_that_are_too_much_together_are_not_brought() {
+    let served = Served::of(&[0, 1, 2].map(|at| (format!("sha256:{at:064}"), 400)));
+    let fake = Fake::new(move |path, _| served.answer(path));
+    let scratch = Scratch::new();
+    let cache = ImageCache::open(&scratch.0).unwrap();
+    let source = Image::pull(format!("127.0.0.1:{}/app:1", fake.port)).docker_config("/nowhere");
+    let source = source.limits(ImageLimits::new().bytes(1000));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let error = runtime.block_on(source.unpack(&cache)).unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Image, "{error}");
+    assert!(error.to_string().contains("the image is larger than 1000 bytes"), "{error}");
+    let asked = fake.asked.lock().unwrap();
+    assert!(!asked.iter().any(|(path, _)| path.contains("0000000")), "{asked:?}");
 }
 
 #[test]

@@ -397,6 +397,17 @@ fn progress_that_says_so_ends_the_work() {
 }
 
 #[test]
+fn a_source_that_was_unpacked_or_given_up_is_unpacked_again() {
+    let layout = Layout::new();
+    layout.index(&[layout.image(&[layer("x")], ("linux", "amd64"))]);
+    let source = Image::open(layout.path());
+    drop(source.clone().unpack(&layout.cache()));
+    for _ in 0..2 {
+        assert_eq!(text_of(&unpacked(source.clone(), &layout.cache()).unwrap()), "x");
+    }
+}
+
+#[test]
 fn it_needs_a_runtime_and_says_so() {
     let scratch = Scratch::new();
     let cache = ImageCache::open(&scratch.0).unwrap();
