@@ -1,13 +1,14 @@
 //! From a configuration to a snapshot that was tried.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
 use super::Template;
 use super::error::TemplateError;
 use super::options::{TemplateOptions, TemplateProgress, TemplateStage};
-use super::store::Entry;
+use super::store::{Building, Entry};
 use crate::agent::{AgentError, within};
 use crate::config::{HookName, RestoreOptions, VmConfig};
 use crate::error::{Error, ErrorKind};
@@ -23,15 +24,14 @@ pub(super) async fn find_or_build(
     if let Some(found) = find(&entry)? {
         return Ok(found);
     }
-    let _lock = entry.lock(|| options.begin(TemplateStage::Waiting)).await?;
+    let building = entry.building(|| options.begin(TemplateStage::Waiting)).await?;
     // Whoever had the lock has built it, or has failed, or deactivated it.
     if let Some(found) = find(&entry)? {
         return Ok(found);
     }
+    entry.sweep();
     let vm = up(config, options).await?;
-    let mut building = entry.building();
-    let snapshot = save(vm, &building.path, options).await?;
-    building.id = Some(snapshot.id());
+    let (building, snapshot) = save(vm, building, options).await?;
     options.begin(TemplateStage::Validate);
     validate(&snapshot, options).await?;
     drop(snapshot);
@@ -81,26 +81,36 @@ fn not_ready(options: &TemplateOptions) -> TemplateError {
     TemplateError::NotReady { seconds, waiting: options.ready.text() }
 }
 
-/// Saves the guest, which is over then.
+/// Saves the guest, which is over then. It goes on to its end, or is broken off soon, where nobody waits for it any more:
+/// it has the place until then.
 async fn save(
     vm: MicroVm<Running>,
-    path: &std::path::Path,
+    mut building: Building,
     options: &TemplateOptions,
-) -> Result<Snapshot, Error> {
+) -> Result<(Building, Snapshot), Error> {
     options.begin(TemplateStage::Save);
-    let (path, options) = (path.to_owned(), options.clone());
+    let options = options.clone();
+    let waits = Arc::new(());
+    let still_waits = Arc::downgrade(&waits);
     let saving = SnapshotOptions::new().sync(true).progress(move |progress| {
         let (bytes, total_bytes) = (progress.bytes, progress.total_bytes);
         options.report(TemplateProgress { stage: TemplateStage::Save, bytes, total_bytes });
-        ControlFlow::Continue(())
+        match still_waits.strong_count() {
+            0 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        }
     });
-    blocking(move || {
+    let saved = blocking(move || {
         let vm = vm.pause()?;
-        let snapshot = vm.snapshot_with(path, &saving);
+        let snapshot = vm.snapshot_with(&building.path, &saving);
         drop(vm.terminate());
-        snapshot
-    })
-    .await
+        let snapshot = snapshot?;
+        building.id = Some(snapshot.id());
+        Ok((building, snapshot))
+    });
+    let saved = saved.await;
+    drop(waits);
+    saved
 }
 
 /// Tries a VM of the snapshot: it has to be up, and what it writes first is noted when it is paused.

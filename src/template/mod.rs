@@ -64,7 +64,7 @@ impl Template {
     /// stopped, and it is saved; no hook `suspend` runs. A VM that comes of it is awaited likewise, the
     /// hook `validate` runs in it, and the pages that it wrote are noted, to be had ahead from then on.
     /// Of several who want the same template at once, in this process or in others, one builds it.
-    /// Dropping the future gives it up.
+    /// Dropping the future gives it up; what is being saved then is broken off and removed.
     ///
     /// # Errors
     ///

@@ -136,9 +136,16 @@ impl Entry {
         let _ = fs::remove_file(self.file("inactive"));
     }
 
-    /// Waits until nobody else builds this one; `waiting` is called where somebody does. Whoever has
-    /// the lock builds; a process that ends has none.
-    pub(super) async fn lock(&self, waiting: impl FnOnce()) -> Result<File, Error> {
+    /// A place for the snapshot until it was tried. Waits until nobody else builds this one; `waiting` is called where
+    /// somebody does.
+    pub(super) async fn building(&self, waiting: impl FnOnce()) -> Result<Building, Error> {
+        let lock = self.lock(waiting).await?;
+        let path = self.directory.join(format!(".{}.building", self.key));
+        Ok(Building { entry: self.clone(), path, id: None, _lock: lock })
+    }
+
+    /// Whoever has the lock builds; a process that ends has none.
+    async fn lock(&self, waiting: impl FnOnce()) -> Result<File, Error> {
         let path = self.file("lock");
         let file = File::options().create(true).append(true).mode(0o600).open(&path);
         let file = file.map_err(TemplateError::io("open", &path))?;
@@ -159,24 +166,36 @@ impl Entry {
         }
     }
 
-    /// A place for the snapshot until it was tried.
-    pub(super) fn building(&self) -> Building<'_> {
-        Building {
-            entry: self,
-            path: self.directory.join(format!(".{}.building", self.key)),
-            id: None,
+    /// Removes what processes that ended have left half-made, of any template. What cannot be removed is left.
+    pub(super) fn sweep(&self) {
+        let Ok(entries) = fs::read_dir(&self.directory) else { return };
+        for entry in entries.flatten() {
+            let Some(key) = entry.file_name().to_str().and_then(half_made) else { continue };
+            let lock = File::open(Self { key, ..self.clone() }.file("lock"));
+            if lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
         }
     }
 }
 
-/// A snapshot that is not a template yet. It goes with this value.
-pub(super) struct Building<'a> {
-    entry: &'a Entry,
-    pub(super) path: PathBuf,
-    pub(super) id: Option<[u8; 16]>,
+/// The template that a directory of this name was to become: `.KEY.building`, or what that is written as.
+fn half_made(name: &str) -> Option<Key> {
+    let name = name.strip_prefix('.')?;
+    let (key, rest) = name.strip_prefix('.').unwrap_or(name).split_once('.')?;
+    rest.starts_with("building").then(|| key.parse().ok())?
 }
 
-impl Building<'_> {
+/// A snapshot that is not a template yet. It goes with this value, and nobody else builds one meanwhile.
+pub(super) struct Building {
+    entry: Entry,
+    pub(super) path: PathBuf,
+    pub(super) id: Option<[u8; 16]>,
+    /// Let go of when the snapshot is in its place, or gone.
+    _lock: File,
+}
+
+impl Building {
     /// Makes it the template, in place of one that could not be opened.
     pub(super) fn commit(mut self) -> Result<Snapshot, Error> {
         let target = self.entry.path();
@@ -191,7 +210,7 @@ impl Building<'_> {
     }
 }
 
-impl Drop for Building<'_> {
+impl Drop for Building {
     fn drop(&mut self) {
         if let Some(id) = self.id {
             Snapshot::remove(&self.path, id);

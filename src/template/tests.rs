@@ -101,14 +101,14 @@ async fn one_at_a_time_builds_and_what_is_deactivated_is_not_built() {
     let scratch = Scratch::new("lock");
     let store = Store::open(&scratch.0).unwrap();
     let entry = store.entry(key::of(&config(), &Ready::Hook).unwrap());
-    let lock = entry.lock(|| panic!("nobody else has it")).await.unwrap();
+    let building = entry.building(|| panic!("nobody else has it")).await.unwrap();
     let waits = std::cell::Cell::new(false);
     {
-        let second = entry.lock(|| waits.set(true));
+        let second = entry.building(|| waits.set(true));
         tokio::pin!(second);
         let soon = std::time::Duration::from_millis(1);
         assert!(tokio::time::timeout(soon, &mut second).await.is_err());
-        drop(lock);
+        drop(building);
         second.await.unwrap();
     }
     assert!(waits.get());
@@ -120,4 +120,33 @@ async fn one_at_a_time_builds_and_what_is_deactivated_is_not_built() {
     entry.activate().unwrap();
     entry.activate().unwrap();
     assert!(entry.is_active());
+}
+
+#[tokio::test]
+async fn what_processes_that_ended_left_half_made_goes_and_nothing_else() {
+    let scratch = Scratch::new("sweep");
+    let store = Store::open(&scratch.0).unwrap();
+    let ids = ["a", "b", "c"].map(|digit| digit.repeat(64));
+    let [left, built, written] = ids.each_ref().map(|id| store.entry(id.parse().unwrap()));
+    let half_made = [
+        format!(".{}.building", ids[0]),
+        format!(".{}.building", ids[1]),
+        format!("..{}.building.partial-1-2", ids[2]),
+    ];
+    let others = [".building", ".x.building", "..building", &ids[0], "é", ".é.building"];
+    for name in half_made.iter().map(String::as_str).chain(others) {
+        fs::create_dir(scratch.0.join(name)).unwrap();
+        fs::write(scratch.0.join(name).join("memory-0"), "").unwrap();
+    }
+    for entry in [&left, &written] {
+        drop(entry.building(|| ()).await.unwrap());
+    }
+    let building = built.building(|| ()).await.unwrap();
+    left.sweep();
+    let is_there = half_made.each_ref().map(|name| scratch.0.join(name).exists());
+    assert_eq!(is_there, [false, true, false]);
+    assert!(others.iter().all(|name| scratch.0.join(name).exists()));
+    drop(building);
+    left.sweep();
+    assert!(!scratch.0.join(&half_made[1]).exists());
 }

@@ -1,6 +1,7 @@
 //! Templates: booted once, tried, kept; and every VM of one has the application up.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -142,10 +143,27 @@ fn a_template_waits_for_a_line_or_a_command_and_says_what_never_came() {
         let error = Template::build(config, &hook).await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::Template);
         assert!(format!("{error:?}").contains("no luck"), "{error:?}");
+        // One that is given up while it is saved.
+        let (saving, mut is_saved) = tokio::sync::mpsc::unbounded_channel();
+        let given_up = Ready::Command(vec!["true".to_owned()]);
+        let given_up = options(&scratch).ready(given_up).progress(move |progress| {
+            if progress.stage == TemplateStage::Save {
+                let _ = saving.send(());
+            }
+        });
+        tokio::select! {
+            built = Template::build(self::config(Release::Linux6_12), &given_up) => panic!("{built:?}"),
+            _ = is_saved.recv() => {}
+        }
         let templates = scratch.0.join("templates");
+        let is_locked = |path: &Path| std::fs::File::open(path).unwrap().try_lock().is_err();
+        let paths = || std::fs::read_dir(&templates).unwrap().map(|entry| entry.unwrap().path());
+        while paths().any(|path| path.extension() == Some("lock".as_ref()) && is_locked(&path)) {
+            tokio::time::sleep(PATIENCE / 1000).await;
+        }
         assert_eq!(Template::list(&templates).unwrap().len(), 2);
-        let names = std::fs::read_dir(&templates).unwrap().map(|entry| entry.unwrap().file_name());
-        let left: Vec<_> = names.filter(|name| name.to_str().unwrap().starts_with('.')).collect();
+        let is_hidden = |path: &PathBuf| path.file_name().unwrap().as_encoded_bytes()[0] == b'.';
+        let left: Vec<_> = paths().filter(is_hidden).collect();
         assert!(left.is_empty(), "{left:?}");
     });
 }
