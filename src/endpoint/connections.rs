@@ -33,7 +33,7 @@ use super::upstream::{Upstream, UpstreamStream};
 
 /// How long a connection waits for a request: less than servers let one wait, of which most close it after 5 s.
 pub(super) const KEPT_FOR: Duration = Duration::from_secs(4);
-/// Connections to a port that wait at a time.
+/// Connections to a guest that wait at a time, by either protocol.
 const MAX_KEPT: usize = 64;
 /// How long the rest of a request may take whose answer is over.
 const REST_TIME: Duration = Duration::from_secs(1);
@@ -43,8 +43,8 @@ type Http2 = http2::SendRequest<Upload>;
 /// Those of one guest, by port.
 pub(super) struct Connections {
     waiting: Mutex<HashMap<u16, VecDeque<Waiting>>>,
-    /// One for all requests at a time. Whoever finds none makes it, and the others wait for that.
-    shared: Mutex<HashMap<u16, Arc<tokio::sync::Mutex<Option<Http2>>>>>,
+    /// One for all requests at a time.
+    shared: Mutex<HashMap<u16, Arc<Shared>>>,
     tasks: Tasks,
     limits: Arc<EndpointLimits>,
 }
@@ -52,6 +52,22 @@ pub(super) struct Connections {
 struct Waiting {
     connection: Connection,
     since: Instant,
+}
+
+/// The connection of HTTP/2 to a port. Whoever finds none makes it, and the others wait for that.
+struct Shared {
+    sender: tokio::sync::Mutex<Option<Http2>>,
+    used: Mutex<Instant>,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self { sender: tokio::sync::Mutex::default(), used: Mutex::new(Instant::now()) }
+    }
+
+    fn used(&self) -> MutexGuard<'_, Instant> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 struct Connection {
@@ -103,17 +119,37 @@ impl Connections {
     fn keep(&self, port: u16, connection: Connection) {
         let now = Instant::now();
         let mut waiting = self.waiting();
-        let waiting = waiting.entry(port).or_default();
-        while waiting.front().is_some_and(|one| now - one.since >= KEPT_FOR) {
-            waiting.pop_front();
-        }
-        if waiting.len() < MAX_KEPT {
-            waiting.push_back(Waiting { connection, since: now });
+        forget_old(&mut waiting, now);
+        if waiting.values().map(VecDeque::len).sum::<usize>() < MAX_KEPT {
+            waiting.entry(port).or_default().push_back(Waiting { connection, since: now });
         }
     }
 
+    /// Ends those that have waited long enough: one of HTTP/2, when what goes on in it is over.
+    pub(super) fn sweep(&self) {
+        forget_old(&mut self.waiting(), Instant::now());
+        self.shared().retain(|_, shared| {
+            Arc::strong_count(shared) > 1 || shared.used().elapsed() < KEPT_FOR
+        });
+    }
+
+    fn shared(&self) -> MutexGuard<'_, HashMap<u16, Arc<Shared>>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection of HTTP/2 to a port. Where there are many, those that nobody waits for make room.
+    fn shared_at(&self, port: u16) -> Arc<Shared> {
+        let mut all = self.shared();
+        if all.len() >= MAX_KEPT && !all.contains_key(&port) {
+            all.retain(|_, shared| Arc::strong_count(shared) > 1);
+        }
+        let shared = all.entry(port).or_insert_with(|| Arc::new(Shared::new()));
+        *shared.used() = Instant::now();
+        Arc::clone(shared)
+    }
+
     async fn open(&self, upstream: &dyn Upstream, port: u16) -> Result<Connection, Fault> {
-        let stream = self.connect(upstream, port).await?;
+        let stream = self.in_time(connect(upstream, port)).await?;
         let handshake = http1::handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(|error| fault(&error))?;
         let driver = Driver::Request(Box::pin(connection.with_upgrades()));
@@ -121,16 +157,33 @@ impl Connections {
         Ok(Connection { sender, driver, alarm })
     }
 
-    async fn connect(&self, upstream: &dyn Upstream, port: u16) -> Result<UpstreamStream, Fault> {
-        match timeout(self.limits.connect_timeout, upstream.connect(port)).await {
-            Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) => {
-                tracing::debug!(%error, port, "an application cannot be connected to");
-                Err(Fault::bad_gateway(Stage::Connect, "nothing can be reached at the port"))
-            }
-            Err(_) => Err(Fault::bad_gateway(Stage::Connect, "the port cannot be reached in time")),
-        }
+    /// Makes a connection, in as much time as that may take with all that has to be waited for.
+    async fn in_time<T>(
+        &self,
+        connect: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<T, Fault> {
+        let connected = timeout(self.limits.connect_timeout, connect).await;
+        connected.unwrap_or_else(|_| {
+            Err(Fault::bad_gateway(Stage::Connect, "the port cannot be reached in time"))
+        })
     }
+}
+
+async fn connect(upstream: &dyn Upstream, port: u16) -> Result<UpstreamStream, Fault> {
+    upstream.connect(port).await.map_err(|error| {
+        tracing::debug!(%error, port, "an application cannot be connected to");
+        Fault::bad_gateway(Stage::Connect, "nothing can be reached at the port")
+    })
+}
+
+/// Ends those that have waited long enough, at whatever port.
+fn forget_old(waiting: &mut HashMap<u16, VecDeque<Waiting>>, now: Instant) {
+    waiting.retain(|_, waiting| {
+        while waiting.front().is_some_and(|one| now - one.since >= KEPT_FOR) {
+            waiting.pop_front();
+        }
+        !waiting.is_empty()
+    });
 }
 
 impl Connection {
@@ -251,21 +304,19 @@ impl Connections {
         port: u16,
         mut request: Request<Upload>,
     ) -> Result<Response<Incoming>, Fault> {
-        let slot = {
-            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-            Arc::clone(shared.entry(port).or_default())
-        };
+        let shared = self.shared_at(port);
         loop {
-            let (mut sender, is_new) = {
-                let mut slot = slot.lock().await;
-                match slot.take().filter(|sender| !sender.is_closed()) {
-                    Some(sender) => (slot.insert(sender).clone(), false),
+            let sender = async {
+                let mut shared = shared.sender.lock().await;
+                match shared.take().filter(|sender| !sender.is_closed()) {
+                    Some(sender) => Ok((shared.insert(sender).clone(), false)),
                     None => {
-                        let stream = self.connect(upstream, port).await?;
-                        (slot.insert(self.open_h2(stream).await?).clone(), true)
+                        let stream = connect(upstream, port).await?;
+                        Ok((shared.insert(self.open_h2(stream).await?).clone(), true))
                     }
                 }
             };
+            let (mut sender, is_new) = self.in_time(sender).await?;
             let patience = Patience::new(&request, self.limits.answer_timeout);
             let mut alarm = Alarm::new(patience.until());
             let mut sending = pin!(sender.try_send_request(request));

@@ -52,13 +52,15 @@ impl Guests {
         self.known().remove(id);
     }
 
-    /// Forgets those that nothing goes on with. It sleeps where there are none.
+    /// Forgets those that nothing goes on with, and ends connections of others that wait for no request any more. It
+    /// sleeps where there are none.
     pub(super) async fn sweep(&self) {
         loop {
             self.first.notified().await;
             while !self.known().is_empty() {
                 sleep(KEPT_FOR).await;
                 self.known().retain(|_, guest| {
+                    guest.connections.sweep();
                     Arc::strong_count(guest) > 1 || guest.used().elapsed() < KEPT_FOR
                 });
             }

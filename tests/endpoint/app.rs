@@ -18,6 +18,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::client::pipe;
@@ -56,6 +57,26 @@ impl App {
         let mut app = app.await;
         app.is_h2 = true;
         app
+    }
+
+    /// Either of them, and how many connections it has.
+    pub async fn counted(is_h2: bool) -> (Self, watch::Receiver<usize>) {
+        let (open, count) = watch::channel(0);
+        let app = Self::serve(move |stream| {
+            let open = open.clone();
+            async move {
+                open.send_modify(|open| *open += 1);
+                let (stream, service) = (TokioIo::new(stream), service_fn(answer));
+                if is_h2 {
+                    let builder = http2::Builder::new(TokioExecutor::new());
+                    let _ = builder.serve_connection(stream, service).await;
+                } else {
+                    let _ = http1::Builder::new().serve_connection(stream, service).await;
+                }
+                open.send_modify(|open| *open -= 1);
+            }
+        });
+        (app.await, count)
     }
 
     /// One that reads the head of a request, says this, and closes the connection.

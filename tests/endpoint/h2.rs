@@ -1,7 +1,9 @@
 //! HTTP/2 without TLS, to the endpoint and to applications; gRPC as its specification puts it into HTTP/2.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
 
+use dormouse::EndpointLimits;
 use http_body_util::BodyExt;
 use hyper::body::{Bytes, Frame};
 use hyper::header::{HeaderMap, HeaderValue};
@@ -154,6 +156,26 @@ fn a_client_of_http_1_reaches_an_application_of_http_2() {
         let address = setup.endpoint.address();
         let answer = crate::client::get(address, "one.localhost", "/hello", force).await;
         assert_eq!((answer.status, answer.stage().as_str()), (502, "response"));
+    });
+}
+
+#[test]
+fn requests_to_a_port_that_cannot_be_reached_do_not_wait_for_one_another() {
+    run(async {
+        let mut limits = EndpointLimits::default();
+        // One after the other they would take longer than the test may.
+        limits.connect_timeout = Duration::from_secs(2);
+        let setup = Setup::new(crate::open().limits(limits)).await;
+        setup.guest.is_deaf.store(true, SeqCst);
+        let address = setup.endpoint.address();
+        let mut requests = JoinSet::new();
+        for _ in 0..60 {
+            let force = "X-aws-proxy-force-h2: 1\r\n";
+            requests.spawn(crate::client::get(address, "one.localhost", "/hello", force));
+        }
+        for answer in requests.join_all().await {
+            assert_eq!((answer.status, answer.stage().as_str()), (502, "connect"));
+        }
     });
 }
 

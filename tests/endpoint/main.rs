@@ -52,6 +52,8 @@ pub struct Guest {
     /// It does not wake.
     pub is_broken: AtomicBool,
     pub is_dead: AtomicBool,
+    /// Its ports say nothing to who connects.
+    pub is_deaf: AtomicBool,
 }
 
 impl Guest {
@@ -64,6 +66,7 @@ impl Guest {
             is_awake: watch::Sender::new(true),
             is_broken: AtomicBool::new(false),
             is_dead: AtomicBool::new(false),
+            is_deaf: AtomicBool::new(false),
         }
     }
 }
@@ -95,6 +98,9 @@ impl Upstream for Guest {
         let port = if port == 8080 { self.default } else { port };
         Box::pin(async move {
             self.connections.fetch_add(1, SeqCst);
+            if self.is_deaf.load(SeqCst) {
+                std::future::pending::<()>().await;
+            }
             let stream = TcpStream::connect(("127.0.0.1", port)).await?;
             stream.set_nodelay(true)?;
             Ok(UpstreamStream::new(stream))

@@ -256,6 +256,30 @@ fn many_clients_are_served_at_once() {
 }
 
 #[test]
+fn a_connection_that_nobody_uses_ends_although_others_go_on() {
+    run(async {
+        let setup = Setup::open().await;
+        let address = setup.endpoint.address();
+        let (plain, open) = App::counted(false).await;
+        let (h2, open_h2) = App::counted(true).await;
+        // It goes on all the time, at another port.
+        let busy = tokio::spawn(get(address, "one.localhost", "/never", ""));
+        for (app, force) in [(&plain, ""), (&h2, "X-aws-proxy-force-h2: 1\r\n")] {
+            let headers = format!("X-aws-proxy-port: {}\r\n{force}", app.port());
+            for _ in 0..2 {
+                let answer = get(address, "one.localhost", "/hello", &headers).await;
+                assert_eq!((answer.status, answer.body.as_str()), (200, "hello\n"));
+            }
+        }
+        for mut open in [open, open_h2] {
+            open.wait_for(|open| *open == 0).await.unwrap();
+        }
+        assert!(!busy.is_finished());
+        busy.abort();
+    });
+}
+
+#[test]
 fn an_endpoint_that_closes_lets_what_goes_on_come_to_its_end() {
     run(async {
         let Setup { endpoint, guest, app, .. } = Setup::open().await;
