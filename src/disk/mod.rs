@@ -22,6 +22,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use smallvec::SmallVec;
 
 pub(crate) use self::checksums::Checksums;
@@ -262,6 +263,12 @@ fn open(path: &Path, writable: bool, flags: i32) -> Result<File, DiskError> {
     let opened = open(flags | libc::O_NOATIME).or_else(|error| match error.raw_os_error() {
         Some(libc::EPERM) => open(flags),
         _ => Err(error),
+    });
+    // An io_uring takes a file with O_NONBLOCK for one that never blocks, and reads it on the thread that submits:
+    // the device thread, whatever its file system has to wait for.
+    let opened = opened.and_then(|file| {
+        fcntl_setfl(&file, fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
+        Ok(file)
     });
     opened.map_err(|source| match source.raw_os_error() {
         Some(libc::EINVAL) if flags & libc::O_DIRECT != 0 => {

@@ -427,3 +427,20 @@ fn a_copy_that_cannot_be_linked_is_copied_and_a_save_of_it_that_fails_leaves_not
     again.verify(&next, &mut go_on).unwrap();
     assert!(content(&Disk::open(&again.config(&config, &next, None)).unwrap()) == model);
 }
+
+#[test]
+fn no_file_of_a_disk_is_said_to_never_block() {
+    let folder = Folder::new();
+    let (base, _) = folder.base();
+    let config = BlockConfig::new(&base).direct(true).delta(folder.path("delta"));
+    // Made, and found again.
+    for _ in 0..2 {
+        let disk = Disk::open(&config).unwrap();
+        let flags =
+            [&disk.file, disk.direct.as_ref().unwrap()].map(|file| fcntl_getfl(file).unwrap());
+        assert!(flags.iter().all(|flags| !flags.contains(OFlags::NONBLOCK)), "{flags:?}");
+        assert!(flags[1].contains(OFlags::DIRECT) && flags[0].contains(OFlags::NOATIME));
+    }
+    let delta = open(&folder.path("delta"), true, 0).unwrap();
+    assert!(!fcntl_getfl(&delta).unwrap().contains(OFlags::NONBLOCK));
+}
