@@ -60,8 +60,11 @@ impl Layout {
         Ok(Self { order, places })
     }
 
-    pub(super) fn root_number(&self) -> u16 {
-        FIRST_SLOT as u16
+    /// The root's, which is in the first block or at the begin of the second.
+    pub(super) fn root_number(&self) -> io::Result<u16> {
+        let (root, _) = self.order[0];
+        u16::try_from(self.places[root as usize].slot)
+            .map_err(|_| io::ErrorKind::FileTooLarge.into())
     }
 
     pub(super) fn inodes(&self) -> u64 {

@@ -18,7 +18,7 @@ use super::data::{BLOCK, DataArea};
 use super::tree::Tree;
 
 /// Raised whenever the same image becomes other bytes: it is a part of the name in the cache.
-pub(in crate::image) const FORMAT: u32 = 1;
+pub(in crate::image) const FORMAT: u32 = 2;
 
 const SUPER_OFFSET: u64 = 1024;
 const MAGIC: u32 = 0xe0f5_e1e2;
@@ -38,12 +38,13 @@ pub(super) fn write(tree: &Tree, mut data: DataArea) -> io::Result<File> {
     layout.write_inodes(tree, &mut data)?;
     data.align()?;
     let blocks = layout::block_number(data.position() / BLOCK)?;
+    let root = layout.root_number()?;
     let mut superblock = [0; 128];
     let mut put = |at: usize, bytes: &[u8]| superblock[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, &MAGIC.to_le_bytes());
     put(8, &COMPAT_MTIME.to_le_bytes());
     put(12, &[BLOCK_BITS]);
-    put(14, &layout.root_number().to_le_bytes());
+    put(14, &root.to_le_bytes());
     put(16, &layout.inodes().to_le_bytes());
     put(36, &blocks.to_le_bytes());
     put(40, &layout::block_number(meta_block)?.to_le_bytes());
