@@ -8,6 +8,8 @@ use super::{Extent, LayerFault, Time, Xattr};
 const MALFORMED: LayerFault = LayerFault::Tar("a pax record in it is malformed");
 /// What star and Go write extended attributes as.
 const XATTR: &[u8] = b"SCHILY.xattr.";
+/// Of one entry. All their names together have 64 KiB under Linux (XATTR_LIST_MAX).
+const MAX_XATTRS: usize = 1024;
 
 /// The records that were there. An empty value takes back what was said before.
 #[derive(Debug, Default)]
@@ -75,6 +77,10 @@ impl Pax {
             }
             _ => {
                 if let Some(name) = key.strip_prefix(XATTR) {
+                    if self.xattrs.len() == MAX_XATTRS {
+                        let limit = MAX_XATTRS as u64;
+                        return Err(LayerFault::Limit { what: "attributes of a file", limit });
+                    }
                     self.xattrs.retain(|xattr| xattr.name != name);
                     self.xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
                 }

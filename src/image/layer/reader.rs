@@ -13,6 +13,8 @@ const BLOCK: usize = 512;
 const MAX_NAME_BYTES: u64 = 8192;
 /// pax records of one entry: mostly extended attributes, of up to 64 KiB.
 const MAX_PAX_BYTES: u64 = 1 << 20;
+/// Headers that say something about the one entry behind them, or about all: two would do.
+const MAX_PREFIXES: u64 = 16;
 /// Of an entry's data: a sum of two never overflows.
 const MAX_BYTES: u64 = i64::MAX as u64;
 const BAD_FIELD: LayerFault = LayerFault::Tar("a header in it has a field that is no number");
@@ -51,7 +53,7 @@ impl<R: Skip> TarReader<R> {
     /// The next entry; what is left of the one before is skipped.
     pub(in crate::image) fn next(&mut self) -> Result<Option<Entry>, LayerFault> {
         let (mut prefix, mut is_begun) = (Prefix::default(), false);
-        loop {
+        for _ in 0..=MAX_PREFIXES {
             self.source.skip(self.left + self.padding)?;
             (self.left, self.padding) = (0, 0);
             let Some(header) = self.header()? else {
@@ -70,6 +72,7 @@ impl<R: Skip> TarReader<R> {
                 _ => return self.entry(&header, prefix).map(Some),
             }
         }
+        Err(LayerFault::Limit { what: "headers before an entry", limit: MAX_PREFIXES })
     }
 
     /// Reads data of the entry; 0 at its end.
@@ -237,7 +240,13 @@ fn number(field: &[u8]) -> Result<u64, LayerFault> {
             .map_or((&[0; 8], field), |last| (last, &field[..field.len() - last.len()]));
         // The rest is the sign.
         let is_small = front.iter().all(|&byte| matches!(byte, 0 | 0x80 | 0xff));
-        return if is_small { Ok(u64::from_be_bytes(last)) } else { Err(BAD_FIELD) };
+        let number = u64::from_be_bytes(last);
+        return match is_small {
+            // The first bit is in it, and a negative one is no number of what has so small a field.
+            true if front.is_empty() => Ok(number & !(1 << 63)),
+            true => Ok(number),
+            false => Err(BAD_FIELD),
+        };
     }
     let digits = field.split(|&byte| byte == 0).next().unwrap_or_default().trim_ascii();
     digits

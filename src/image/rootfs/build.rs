@@ -141,6 +141,7 @@ impl Build {
         tar: &mut TarReader<LayerStream>,
         on_stream: &mut OnStream<'_>,
     ) -> Result<(), LayerFault> {
+        on_stream(tar.source())?;
         let trimmed =
             entry.path.len() - entry.path.iter().rev().take_while(|&&b| b == b'/').count();
         let begin = entry.path[..trimmed].iter().rposition(|&byte| byte == b'/');
@@ -171,7 +172,6 @@ impl Build {
             EntryKind::Block(device) => Kind::Block(checked(&entry.path, *device)?),
             EntryKind::Fifo => Kind::Fifo,
         };
-        on_stream(tar.source())?;
         let Entry { path, mode, uid, gid, mtime, xattrs, .. } = entry;
         let xattrs = kept_xattrs(&path, xattrs)?;
         let node = Node { kind, mode, uid, gid, mtime, xattrs, names: 0 };

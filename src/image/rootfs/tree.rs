@@ -154,7 +154,7 @@ impl Tree {
         };
         match self.child(directory, name) {
             Some(child) if child.layer < layer => self.remove(directory, name),
-            Some(child) => self.hide_lower(child.node, layer),
+            Some(child) => return self.hide_lower(child.node, layer),
             None => {}
         }
         Ok(())
@@ -166,15 +166,17 @@ impl Tree {
         path: &[u8],
         layer: u32,
     ) -> Result<(), LayerFault> {
-        if let Some(directory) = self.existing(path)? {
-            self.hide_lower(directory, layer);
+        match self.existing(path)? {
+            Some(directory) => self.hide_lower(directory, layer),
+            None => Ok(()),
         }
-        Ok(())
     }
 
-    fn hide_lower(&mut self, directory: NodeId, layer: u32) {
+    fn hide_lower(&mut self, directory: NodeId, layer: u32) -> Result<(), LayerFault> {
         let mut directories = vec![directory];
         while let Some(directory) = directories.pop() {
+            let names = self.children(directory).count();
+            self.step(names as u64)?;
             let Kind::Directory(children) = &self.node(directory).kind else { continue };
             let mut hidden: Vec<Box<[u8]>> = Vec::new();
             for (name, child) in children {
@@ -186,6 +188,16 @@ impl Tree {
             for name in hidden {
                 self.remove(directory, &name);
             }
+        }
+        Ok(())
+    }
+
+    /// Takes so many steps of those that an image may take.
+    fn step(&mut self, count: u64) -> Result<(), LayerFault> {
+        self.steps += count;
+        match self.steps > MAX_STEPS {
+            true => Err(LayerFault::Limit { what: "steps through names", limit: MAX_STEPS }),
+            false => Ok(()),
         }
     }
 
@@ -224,10 +236,7 @@ impl Tree {
         let mut ahead: Vec<Box<[u8]>> = names.iter().rev().map(|&name| name.into()).collect();
         let mut links = 0;
         while let Some(name) = ahead.pop() {
-            self.steps += 1;
-            if self.steps > MAX_STEPS {
-                return Err(LayerFault::Limit { what: "steps through links", limit: MAX_STEPS });
-            }
+            self.step(1)?;
             let here = way.last().copied().unwrap_or(ROOT);
             if &*name == b".." {
                 way.truncate(way.len().max(2) - 1);

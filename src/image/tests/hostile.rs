@@ -257,3 +257,22 @@ fn a_wrong_digest_is_found_out() {
     let fault = Build::new(file, limits()).layer(packed, &mut |_| Ok(())).unwrap_err();
     assert!(fault.to_string().contains("digest"), "{fault}");
 }
+
+#[test]
+fn headers_and_attributes_without_end_are_refused() {
+    let names: Vec<_> = (0..2000).map(|at| format!("SCHILY.xattr.user.{at}")).collect();
+    let many: Vec<_> = names.iter().map(|name| (name.as_str(), &b"x"[..])).collect();
+    let text = refusal(&[Tar::new().pax(&many).file("x", "").end()]);
+    assert!(text.contains("more than 1024 attributes of a file"), "{text}");
+    let headers = (0..100).fold(Tar::new(), |tar, _| tar.pax(&[("uid", b"1")]));
+    let text = refusal(&[headers.file("x", "").end()]);
+    assert!(text.contains("more than 16 headers before an entry"), "{text}");
+}
+
+#[test]
+fn whiteouts_upon_whiteouts_take_a_bounded_time() {
+    let names = (0..20_000).fold(Tar::new(), |tar, at| tar.file(&at.to_string(), ""));
+    let layer = (0..20_000).fold(names, |tar, _| tar.file(".wh..wh..opq", ""));
+    let text = refusal(&[layer.end()]);
+    assert!(text.contains("steps through names"), "{text}");
+}

@@ -301,3 +301,20 @@ fn the_same_layers_are_the_same_bytes_however_they_are_packed() {
     assert!(!plain.windows(8).any(|window| window == b"xxxxxxxx"));
     assert_eq!(Listing::read(&plain).text("a"), "short");
 }
+
+#[test]
+fn a_root_is_found_wherever_its_names_leave_it_room() {
+    // From one that lies beside its names in the first block to one whose names have a block of their own.
+    for count in 194..=206 {
+        let files = (0..count).fold(Tar::new(), |tar, at| tar.file(&format!("file-{at:03}"), "x"));
+        let root = unpack(&[files.end()]).unwrap();
+        assert_eq!(root.paths().len(), count, "{count}");
+        assert_eq!(root.text("file-000"), "x");
+    }
+}
+
+#[test]
+fn large_ids_of_gnu_tar_are_read() {
+    let layer = Tar::new().entry(b'0', b"f", |header| header.set_uid(1_234_567_890), b"x");
+    assert_eq!(unpack(&[layer.end()]).unwrap().at("f").uid, 1_234_567_890);
+}
