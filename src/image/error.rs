@@ -71,6 +71,9 @@ pub(crate) enum ImageError {
     NoRuntime,
     #[error("the work on an image ended without a result")]
     Lost,
+    #[cfg(feature = "registry")]
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
 }
 
 impl ImageError {

@@ -12,6 +12,7 @@ mod reference;
 mod request;
 
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -122,19 +123,22 @@ impl Work {
         }
         let mut blobs = Vec::new();
         for (group, descriptors) in layers.chunks(AT_ONCE).enumerate() {
-            let tasks = descriptors.iter().enumerate().map(|(at, descriptor)| {
-                let (work, client) = (self.clone(), client.clone());
-                let (descriptor, runtime) = (descriptor.clone(), runtime.clone());
-                let stage = ImageStage::Download(group * AT_ONCE + at);
-                let inner = runtime.clone();
-                runtime.spawn_blocking(move || work.layer(client, &descriptor, stage, &inner))
+            // Threads of their own: those of the runtime may all be taken by others who wait for theirs.
+            let ended: Vec<_> = thread::scope(|scope| {
+                let threads = descriptors.iter().enumerate().map(|(at, descriptor)| {
+                    let stage = ImageStage::Download(group * AT_ONCE + at);
+                    let client = client.clone();
+                    let bring = move || self.layer(client, descriptor, stage, runtime);
+                    thread::Builder::new().spawn_scoped(scope, bring)
+                });
+                // All have ended before one's error is told.
+                let threads: Vec<_> = threads.collect();
+                let ended = threads.into_iter().map(|thread| match thread {
+                    Ok(thread) => thread.join().unwrap_or(Err(ImageError::Lost)),
+                    Err(error) => Err(ImageError::Thread(error)),
+                });
+                ended.collect()
             });
-            // All have ended before one's error is told.
-            let tasks: Vec<_> = tasks.collect();
-            let ended: Vec<_> = tasks
-                .into_iter()
-                .map(|task| runtime.block_on(task).unwrap_or(Err(ImageError::Lost)))
-                .collect();
             for blob in ended {
                 blobs.push(blob?);
             }

@@ -371,10 +371,15 @@ fn place(is_tls: bool, host: &str, port: Option<u16>) -> Place {
     Place { is_tls, host, port: port.unwrap_or(if is_tls { 443 } else { 80 }) }
 }
 
+/// As it is in a URL, where a port that goes without saying is not said: some who sign URLs sign this too.
 fn authority(place: &Place) -> String {
-    match place.host.contains(':') {
-        true => format!("[{}]:{}", place.host, place.port),
-        false => place.name(),
+    let host = match place.host.contains(':') {
+        true => format!("[{}]", place.host),
+        false => place.host.clone(),
+    };
+    match (place.is_tls, place.port) {
+        (true, 443) | (false, 80) => host,
+        (_, port) => format!("{host}:{port}"),
     }
 }
 
@@ -414,6 +419,16 @@ fn redirected(from: &Place, path: &str, to: &str) -> Option<(Place, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_that_goes_without_saying_is_not_said() {
+        let said = |is_tls, host, port| authority(&place(is_tls, host, port));
+        assert_eq!(said(true, "r.example", None), "r.example");
+        assert_eq!(said(true, "r.example", Some(80)), "r.example:80");
+        assert_eq!(said(false, "localhost", Some(80)), "localhost");
+        assert_eq!(said(false, "[::1]", Some(5000)), "[::1]:5000");
+        assert_eq!(said(true, "[2001:db8::1]", None), "[2001:db8::1]");
+    }
 
     #[test]
     fn redirects_lead_only_where_they_may() {

@@ -189,6 +189,19 @@ fn layers_that_are_too_much_together_are_not_brought() {
 }
 
 #[test]
+fn a_runtime_with_one_thread_for_what_blocks_is_enough() {
+    let served = Served::new();
+    let fake = Fake::new(move |path, _| served.answer(path));
+    let scratch = Scratch::new();
+    let cache = ImageCache::open(&scratch.0).unwrap();
+    let source = Image::pull(format!("127.0.0.1:{}/app:1", fake.port)).docker_config("/nowhere");
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().max_blocking_threads(1).build().unwrap();
+    let pulled = async { tokio::time::timeout(2 * PATIENCE, source.unpack(&cache)).await };
+    runtime.block_on(pulled).expect("an end").unwrap();
+}
+
+#[test]
 fn a_token_is_got_for_a_login_and_shown_to_the_registry_alone() {
     let served = Served::new();
     let elsewhere = {
