@@ -314,6 +314,13 @@ impl VmConfig {
         self.machine.memory_bytes
     }
 
+    /// The same, with its kernel to be read anew.
+    #[cfg(feature = "image")]
+    pub(crate) fn with_kernel_unread(mut self) -> Self {
+        self.kernel = self.kernel.unread();
+        self
+    }
+
     pub(crate) fn parts(&self) -> (&Kernel, Option<&Initramfs>, &Cmdline, &MachineConfig) {
         (&self.kernel, self.initramfs.as_ref(), &self.cmdline, &self.machine)
     }

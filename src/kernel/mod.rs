@@ -225,6 +225,12 @@ impl Kernel {
         Ok(self.load()?.image().to_vec())
     }
 
+    /// The same kernel, to be read anew: what this handle has read may not be what its file is by now.
+    #[cfg(feature = "image")]
+    pub(crate) fn unread(&self) -> Self {
+        Self::from(self.source.clone()).protocol(self.protocol)
+    }
+
     /// Where it comes from.
     #[cfg(feature = "image")]
     pub(crate) fn input_file(&self) -> input_file::InputFile<'_> {

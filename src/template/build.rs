@@ -62,6 +62,8 @@ async fn up(config: VmConfig, options: &TemplateOptions) -> Result<MicroVm<Runni
         }
         None => config,
     };
+    // The file that the template is named for, whatever the handle has read before.
+    let config = config.with_kernel_unread();
     let vm = blocking(move || Ok(MicroVm::create(config)?.start()?)).await?;
     let ready = within(options.timeout, async {
         let agent = vm.agent().await?;

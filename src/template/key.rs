@@ -72,7 +72,7 @@ pub(super) fn of(config: &VmConfig, ready: &Ready) -> Result<Key, Error> {
     let disks = machine.blocks.iter().flat_map(|block| {
         std::iter::once(block.path.as_path()).chain(block.frozen.iter().map(PathBuf::as_path))
     });
-    let files = disks.chain(agent.modules_dir.as_deref());
+    let files = disks.chain(agent.modules_dir.as_deref()).chain(kernel.modules_dir());
     let ingredients = Ingredients {
         version: VERSION,
         dormouse: env!("CARGO_PKG_VERSION"),

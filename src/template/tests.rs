@@ -56,6 +56,13 @@ fn what_is_the_same_has_the_same_name_and_every_change_another() {
     ];
     fs::write(&disk, "longer").unwrap();
     keys.push(key(&with_disk()));
+    // A kernel is what its file is by now, whatever its handle has read.
+    let file = scratch.0.join("vmlinuz");
+    fs::write(&file, "first").unwrap();
+    let kernel = VmConfig::new(Kernel::file(&file)).agent(AgentConfig::new());
+    keys.push(key(&kernel));
+    fs::write(&file, "a longer one").unwrap();
+    keys.push(key(&kernel));
     let count = keys.len();
     keys.sort();
     keys.dedup();
