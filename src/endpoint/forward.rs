@@ -98,6 +98,11 @@ impl Forward {
                 lent.leave();
                 Ok(upgrade.join(answer, lease, &shared.clients))
             }
+            // To the client of a CONNECT that would say that the tunnel is there (RFC 9110 §9.3.6).
+            Some(upgrade) if upgrade.is_connect() && answer.status().is_success() => {
+                let message = "the application does not take the WebSocket";
+                Err(Fault::bad_gateway(Stage::Response, message))
+            }
             _ => to_client(answer, Some(lent), lease),
         }
     }
@@ -151,6 +156,10 @@ fn to_h1(mut parts: Parts, target: Target, upload: Upload) -> Request<Upload> {
     parts.version = Version::HTTP_11;
     parts.uri = Uri::from(target.path);
     parts.headers.entry(HOST).or_insert(HeaderValue::from_static("localhost"));
+    // hyper leaves out the body of a GET whose length nobody has said.
+    if !upload.is_end_stream() && !parts.headers.contains_key(CONTENT_LENGTH) {
+        parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
     if parts.headers.contains_key(TE) {
         parts.headers.append(CONNECTION, HeaderValue::from_static("te"));
     }

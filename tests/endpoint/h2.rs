@@ -211,16 +211,34 @@ fn a_stream_that_its_client_gives_up_is_given_up_in_the_guest() {
     });
 }
 
+/// A request for a WebSocket in HTTP/2's own form.
+fn websocket(path: &str) -> Request<http_body_util::Empty<Bytes>> {
+    let mut connect = plain(path);
+    *connect.method_mut() = Method::CONNECT;
+    connect.extensions_mut().insert(hyper::ext::Protocol::from_static("websocket"));
+    connect.headers_mut().insert("sec-websocket-version", HeaderValue::from_static("13"));
+    connect
+}
+
+#[test]
+fn an_application_that_knows_no_websockets_opens_none_over_http_2() {
+    run(async {
+        let setup = Setup::open().await;
+        let mut sender = h2(setup.endpoint.address()).await;
+        let answer = sender.send_request(websocket("/hello")).await.unwrap();
+        let (status, text) = read(answer).await;
+        assert_eq!(status, 502);
+        let text = String::from_utf8(text.to_vec()).unwrap();
+        assert!(text.contains("does not take the WebSocket"), "{text}");
+    });
+}
+
 #[test]
 fn a_websocket_goes_through_a_stream_of_http_2() {
     run(async {
         let setup = Setup::with_app(websocket::echo().await, crate::open()).await;
         let mut sender = h2(setup.endpoint.address()).await;
-        let mut connect = plain("/chat");
-        *connect.method_mut() = Method::CONNECT;
-        connect.extensions_mut().insert(hyper::ext::Protocol::from_static("websocket"));
-        connect.headers_mut().insert("sec-websocket-version", HeaderValue::from_static("13"));
-        let answer = sender.send_request(connect).await.unwrap();
+        let answer = sender.send_request(websocket("/chat")).await.unwrap();
         assert_eq!(answer.status(), 200);
         assert_eq!(answer.headers().get("sec-websocket-accept"), None);
         let stream = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::app::App;
-use crate::client::{exchange, get, h1, read, request, upload};
+use crate::client::{exchange, get, h1, h2, read, request, send, upload};
 use crate::{Setup, open, run};
 
 /// More than what sockets and buffers on the way hold.
@@ -256,15 +256,32 @@ fn many_clients_are_served_at_once() {
 }
 
 #[test]
+fn a_get_has_the_body_that_its_client_sends() {
+    run(async {
+        let setup = Setup::open().await;
+        let chunked = "GET /length HTTP/1.1\r\nHost: one.localhost\r\nConnection: close\r\n\
+            Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
+        let answer = send(setup.endpoint.address(), chunked.to_owned()).await.unwrap();
+        assert_eq!((answer.status, answer.body.as_str()), (200, "5"));
+        let (sender, mut request) = upload("http://one.localhost/length");
+        *request.method_mut() = Method::GET;
+        request.headers_mut().remove("host");
+        tokio::spawn(write(sender, 5000));
+        let mut h2 = h2(setup.endpoint.address()).await;
+        assert_eq!(read(h2.send_request(request).await.unwrap()).await.1, "5000");
+    });
+}
+
+#[test]
 fn a_connection_that_nobody_uses_ends_although_others_go_on() {
     run(async {
         let setup = Setup::open().await;
         let address = setup.endpoint.address();
         let (plain, open) = App::counted(false).await;
-        let (h2, open_h2) = App::counted(true).await;
+        let (other, open_h2) = App::counted(true).await;
         // It goes on all the time, at another port.
         let busy = tokio::spawn(get(address, "one.localhost", "/never", ""));
-        for (app, force) in [(&plain, ""), (&h2, "X-aws-proxy-force-h2: 1\r\n")] {
+        for (app, force) in [(&plain, ""), (&other, "X-aws-proxy-force-h2: 1\r\n")] {
             let headers = format!("X-aws-proxy-port: {}\r\n{force}", app.port());
             for _ in 0..2 {
                 let answer = get(address, "one.localhost", "/hello", &headers).await;
