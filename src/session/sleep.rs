@@ -209,7 +209,8 @@ fn save_again(shared: &Shared, vm: MicroVm<Paused>, cpu: Duration) -> Asleep {
     let before = files(&place).unwrap_or_default();
     // As in `save`; on a disk that is full it is written that it ran.
     let _ = shared.write(SessionState::Suspending);
-    match vm.suspend_with(&place, &SnapshotOptions::new().sync(shared.policy().sync)) {
+    let sync = shared.policy().sync;
+    match vm.suspend_with(&place, &SnapshotOptions::new().sync(sync)) {
         Ok(asleep) => {
             has_been_saved(shared, &asleep, cpu, &before);
             Some(Box::new(asleep))
