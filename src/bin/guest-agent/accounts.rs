@@ -38,16 +38,16 @@ impl Account {
         };
         // name:password:uid:gid:comment:home:shell
         let mut entry = lines(passwd).find(|fields| fields.first() == Some(&user));
-        let number = |at: usize| entry.as_ref()?.get(at)?.parse::<u32>().ok();
+        let number = |at: usize| id(entry.as_ref()?.get(at)?);
         let named = number(2).zip(number(3));
-        let (uid, primary) = match (named, user.parse::<u32>()) {
+        let (uid, primary) = match (named, id(user)) {
             (Some(found), _) => found,
-            (None, Ok(uid)) => {
+            (None, Some(uid)) => {
                 entry = lines(passwd).find(|fields| fields.get(2) == Some(&user));
-                let gid = entry.as_ref().and_then(|fields| fields.get(3)?.parse().ok());
+                let gid = entry.as_ref().and_then(|fields| id(fields.get(3)?));
                 (uid, gid.unwrap_or(0))
             }
-            (None, Err(_)) => return Err(not_found("user", user, "/etc/passwd")),
+            (None, None) => return Err(not_found("user", user, "/etc/passwd")),
         };
         let home = entry.and_then(|fields| fields.get(5).copied()).filter(|home| !home.is_empty());
         let home = home.unwrap_or(if uid == 0 { ROOTS_HOME } else { "/" }).to_owned();
@@ -55,10 +55,8 @@ impl Account {
             None => primary,
             Some(name) => {
                 let entry = lines(group).find(|fields| fields.first() == Some(&name));
-                let found = entry.and_then(|fields| fields.get(2)?.parse().ok());
-                found
-                    .or_else(|| name.parse().ok())
-                    .ok_or_else(|| not_found("group", name, "/etc/group"))?
+                let found = entry.and_then(|fields| id(fields.get(2)?));
+                found.or_else(|| id(name)).ok_or_else(|| not_found("group", name, "/etc/group"))?
             }
         };
         let mut groups = vec![gid];
@@ -67,6 +65,11 @@ impl Account {
         }
         Ok(Self { uid, gid, groups, home })
     }
+}
+
+/// A number of a user or group. The last one is none: to the kernel it says "as before", which is root.
+fn id(text: &str) -> Option<u32> {
+    text.parse().ok().filter(|&id| id != u32::MAX)
 }
 
 fn not_found(what: &str, name: &str, list: &str) -> Failure {
@@ -81,7 +84,7 @@ fn lines(text: &str) -> impl Iterator<Item = Vec<&str>> {
 fn supplementary(user: &str, group: &str) -> impl Iterator<Item = u32> {
     lines(group).filter_map(move |fields| {
         let is_member = fields.get(3)?.split(',').any(|member| member == user);
-        if is_member { fields.get(2)?.parse().ok() } else { None }
+        if is_member { id(fields.get(2)?) } else { None }
     })
 }
 
@@ -114,8 +117,11 @@ mod tests {
         }
         let bare = Account::find_in("0", "", "").unwrap();
         assert_eq!((bare.uid, bare.home.as_str()), (0, ROOTS_HOME));
-        for spec in ["nobody", "", "web:", "web:nogroup", "-1", "4294967296", ":web"] {
-            let failure = Account::find_in(spec, PASSWD, GROUP).unwrap_err();
+        let last = ["4294967295", "0:4294967295", "last", "4294967295:4"];
+        let others = ["nobody", "", "web:", "web:nogroup", "-1", "4294967296", ":web"];
+        let passwd = format!("{PASSWD}last:x:4294967295:4::/:/bin/sh\n");
+        for spec in others.into_iter().chain(last) {
+            let failure = Account::find_in(spec, &passwd, GROUP).unwrap_err();
             assert_eq!(failure.kind, FailureKind::NotFound, "{spec}");
         }
     }

@@ -57,6 +57,8 @@ pub(crate) fn boot() -> Booted {
     }
     if let Some(name) = &setup.hostname {
         faults.note(identity::set_hostname(name));
+    } else {
+        identity::take_hostname(Path::new("/etc/hostname"));
     }
     faults.note(network::configure(&setup.interfaces, &[]));
     faults.note(write_nameservers(&setup.nameservers));

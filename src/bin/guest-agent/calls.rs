@@ -12,8 +12,9 @@ use crate::sys::{CID_HOST, VsockListener};
 use crate::threads::Threads;
 use crate::{cgroup, exec, files, ports, shutdown, tree};
 
-/// With connections that wait for a call: the host keeps few of those.
-static CALLS: Threads = Threads::at_most(1024);
+/// With connections that wait for a call, of which the host keeps few, and with those to ports: of these there are fewer,
+/// so that the guest can be asked to sleep or to end however many it has.
+static CALLS: Threads = Threads::at_most(ports::MAX_CONNECTIONS + 128);
 
 /// Takes calls for ever.
 pub(crate) fn accept(listener: &VsockListener) -> ! {
@@ -72,7 +73,7 @@ fn answer(connection: &mut Connection, call: Call) -> io::Result<()> {
         Call::Stat(path) => files::stat(&path).map(Reply::Stat),
         Call::Remove(call) => files::remove(&call).map(|()| Reply::Done),
         Call::MakeDirectory(call) => files::make_directory(&call).map(|()| Reply::Done),
-        Call::Freeze => cgroup::freeze().map(|()| Reply::Done),
+        Call::Freeze => return freeze(connection),
         Call::Thaw => cgroup::thaw().map(|()| Reply::Done),
         Call::Usage => usage().map(Reply::Usage),
         Call::Shutdown(grace_ms) => {
@@ -81,6 +82,17 @@ fn answer(connection: &mut Connection, call: Call) -> io::Result<()> {
         }
     };
     connection.send(&result.unwrap_or_else(Reply::Failed))
+}
+
+/// Stops all programs. Where the host has given it up meanwhile, nobody would let them go on.
+fn freeze(connection: &mut Connection) -> io::Result<()> {
+    let frozen = cgroup::freeze();
+    let is_frozen = frozen.is_ok();
+    let told = connection.send(&frozen.map_or_else(Reply::Failed, |()| Reply::Done));
+    if is_frozen && told.is_err() {
+        let _ = cgroup::thaw();
+    }
+    told
 }
 
 /// How much memory the agent takes.

@@ -148,6 +148,8 @@ struct Input {
     /// What was taken since the host was last told.
     taken: usize,
     ended: bool,
+    /// Of a terminal: the last byte ends no line, and an end behind it would only end that.
+    is_in_line: bool,
 }
 
 impl Session {
@@ -159,6 +161,7 @@ impl Session {
             window: WINDOW_BYTES,
             taken: 0,
             ended: false,
+            is_in_line: false,
         };
         Self {
             stream: Some(stream),
@@ -388,8 +391,12 @@ impl Input {
             Some(_) => self.queue.extend(bytes),
             None => self.taken += bytes.len(),
         }
+        if let Some(last) = bytes.last() {
+            self.is_in_line = !matches!(*last, b'\n' | b'\r' | END_OF_TRANSMISSION);
+        }
         if self.ended && self.is_terminal && self.file.is_some() {
-            self.queue.push_back(END_OF_TRANSMISSION);
+            let count = if self.is_in_line { 2 } else { 1 };
+            self.queue.extend([END_OF_TRANSMISSION; 2].iter().take(count));
         }
         Ok(())
     }

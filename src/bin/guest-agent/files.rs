@@ -63,17 +63,32 @@ pub(crate) fn stat(path: &Bytes) -> Result<Stat, Failure> {
 pub(crate) fn make_directory(call: &MakeDirectory) -> Result<(), Failure> {
     let path = absolute(&call.path)?;
     let mut builder = fs::DirBuilder::new();
-    let made = builder.recursive(call.parents).mode(0o755).create(&path);
-    // Above the new directory the usual mode holds; its own is not for the umask to change.
-    let made =
-        made.and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(call.mode)));
+    builder.mode(0o755);
+    let made = (|| {
+        if let (true, Some(parent)) = (call.parents, path.parent()) {
+            builder.recursive(true).create(parent)?;
+        }
+        match builder.recursive(false).create(&path) {
+            // One that is there stays as it is.
+            Err(error)
+                if call.parents
+                    && error.kind() == io::ErrorKind::AlreadyExists
+                    && path.is_dir() =>
+            {
+                Ok(())
+            }
+            // Above the new directory the usual mode holds; its own is not for the umask to change.
+            made => made
+                .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(call.mode))),
+        }
+    })();
     made.map_err(|e| Failure::of_path("make the directory", &path, &e))
 }
 
 /// Answers with the names in a directory.
 pub(crate) fn list(connection: &mut Connection, path: &Bytes) -> io::Result<()> {
     let listed = absolute(path).and_then(|path| {
-        let opened = File::open(&path).map(|file| DirectoryEntries::new(file.into()));
+        let opened = open_directory(&path).map(|file| DirectoryEntries::new(file.into()));
         Ok((opened.map_err(|e| Failure::of_path("list", &path, &e))?, path))
     });
     let (mut entries, path) = match listed {
@@ -92,6 +107,11 @@ pub(crate) fn list(connection: &mut Connection, path: &Bytes) -> io::Result<()> 
             connection.queue(&Reply::Entry(entry))?;
         }
     }
+}
+
+/// Opens a directory. A pipe, in place of it, is not waited for.
+pub(crate) fn open_directory(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(open_flags::DIRECTORY).open(path)
 }
 
 /// What a name in a directory is. Links are not followed.
@@ -367,12 +387,13 @@ impl Drop for Temporary {
 
 /// Where a name leads, if it is a link: also to a file that is not there yet.
 pub(crate) fn follow(path: &Path) -> io::Result<PathBuf> {
-    let mut path = path.to_owned();
+    // Without a slash at the end: with one the kernel goes through the link by itself.
+    let mut path: PathBuf = path.components().collect();
     for _ in 0..MAX_LINKS {
         match fs::read_link(&path) {
             Ok(target) => {
                 let parent = path.parent().unwrap_or(Path::new("/"));
-                path = parent.join(target);
+                path = parent.join(target).components().collect();
             }
             // EINVAL: no link. What else is wrong shows when it is opened.
             Err(_) => return Ok(path),

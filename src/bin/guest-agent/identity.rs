@@ -85,6 +85,16 @@ fn write_machine_id(text: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Gives the guest the name that its file has, if it has one: hostname(5).
+pub(crate) fn take_hostname(path: &Path) {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let mut lines = text.lines().map(str::trim);
+    if let Some(name) = lines.find(|line| !line.is_empty() && !line.starts_with('#')) {
+        // One that the kernel does not take is none.
+        let _ = sys::set_hostname(name);
+    }
+}
+
 pub(crate) fn set_hostname(name: &str) -> Result<(), Failure> {
     let set = sys::set_hostname(name);
     set.map_err(|error| Failure::of(format!("name the guest {name}"), &error))?;

@@ -25,9 +25,24 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 /// their own.
 static SERVED: Threads = Threads::at_most(512);
 
+/// Connections of the host to ports.
+pub(crate) const MAX_CONNECTIONS: usize = 1024;
+static CONNECTED: Threads = Threads::at_most(MAX_CONNECTIONS);
+
+/// How long a program may take to be connected to. One that hangs lets more wait than it accepts, and the kernel would
+/// try it for two minutes.
+const CONNECT_TIME: Duration = Duration::from_secs(10);
+
 /// Connects the host to a port, and passes on what both say.
 pub(crate) fn connect(mut connection: Connection, port: u16) -> io::Result<()> {
-    let loopback = |address: IpAddr| TcpStream::connect(SocketAddr::new(address, port));
+    let _place = match CONNECTED.place() {
+        Ok(place) => place,
+        Err(error) => {
+            return connection.answer(Err(Failure::of("open one more connection", &error)));
+        }
+    };
+    let loopback =
+        |address: IpAddr| TcpStream::connect_timeout(&SocketAddr::new(address, port), CONNECT_TIME);
     let connected = match loopback(Ipv4Addr::LOCALHOST.into()) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             loopback(Ipv6Addr::LOCALHOST.into()).map_err(|_| error)

@@ -29,7 +29,7 @@ pub(crate) struct Threads {
 }
 
 /// One of them, until it is dropped.
-struct Place(&'static Threads);
+pub(crate) struct Place(&'static Threads);
 
 impl Threads {
     /// As many as this at a time.
@@ -37,14 +37,20 @@ impl Threads {
         Self { max, count: AtomicUsize::new(0), most: AtomicUsize::new(0) }
     }
 
-    /// Runs something on a thread of its own, unless there are too many.
-    pub(crate) fn spawn(&'static self, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    /// A place for a thread that there is, unless there are too many.
+    pub(crate) fn place(&'static self) -> io::Result<Place> {
         let taken = self.count.fetch_add(1, Ordering::Relaxed);
         self.most.fetch_max(taken + 1, Ordering::Relaxed);
         let place = Place(self);
         if taken >= self.max {
             return Err(io::Error::from_raw_os_error(EAGAIN));
         }
+        Ok(place)
+    }
+
+    /// Runs something on a thread of its own, unless there are too many.
+    pub(crate) fn spawn(&'static self, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let place = self.place()?;
         spawn(move || {
             let _place = place;
             work();

@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use crate::connection::{Connection, invalid};
 use crate::failure::absolute;
 use crate::files::{
-    MAX_DEPTH, Temporary, follow, metadata_at, open_directory_at, remove_tree, stat_of,
+    MAX_DEPTH, Temporary, follow, metadata_at, open_directory, open_directory_at, remove_tree,
+    stat_of,
 };
 use crate::protocol::{
     Bytes, Channel, Entry, Failure, FailureKind, FileKind, MAX_DATA_BYTES, Node, Stat, Symlink,
@@ -53,8 +54,8 @@ fn root_of(path: &Bytes) -> Result<(PathBuf, OwnedFd, OsString), Failure> {
         let path = follow(&path)?;
         // `/` and what ends with `..` have no name of their own.
         Ok(match (path.parent(), path.file_name()) {
-            (Some(parent), Some(name)) => (File::open(parent)?.into(), name.to_owned()),
-            _ => (File::open(&path)?.into(), OsString::from(".")),
+            (Some(parent), Some(name)) => (open_directory(parent)?.into(), name.to_owned()),
+            _ => (open_directory(&path)?.into(), OsString::from(".")),
         })
     })();
     let (parent, name) = opened.map_err(|e: io::Error| Failure::of_path("open", &path, &e))?;

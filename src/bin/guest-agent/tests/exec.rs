@@ -378,6 +378,32 @@ fn a_terminal_is_one_has_its_size_and_takes_its_keys() {
 }
 
 #[test]
+fn the_end_of_a_terminals_input_is_one_in_the_middle_of_a_line_too() {
+    for input in [&b""[..], b"abc", b"abc\n", b"abc\x04", b"a\rb"] {
+        let mut exec = sh("stty -echo; echo ready; cat >/dev/null");
+        exec.terminal = Some(WindowSize { rows: 24, columns: 80 });
+        let (mut connection, _) = begin(exec);
+        let mut ran = Ran::default();
+        while !ran.stdout.ends_with(b"ready\r\n") {
+            take(&mut connection, &mut ran, true);
+        }
+        if !input.is_empty() {
+            crate::host::data(&mut connection, input);
+        }
+        connection.queue_end().unwrap();
+        connection.flush().unwrap();
+        while ran.exit.is_none() {
+            take(&mut connection, &mut ran, true);
+        }
+        assert_eq!(
+            ran.exit,
+            Some(Exit { status: ExitCode::Code(0), timed_out: false }),
+            "{input:?}"
+        );
+    }
+}
+
+#[test]
 fn a_process_that_keeps_a_terminal_delays_no_end() {
     let mut exec = sh("trap '' HUP; sleep 2 & echo begun");
     exec.terminal = Some(WindowSize { rows: 24, columns: 80 });

@@ -224,8 +224,16 @@ fn a_directory_is_made_listed_and_removed() {
     assert_eq!(failure(make("d", 0o700, false)).kind, FailureKind::Exists);
     assert_eq!(failure(make("x/y", 0o700, false)).kind, FailureKind::NotFound);
     assert_eq!(make("d/e/f", 0o700, true), Reply::Done);
+    // One that is there stays as it is.
     assert_eq!(make("d/e/f", 0o750, true), Reply::Done);
-    assert_eq!((mode(&dir.path("d/e/f")), mode(&dir.path("d/e"))), (0o750, 0o755));
+    assert_eq!((mode(&dir.path("d/e/f")), mode(&dir.path("d/e"))), (0o700, 0o755));
+    symlink(dir.path("d/e/f"), dir.path("to-f")).unwrap();
+    assert_eq!(make("to-f", 0o755, true), Reply::Done);
+    assert_eq!(mode(&dir.path("d/e/f")), 0o700);
+    fs::write(dir.path("file"), "").unwrap();
+    assert_eq!(failure(make("file", 0o755, true)).kind, FailureKind::Exists);
+    fs::remove_file(dir.path("file")).unwrap();
+    fs::remove_file(dir.path("to-f")).unwrap();
     let odd = dir.path("d").join(OsString::from_vec(b"\xff\n".to_vec()));
     fs::write(&odd, "odd").unwrap();
     symlink("/nowhere", dir.path("d/link")).unwrap();

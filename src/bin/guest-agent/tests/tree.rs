@@ -118,6 +118,23 @@ fn the_root_of_a_tree_may_be_a_file_or_lie_behind_a_link() {
 }
 
 #[test]
+fn a_slash_behind_a_link_changes_nothing_and_a_pipe_is_not_waited_for() {
+    let dir = Scratch::new();
+    fs::create_dir(dir.path("d")).unwrap();
+    symlink("d/", dir.path("link")).unwrap();
+    for name in ["link", "link/", "link/.", "d/"] {
+        let pieces = copy_out(&dir.path(name));
+        assert!(matches!(pieces[..], [Piece::Node(Node::Directory(_)), LEAVE, END]), "{name}");
+    }
+    let made = std::process::Command::new("mkfifo").arg(dir.path("pipe")).status().unwrap();
+    assert!(made.success());
+    for asked in [Call::List(bytes(dir.path("pipe"))), Call::CopyOut(bytes(dir.path("pipe/x")))] {
+        let answer = call(&asked).receive_message().unwrap();
+        assert!(failure(answer).errno == 20, "it is no directory");
+    }
+}
+
+#[test]
 fn what_is_neither_file_nor_directory_nor_link_is_left_out() {
     let dir = Scratch::new();
     fs::create_dir(dir.path("d")).unwrap();
