@@ -202,8 +202,11 @@ impl Machine {
         self.threads.run(vcpus)
     }
 
-    /// As [`run`](Self::run). Where a thread is gone, the guest has ended.
+    /// As [`run`](Self::run). Where a thread is gone, the guest has ended; one that has ended does not run again.
     pub(crate) fn run_or_end(&self, vcpus: Vec<Vcpu>) -> Running {
+        if self.exit.get().is_some() {
+            return self.threads.keep(vcpus);
+        }
         self.run(vcpus).unwrap_or_else(|NotRun { vcpus, error }| {
             self.exit.report(ExitStatus::Crashed { reason: error.to_string() });
             self.threads.keep(vcpus)

@@ -320,11 +320,14 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
     }
 
     fn finish(&mut self) {
-        if self.registers.status & DRIVER_OK != 0 {
-            let mut queues = Queues::new(&self.ram, &mut self.queues);
-            if let Err(error) = self.device.finish(&mut queues) {
-                self.needs_reset(&error);
-            }
+        // Operations end whatever the driver has said since. One that has taken its queues away is told nothing.
+        let list = match self.registers.status & DRIVER_OK {
+            0 => &mut [],
+            _ => &mut self.queues[..],
+        };
+        let mut queues = Queues::new(&self.ram, list);
+        if let Err(error) = self.device.finish(&mut queues) {
+            self.needs_reset(&error);
         }
     }
 

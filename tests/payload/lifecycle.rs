@@ -201,3 +201,18 @@ fn vms_of_any_state_live_in_one_collection() {
     let names: Vec<&str> = vms.iter().map(AnyMicroVm::state_name).collect();
     assert_eq!(names, ["Created", "Running", "Paused", "Terminated"]);
 }
+
+#[test]
+fn a_guest_that_has_ended_does_not_run_on_where_it_cannot_be_suspended() {
+    let scratch = crate::snapshot::Scratch::new();
+    // It spins after its last word, which says that it is off.
+    let (vm, _output) = create(&Program::Script(vec![(0x600, 0x34)]));
+    let vm = vm.start().unwrap();
+    while vm.exit_status().is_none() {
+        sleep(Duration::from_millis(1));
+    }
+    let failed = vm.suspend(scratch.join("asleep")).unwrap_err();
+    assert_eq!(failed.error.kind(), &ErrorKind::GuestEnded(ExitStatus::PoweredOff));
+    let ended = failed.vm.wait_timeout(PATIENCE).unwrap();
+    assert_eq!(ended.exit_status(), &ExitStatus::PoweredOff);
+}

@@ -93,6 +93,33 @@ fn a_reset_does_not_wait_for_a_disk_whose_machine_is_over() {
     assert_eq!(in_flight(), 0);
 }
 
+#[test]
+fn a_pause_does_not_wait_for_a_driver_that_says_it_is_none_any_more() {
+    let image = Image::new("none", 64 * 512);
+    let (queue, workers) = IoQueue::workers().unwrap();
+    let config = BlockConfig::new(&image.0).direct(true);
+    let io = FileIo::new(&Arc::new(queue)).unwrap();
+    let disk = Block::new(Disk::open(&config).unwrap(), io, &config).unwrap();
+    let (transport, handle) = TestTransport::with_handle(disk);
+    let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
+    let (mut request, mut response) = (BlkReq::default(), BlkResp::default());
+    let mut bytes = vec![0; 4096];
+    // SAFETY: the buffers are there until the end of the test, before which the operation ends.
+    unsafe { driver.read_blocks_nb(0, &mut request, &mut bytes, &mut response) }.unwrap();
+    // ACKNOWLEDGE alone.
+    MmioTransport::new(handle.erase()).write(0x70, &1u32.to_le_bytes());
+    thread::spawn(move || workers.work());
+    let pausing = handle.clone();
+    let paused = thread::spawn(move || pausing.pause());
+    let begin = Instant::now();
+    while !paused.is_finished() {
+        assert!(begin.elapsed() < PATIENCE, "the pause waits for ever");
+        handle.ready(0);
+        thread::sleep(Duration::from_millis(1));
+    }
+    paused.join().unwrap();
+}
+
 const SIZE: u16 = 8;
 const TABLE: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
