@@ -104,7 +104,8 @@ impl RestoreOptions {
         self
     }
 
-    /// What this VM writes to a disk goes to this file, which is created; without it, to a file
+    /// What this VM writes to a disk goes to this file, which is created: one that another VM has written to is refused,
+    /// since it holds a later disk than the one that this VM's memory is about. Without it it goes to a file
     /// without a name in the folder for temporary files, and is gone with the VM. Where the disk stands on
     /// a copy in a snapshot, a VM that is suspended is saved with what is in the file, and goes on without it.
     #[must_use]

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{DiskError, Flush, Part, SECTOR_BYTES, extents, lock, open};
+use super::{DiskError, Flush, MAX_BYTES_WITH_DELTA, Part, SECTOR_BYTES, extents, lock, open};
 use crate::config::FileFacts;
 use crate::memory::{Clear, GuestBytes, Transfer};
 
@@ -37,6 +37,8 @@ pub(super) struct Delta {
     bitmap: Vec<Option<Box<Page>>>,
     /// Which pages of the bitmap the file does not have yet.
     dirty: Vec<bool>,
+    /// Those that the last flush took on, which may not have come to its end.
+    flushed: Vec<usize>,
     sectors_offset: u64,
 }
 
@@ -73,6 +75,18 @@ impl Delta {
         let file = open(path, false, 0)?;
         lock(&file, path, false)?;
         Self::read(file, path, base, sectors)
+    }
+
+    /// Whether there is a delta at this path that somebody has written to.
+    pub(super) fn is_used(path: &Path) -> bool {
+        let mut header = [0; 20];
+        let file = open(path, false, 0).ok();
+        let file = file.filter(|file| file.read_exact_at(&mut header, 0).is_ok());
+        let sectors = header.last_chunk().copied().map_or(0, u64::from_le_bytes);
+        // What is no delta, or of a disk that is too large for one, is refused when it is opened.
+        let file = file.filter(|_| sectors <= MAX_BYTES_WITH_DELTA / SECTOR_BYTES);
+        let delta = file.and_then(|file| Self::read(file, path, path, sectors).ok());
+        delta.is_some_and(|delta| delta.bitmap.iter().any(Option::is_some))
     }
 
     /// Whether it outlives whoever has it open.
@@ -134,6 +148,7 @@ impl Delta {
             file: Arc::new(file),
             bitmap: vec![None; pages],
             dirty: vec![false; pages],
+            flushed: Vec::new(),
             sectors_offset: HEADER_BYTES + (pages * PAGE_BYTES) as u64,
         }
     }
@@ -267,6 +282,7 @@ impl Delta {
             stages.push_back(sync());
         }
         self.dirty.fill(false);
+        self.flushed.clone_from(&dirty);
         Flush { stages, dirty }
     }
 
@@ -306,6 +322,8 @@ fn place_of(sector: u64) -> (usize, usize) {
 impl Drop for Delta {
     /// The bits go where the sectors went: to the page cache.
     fn drop(&mut self) {
+        let flushed = std::mem::take(&mut self.flushed);
+        self.mark_dirty(&flushed);
         if let Err(error) = self.write_bitmap() {
             tracing::error!(%error, "the delta of a disk is not complete");
         }

@@ -253,6 +253,11 @@ impl Disk {
     }
 }
 
+/// Whether there is a delta at this path that somebody has written to.
+pub(crate) fn is_used_delta(path: &Path) -> bool {
+    Delta::is_used(path)
+}
+
 fn open(path: &Path, writable: bool, flags: i32) -> Result<File, DiskError> {
     let open = |flags| {
         // O_NONBLOCK: a FIFO would be waited for.

@@ -444,3 +444,16 @@ fn no_file_of_a_disk_is_said_to_never_block() {
     let delta = open(&folder.path("delta"), true, 0).unwrap();
     assert!(!fcntl_getfl(&delta).unwrap().contains(OFlags::NONBLOCK));
 }
+
+#[test]
+fn a_delta_whose_vm_ends_in_the_middle_of_a_flush_keeps_what_was_written() {
+    let folder = Folder::new();
+    let (base, mut model) = folder.base();
+    let config = BlockConfig::new(&base).delta(folder.path("delta"));
+    let mut disk = Disk::open(&config).unwrap();
+    write(&mut disk, &mut model, 3000, 5, 0x33);
+    let flush = disk.flush();
+    drop(disk);
+    drop(flush);
+    assert!(content(&Disk::open(&config).unwrap()) == model);
+}

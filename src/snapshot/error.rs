@@ -49,6 +49,8 @@ pub(crate) enum SnapshotError {
     AsItWas { what: &'static str },
     #[error("there is no disk {index}: the snapshot has {count}, counted from 0")]
     NoDisk { index: usize, count: usize },
+    #[error("the delta {} of disk {index} has what another VM has written", path.display())]
+    UsedDelta { index: usize, path: PathBuf },
     #[error("the shell was prepared for a VM with other CPUs")]
     OtherShell,
     #[error("the save was interrupted")]
@@ -146,6 +148,9 @@ impl From<SnapshotError> for Error {
             }
             SnapshotError::OtherShell => {
                 Some("prepare it with `prepare` of the same snapshot or VM")
+            }
+            SnapshotError::UsedDelta { .. } => {
+                Some("choose a path where no file is: it is created")
             }
             SnapshotError::OutsideDisk { .. } => Some(
                 "name the file with `RestoreOptions::disk_base`, or, where whoever wrote the snapshot \

@@ -9,6 +9,7 @@ use super::{Inner, Place, Purpose, Snapshot};
 use crate::arch::layout;
 use crate::config::{MachineConfig, NetBackend, RestoreOptions};
 use crate::console::Console;
+use crate::disk::is_used_delta;
 use crate::error::Error;
 use crate::kvm::Vcpu;
 use crate::machine::{Machine, Shell, ShellConfig};
@@ -117,7 +118,12 @@ impl Snapshot {
                     disk.check_base()?;
                     disk.own_config(block, &saved)
                 }
-                Purpose::Clones => disk.config(block, &saved, delta),
+                Purpose::Clones => {
+                    if let Some(path) = delta.filter(|path| is_used_delta(path)) {
+                        return Err(SnapshotError::UsedDelta { index, path: path.to_owned() });
+                    }
+                    disk.config(block, &saved, delta)
+                }
             };
         }
         let socket = config.vsock.as_mut().and_then(|vsock| vsock.unix_socket.take());

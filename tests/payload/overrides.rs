@@ -59,6 +59,11 @@ fn a_disk_has_the_delta_and_stands_on_the_file_that_a_restore_gives_it() {
         let written: u32 = bits.iter().map(|byte| byte.count_ones()).sum();
         assert_eq!(written, 32, "sectors of a batch");
     }
+    // One that a clone has written to is not of the time that another begins with.
+    let used = RestoreOptions::new().disk_base(0, &moved).disk_delta(0, scratch.join("one"));
+    let base = dormouse::Snapshot::open(scratch.join("base")).unwrap();
+    let refused = base.restore_with(&used.outside_paths(true)).unwrap_err();
+    assert!(refused.to_string().contains("another VM has written"), "{refused}");
     assert!(fs::read(&moved).unwrap() == content);
     dormouse::Snapshot::open(scratch.join("base")).unwrap().verify().unwrap();
 }
