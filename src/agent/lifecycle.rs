@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinError;
 
 use super::Agent;
+use super::link::check_runtime;
 use super::patience::within;
 use crate::config::HookName;
 use crate::error::{Error, ErrorKind};
@@ -74,8 +75,12 @@ impl MicroVm<Running> {
     /// for its agent since runs the hook `resume` before all that; where that fails, it ends all the same. No thread of the
     /// runtime waits for the end, but one of those for work that blocks.
     pub async fn shutdown(self, grace: Duration) -> MicroVm<Terminated> {
-        let ready = within(grace.saturating_add(SWITCH_OFF), self.ready_agent());
-        if let Some(Ok(agent)) = ready.await {
+        // A timer needs a runtime. Without one nobody talks to the agent.
+        let ready = match check_runtime() {
+            Ok(()) => within(grace.saturating_add(SWITCH_OFF), self.ready_agent()).await,
+            Err(_) => None,
+        };
+        if let Some(Ok(agent)) = ready {
             // One that woke to end: what its hook `resume` says does not matter any more.
             let _ = agent.has_woken().await;
             // A hook that fails does not save its VM; one that takes long takes nothing of the others' time.
