@@ -273,13 +273,12 @@ impl Delta {
 
     /// First the sectors, then the bits as they are now, so that no bit speaks of a sector that a
     /// power cut may take.
-    pub(super) fn flush(&mut self) -> Flush {
-        let sync = || vec![Transfer::data_sync(&self.file)];
+    pub(super) fn flush(&mut self, sync: fn(&Arc<File>) -> Transfer) -> Flush {
         let dirty = self.dirty_pages();
-        let mut stages = VecDeque::from([sync()]);
+        let mut stages = VecDeque::from([vec![sync(&self.file)]]);
         if !dirty.is_empty() {
             stages.push_back(dirty.iter().map(|page| self.write_page(*page)).collect());
-            stages.push_back(sync());
+            stages.push_back(vec![Transfer::data_sync(&self.file)]);
         }
         self.dirty.fill(false);
         self.flushed.clone_from(&dirty);

@@ -58,6 +58,8 @@ pub(crate) struct Disk {
     delta: Option<Delta>,
     sectors: u64,
     read_only: bool,
+    /// Whether a flush has brought the time of a change to the disk, by which others see that there was one.
+    is_known_as_changed: bool,
 }
 
 /// A part of a request: bytes of guest RAM, and where they are on the host.
@@ -151,7 +153,18 @@ impl Disk {
             Writes::Discarded => Some(Delta::temporary(sectors)?),
         };
         let (path, file) = (path.clone(), Arc::new(file));
-        Ok(Self { path, facts, file, direct, frozen, delta, sectors, read_only })
+        let is_known_as_changed = false;
+        Ok(Self {
+            path,
+            facts,
+            file,
+            direct,
+            frozen,
+            delta,
+            sectors,
+            read_only,
+            is_known_as_changed,
+        })
     }
 
     pub(crate) fn sectors(&self) -> u64 {
@@ -227,17 +240,21 @@ impl Disk {
     /// What makes everything lasting that was [`written`](Self::written) by now. One flush at a
     /// time.
     pub(crate) fn flush(&mut self) -> Flush {
+        // After a power cut its files may be new and their times old: nobody would see that a VM that sleeps there
+        // has other disks by now. So the first time both go together.
+        let sync = match std::mem::replace(&mut self.is_known_as_changed, true) {
+            true => Transfer::data_sync,
+            false => Transfer::sync,
+        };
         match &mut self.delta {
-            Some(delta) => delta.flush(),
-            None => {
-                let stages = VecDeque::from([vec![Transfer::data_sync(&self.file)]]);
-                Flush { stages, dirty: Vec::new() }
-            }
+            Some(delta) => delta.flush(sync),
+            None => Flush { stages: VecDeque::from([vec![sync(&self.file)]]), dirty: Vec::new() },
         }
     }
 
     /// A flush failed: what it took on is for the next one.
     pub(crate) fn flush_failed(&mut self, flush: &Flush) {
+        self.is_known_as_changed = false;
         if let Some(delta) = &mut self.delta {
             delta.mark_dirty(&flush.dirty);
         }

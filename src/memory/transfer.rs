@@ -30,7 +30,9 @@ enum Kind {
         bytes: Vec<u8>,
         done: usize,
     },
-    DataSync,
+    Sync {
+        data_only: bool,
+    },
     /// `len` bytes are to read as zeros, by the first of these ways that the file knows.
     Clear {
         len: u64,
@@ -89,7 +91,12 @@ impl Transfer {
 
     /// Brings what was written to the disk (fdatasync).
     pub(crate) fn data_sync(file: &Arc<File>) -> Self {
-        Self { file: Arc::clone(file), offset: 0, kind: Kind::DataSync }
+        Self { file: Arc::clone(file), offset: 0, kind: Kind::Sync { data_only: true } }
+    }
+
+    /// The same, and the file's times (fsync).
+    pub(crate) fn sync(file: &Arc<File>) -> Self {
+        Self { file: Arc::clone(file), offset: 0, kind: Kind::Sync { data_only: false } }
     }
 
     /// Clears `len` bytes at `offset`.
@@ -117,7 +124,13 @@ impl Transfer {
                 opcode::Writev::new(fd, iovecs.as_ptr(), iovecs.len() as u32).offset(offset).build()
             }
             Kind::WriteBytes { bytes, done } => write_entry(fd, offset, &bytes[*done..]),
-            Kind::DataSync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Kind::Sync { data_only } => {
+                let flags = match data_only {
+                    true => types::FsyncFlags::DATASYNC,
+                    false => types::FsyncFlags::empty(),
+                };
+                opcode::Fsync::new(fd).flags(flags).build()
+            }
             Kind::Clear { len, ways, zeros } => match ways.first() {
                 Some(Way::Write) => write_entry(fd, offset, some_zeros(zeros, *len)),
                 Some(way) if way.mode() != 0 => {
@@ -145,7 +158,9 @@ impl Transfer {
             }
             Kind::WriteBytes { bytes, done } => write_at(fd, at, &bytes[*done..]),
             // SAFETY: the call has no memory arguments.
-            Kind::DataSync => unsafe { libc::fdatasync(fd) as isize },
+            Kind::Sync { data_only: true } => unsafe { libc::fdatasync(fd) as isize },
+            // SAFETY: as above.
+            Kind::Sync { data_only: false } => unsafe { libc::fsync(fd) as isize },
             Kind::Clear { len, ways, zeros } => match ways.first() {
                 Some(Way::Write) => write_at(fd, at, some_zeros(zeros, *len)),
                 Some(way) if way.mode() != 0 => {
@@ -172,7 +187,7 @@ impl Transfer {
                 *done = (*done + moved).min(bytes.len());
                 ((bytes.len() - *done) as u64, io::ErrorKind::WriteZero)
             }
-            Kind::DataSync => return Progress::Done(Ok(())),
+            Kind::Sync { .. } => return Progress::Done(Ok(())),
             Kind::Clear { len, ways, .. } => {
                 if ways.first() != Some(&Way::Write) {
                     return Progress::Done(Ok(()));

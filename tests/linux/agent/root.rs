@@ -19,6 +19,7 @@ impl RootImage {
         for directory in ["bin", "etc", "proc", "sys", "dev", "tmp", "run", "root"] {
             fs::create_dir_all(tree.join(directory)).unwrap();
         }
+        fs::write(tree.join("etc/hostname"), "# of the disk\nits-own\n").unwrap();
         fs::copy(guest_root().join("bin/busybox"), tree.join("bin/busybox")).unwrap();
         fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
         for link in ["sh", "cat", "hostname", "ls", "mount", "ip", "df", "sleep"] {
@@ -118,6 +119,7 @@ fn a_root_disk_that_is_written_keeps_what_was_written() {
             .block(BlockConfig::new(&image.0))
             .agent(agent);
         let guest = Guest::boot(config.clone()).await;
+        assert_eq!(guest.sh("hostname").await, "its-own\n");
         guest.agent.write("/etc/kept", "kept").await.unwrap();
         let ended = guest.vm.shutdown(std::time::Duration::from_secs(10)).await;
         assert!(ended.exit_status().is_clean(), "{}", guest.transcript.text());
