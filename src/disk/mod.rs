@@ -58,8 +58,16 @@ pub(crate) struct Disk {
     delta: Option<Delta>,
     sectors: u64,
     read_only: bool,
-    /// Whether a flush has brought the time of a change to the disk, by which others see that there was one.
-    is_known_as_changed: bool,
+    change: Change,
+}
+
+/// Whether others see that the guest has written to a disk: by the time of a change, which a flush has to bring to the
+/// host's own disk once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    None,
+    Unknown,
+    Known,
 }
 
 /// A part of a request: bytes of guest RAM, and where they are on the host.
@@ -153,18 +161,8 @@ impl Disk {
             Writes::Discarded => Some(Delta::temporary(sectors)?),
         };
         let (path, file) = (path.clone(), Arc::new(file));
-        let is_known_as_changed = false;
-        Ok(Self {
-            path,
-            facts,
-            file,
-            direct,
-            frozen,
-            delta,
-            sectors,
-            read_only,
-            is_known_as_changed,
-        })
+        let change = Change::None;
+        Ok(Self { path, facts, file, direct, frozen, delta, sectors, read_only, change })
     }
 
     pub(crate) fn sectors(&self) -> u64 {
@@ -232,6 +230,9 @@ impl Disk {
 
     /// The range has its new content.
     pub(crate) fn written(&mut self, offset: u64, len: u64) {
+        if self.change == Change::None {
+            self.change = Change::Unknown;
+        }
         if let Some(delta) = &mut self.delta {
             delta.mark(offset, len);
         }
@@ -241,11 +242,14 @@ impl Disk {
     /// time.
     pub(crate) fn flush(&mut self) -> Flush {
         // After a power cut its files may be new and their times old: nobody would see that a VM that sleeps there
-        // has other disks by now. So the first time both go together.
-        let sync = match std::mem::replace(&mut self.is_known_as_changed, true) {
-            true => Transfer::data_sync,
-            false => Transfer::sync,
+        // has other disks by now. So the first change goes together with its time.
+        let sync = match self.change {
+            Change::Unknown => Transfer::sync,
+            Change::None | Change::Known => Transfer::data_sync,
         };
+        if self.change == Change::Unknown {
+            self.change = Change::Known;
+        }
         match &mut self.delta {
             Some(delta) => delta.flush(sync),
             None => Flush { stages: VecDeque::from([vec![sync(&self.file)]]), dirty: Vec::new() },
@@ -254,7 +258,9 @@ impl Disk {
 
     /// A flush failed: what it took on is for the next one.
     pub(crate) fn flush_failed(&mut self, flush: &Flush) {
-        self.is_known_as_changed = false;
+        if self.change == Change::Known {
+            self.change = Change::Unknown;
+        }
         if let Some(delta) = &mut self.delta {
             delta.mark_dirty(&flush.dirty);
         }

@@ -459,14 +459,15 @@ fn a_delta_whose_vm_ends_in_the_middle_of_a_flush_keeps_what_was_written() {
 }
 
 #[test]
-fn the_first_flush_brings_the_time_of_the_change_to_the_disk_too() {
+fn the_flush_of_the_first_change_brings_its_time_to_the_disk_too() {
     let folder = Folder::new();
     let (base, mut model) = folder.base();
     let delta = BlockConfig::new(&base).delta(folder.path("delta"));
     for config in [BlockConfig::new(&base), delta] {
         let mut disk = Disk::open(&config).unwrap();
-        write(&mut disk, &mut model, 3000, 5, 0x33);
         let first = |disk: &mut Disk| format!("{:?}", disk.flush().stages[0]);
+        assert!(first(&mut disk).contains("data_only: true"));
+        write(&mut disk, &mut model, 3000, 5, 0x33);
         assert!(first(&mut disk).contains("data_only: false"));
         assert!(first(&mut disk).contains("data_only: true"));
         let flush = disk.flush();
