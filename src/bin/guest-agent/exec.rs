@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::iter;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::os::unix::net::UnixStream;
@@ -396,7 +397,7 @@ impl Input {
         }
         if self.ended && self.is_terminal && self.file.is_some() {
             let count = if self.is_in_line { 2 } else { 1 };
-            self.queue.extend([END_OF_TRANSMISSION; 2].iter().take(count));
+            self.queue.extend(iter::repeat_n(END_OF_TRANSMISSION, count));
         }
         Ok(())
     }

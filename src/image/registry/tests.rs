@@ -49,9 +49,12 @@ impl Fake {
         Self { port, asked }
     }
 
+    fn source(&self) -> crate::ImageSource {
+        Image::pull(format!("127.0.0.1:{}/app:1", self.port)).docker_config("/nowhere")
+    }
+
     fn pull(&self, cache: &ImageCache, login: bool) -> Result<Image, Error> {
-        let mut source =
-            Image::pull(format!("127.0.0.1:{}/app:1", self.port)).docker_config("/nowhere");
+        let mut source = self.source();
         if login {
             source = source.login("me", "secret");
         }
@@ -178,8 +181,7 @@ fn layers_that_are_too_much_together_are_not_brought() {
     let fake = Fake::new(move |path, _| served.answer(path));
     let scratch = Scratch::new();
     let cache = ImageCache::open(&scratch.0).unwrap();
-    let source = Image::pull(format!("127.0.0.1:{}/app:1", fake.port)).docker_config("/nowhere");
-    let source = source.limits(ImageLimits::new().bytes(1000));
+    let source = fake.source().limits(ImageLimits::new().bytes(1000));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let error = runtime.block_on(source.unpack(&cache)).unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Image, "{error}");
@@ -194,7 +196,7 @@ fn a_runtime_with_one_thread_for_what_blocks_is_enough() {
     let fake = Fake::new(move |path, _| served.answer(path));
     let scratch = Scratch::new();
     let cache = ImageCache::open(&scratch.0).unwrap();
-    let source = Image::pull(format!("127.0.0.1:{}/app:1", fake.port)).docker_config("/nowhere");
+    let source = fake.source();
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().max_blocking_threads(1).build().unwrap();
     let pulled = async { tokio::time::timeout(2 * PATIENCE, source.unpack(&cache)).await };

@@ -350,6 +350,20 @@ fn signals_reach_the_group() {
     assert_eq!(code(&ran), 3);
 }
 
+/// What it writes, until that ends with this.
+fn shows(connection: &mut Connection, ran: &mut Ran, end: &[u8]) {
+    while !ran.stdout.ends_with(end) {
+        take(connection, ran, true);
+    }
+}
+
+/// Ends its input. What it writes from then on, and how it ends.
+fn ends(connection: &mut Connection) -> Ran {
+    connection.queue_end().unwrap();
+    connection.flush().unwrap();
+    finish(connection)
+}
+
 #[test]
 fn a_terminal_is_one_has_its_size_and_takes_its_keys() {
     let mut exec = sh(
@@ -358,43 +372,27 @@ fn a_terminal_is_one_has_its_size_and_takes_its_keys() {
     exec.terminal = Some(WindowSize { rows: 33, columns: 77 });
     let (mut connection, _) = begin(exec);
     let mut ran = Ran::default();
-    while !ran.stdout.ends_with(b"33 77\r\n") {
-        take(&mut connection, &mut ran, true);
-    }
+    shows(&mut connection, &mut ran, b"33 77\r\n");
     connection.send(&Control::Resize(WindowSize { rows: 10, columns: 20 })).unwrap();
     crate::host::data(&mut connection, b"hello\n");
     connection.flush().unwrap();
-    while !ran.stdout.ends_with(b"10 20\r\n") {
-        take(&mut connection, &mut ran, true);
-    }
-    connection.queue_end().unwrap();
-    connection.flush().unwrap();
-    while ran.exit.is_none() {
-        take(&mut connection, &mut ran, true);
-    }
-    let text = String::from_utf8(ran.stdout).unwrap();
-    assert_eq!(text, "33 77\r\nhello\r\n<hello>\r\n10 20\r\nbye\r\n");
+    shows(&mut connection, &mut ran, b"10 20\r\n");
+    assert_eq!(ran.stdout, b"33 77\r\nhello\r\n<hello>\r\n10 20\r\n");
+    let ran = ends(&mut connection);
+    assert_eq!(ran.stdout, b"bye\r\n");
     assert_eq!(ran.exit, Some(Exit { status: ExitCode::Code(0), timed_out: false }));
 }
 
 #[test]
 fn the_end_of_a_terminals_input_is_one_in_the_middle_of_a_line_too() {
-    for input in [&b""[..], b"abc", b"abc\n", b"abc\x04", b"a\rb"] {
+    for input in [&b"abc"[..], b"abc\n", b"abc\x04", b"a\rb"] {
         let mut exec = sh("stty -echo; echo ready; cat >/dev/null");
         exec.terminal = Some(WindowSize { rows: 24, columns: 80 });
         let (mut connection, _) = begin(exec);
         let mut ran = Ran::default();
-        while !ran.stdout.ends_with(b"ready\r\n") {
-            take(&mut connection, &mut ran, true);
-        }
-        if !input.is_empty() {
-            crate::host::data(&mut connection, input);
-        }
-        connection.queue_end().unwrap();
-        connection.flush().unwrap();
-        while ran.exit.is_none() {
-            take(&mut connection, &mut ran, true);
-        }
+        shows(&mut connection, &mut ran, b"ready\r\n");
+        crate::host::data(&mut connection, input);
+        let ran = ends(&mut connection);
         assert_eq!(
             ran.exit,
             Some(Exit { status: ExitCode::Code(0), timed_out: false }),
