@@ -36,7 +36,7 @@ pub struct BlockMetrics {
     pub writes: u64,
     /// Bytes written.
     pub written_bytes: u64,
-    /// Flushes, each an fdatasync, or the first an fsync.
+    /// Flushes, each an fdatasync; the first after a write an fsync.
     pub flushes: u64,
     /// Discards, and writes of zeroes.
     pub clears: u64,

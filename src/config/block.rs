@@ -76,7 +76,7 @@ fn one() -> u16 {
 
 impl BlockConfig {
     /// A disk that the guest may write: as large as the file, in sectors of 512 bytes. What the
-    /// guest flushes is on the host's disk (fdatasync; the first time fsync, so that the file is known as changed).
+    /// guest flushes is on the host's disk (fdatasync; after the first write fsync, so that the file is known as changed).
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let writes = Writes::default();
         let (id, rate_limit) = (String::new(), RateLimit::default());
