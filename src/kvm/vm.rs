@@ -53,6 +53,12 @@ impl Vm {
     /// Creates vCPU `id` (api.rst §4.7).
     pub(crate) fn create_vcpu(self: &Arc<Self>, id: u8) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(id.into()).map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+        if !self.capabilities.scales_tsc {
+            // The host's frequency, as it is known by now (api.rst §4.55). KVM itself takes what was known when it was
+            // loaded: where the kernel measured again after that, and found more, a guest's TSC stands still on a
+            // CPU that scales none, and no timer of its own ends. Linux before 5.17 does not let us.
+            let _ = fd.set_tsc_khz(0);
+        }
         Ok(Vcpu::new(fd, id, Arc::clone(self)))
     }
 
