@@ -1,6 +1,6 @@
 //! Reading and writing many model-specific registers.
 //!
-//! KVM_GET_MSRS and KVM_SET_MSRS (api.rst §4.18, §4.19) take up to 256, stop at the first one that
+//! KVM_GET_MSRS and KVM_SET_MSRS (api.rst §4.18, §4.19) take fewer than 256, stop at the first one that
 //! they refuse, and return how many they did.
 
 use std::collections::BTreeMap;
@@ -10,6 +10,9 @@ use kvm_ioctls::VcpuFd;
 
 use super::KvmError;
 use crate::arch::msr::Msr;
+
+/// Those of one call.
+const BATCH: usize = KVM_MAX_MSR_ENTRIES - 1;
 
 /// Who has the registers: a vCPU. Each call does a number of entries from the first on.
 pub(super) trait Registers {
@@ -36,7 +39,7 @@ pub(super) fn read(from: &impl Registers, indexes: &[u32]) -> Result<Vec<Msr>, K
     let mut found = Vec::with_capacity(indexes.len());
     let mut rest = indexes;
     while !rest.is_empty() {
-        let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let batch = &rest[..rest.len().min(BATCH)];
         let mut entries: Vec<_> = batch.iter().map(|&index| entry(index, 0)).collect();
         let read = from.get(&mut entries)?.min(batch.len());
         let values = entries[..read].iter();
@@ -49,7 +52,7 @@ pub(super) fn read(from: &impl Registers, indexes: &[u32]) -> Result<Vec<Msr>, K
 
 /// Writes registers, in their order. The error names the one that is refused.
 pub(super) fn write(to: &impl Registers, msrs: &[Msr]) -> Result<(), KvmError> {
-    for batch in msrs.chunks(KVM_MAX_MSR_ENTRIES) {
+    for batch in msrs.chunks(BATCH) {
         let entries: Vec<_> = batch.iter().map(|msr| entry(msr.index, msr.value)).collect();
         let written = to.set(&entries)?;
         if let Some(refused) = batch.get(written) {
@@ -117,7 +120,7 @@ mod tests {
 
     impl Registers for Cpu {
         fn get(&self, entries: &mut [kvm_msr_entry]) -> Result<usize, KvmError> {
-            assert!((1..=KVM_MAX_MSR_ENTRIES).contains(&entries.len()));
+            assert!((1..KVM_MAX_MSR_ENTRIES).contains(&entries.len()));
             let registers = self.registers.borrow();
             for (done, entry) in entries.iter_mut().enumerate() {
                 let Some(value) = registers.get(&entry.index) else {
@@ -129,7 +132,7 @@ mod tests {
         }
 
         fn set(&self, entries: &[kvm_msr_entry]) -> Result<usize, KvmError> {
-            assert!((1..=KVM_MAX_MSR_ENTRIES).contains(&entries.len()));
+            assert!((1..KVM_MAX_MSR_ENTRIES).contains(&entries.len()));
             for (done, entry) in entries.iter().enumerate() {
                 let mut registers = self.registers.borrow_mut();
                 match registers.get_mut(&entry.index) {

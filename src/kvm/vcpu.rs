@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
     CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -24,7 +24,7 @@ pub(crate) struct Vcpu {
     // Keeps the VM and its memory for as long as KVM_RUN can touch them.
     pub(super) vm: Arc<Vm>,
     /// The model-specific registers that make up its state, once that is known.
-    pub(super) msr_indexes: OnceLock<Vec<u32>>,
+    pub(super) msr_indexes: Mutex<Option<Vec<u32>>>,
     /// Once it was asked, for it is we who change it.
     tsc_khz: AtomicU32,
     /// Its guest will find the pause that it is in forgiven, or has no clock that could tell it.
@@ -50,7 +50,7 @@ impl Vcpu {
             fd,
             id,
             vm,
-            msr_indexes: OnceLock::new(),
+            msr_indexes: Mutex::default(),
             tsc_khz: AtomicU32::new(0),
             is_forgiven: AtomicBool::new(false),
             unsettled: false,
@@ -185,17 +185,25 @@ impl Vcpu {
                 let what = format!("an exit that no guest of this machine causes: {other:?}");
                 self.crashed(what)
             }
-            Err(errno) => match errno.errno() {
-                libc::EINTR => {
-                    kick::take_kick();
-                    VmExit::Interrupted
-                }
-                libc::EAGAIN => VmExit::Interrupted,
-                code => {
-                    let cause = io::Error::from_raw_os_error(code);
-                    self.crashed(format!("KVM_RUN failed: {cause}"))
-                }
-            },
+            Err(errno) => self.not_run(errno.errno()),
+        }
+    }
+
+    /// What an error of KVM_RUN means.
+    pub(super) fn not_run(&self, errno: i32) -> VmExit {
+        let cause = io::Error::from_raw_os_error(errno);
+        match errno {
+            libc::EINTR => {
+                kick::take_kick();
+                VmExit::Interrupted
+            }
+            // One that another has started, or not yet.
+            libc::EAGAIN if self.id > 0 => VmExit::Interrupted,
+            // Linux 6.14 makes it at the VM's first entry.
+            libc::EAGAIN => self.crashed(format!(
+                "KVM has no thread for the VM's huge pages: {cause}; raise the limit of processes (ulimit -u, pids.max)"
+            )),
+            _ => self.crashed(format!("KVM_RUN failed: {cause}")),
         }
     }
 

@@ -4,6 +4,7 @@
 //! one another.
 
 use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
 
 use kvm_bindings::{
     Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
@@ -135,22 +136,28 @@ impl Vcpu {
         }
         self.is_forgiven.store(true, Ordering::Relaxed);
 
-        // A snapshot of this guest holds what this one held, also what this KVM does not list.
+        // A snapshot of this guest holds what this one held, also what this KVM does not list and a look ahead did
+        // not find.
         let saved = state.msrs.iter().map(|msr| msr.index);
         let listed = self.vm.capabilities().msrs.iter().copied();
         let indexes: Vec<u32> = saved.chain(listed).collect();
-        let _ = self.msr_indexes.set(msr::to_save(&indexes));
+        *self.msr_indexes() = Some(msr::to_save(&indexes));
         Ok(())
     }
 
     /// The model-specific registers. Which ones there are is found out once.
     fn msrs(&self) -> Result<Vec<Msr>, KvmError> {
-        if let Some(known) = self.msr_indexes.get() {
+        let mut indexes = self.msr_indexes();
+        if let Some(known) = &*indexes {
             return msrs::read(&self.fd, known);
         }
         let found = msrs::read(&self.fd, &msr::to_save(&self.vm.capabilities().msrs))?;
-        self.msr_indexes.get_or_init(|| found.iter().map(|msr| msr.index).collect());
+        *indexes = Some(found.iter().map(|msr| msr.index).collect());
         Ok(found)
+    }
+
+    fn msr_indexes(&self) -> MutexGuard<'_, Option<Vec<u32>>> {
+        self.msr_indexes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The XSAVE area (api.rst §4.141), without the zeros at its end.

@@ -29,12 +29,7 @@ pub(crate) struct VmState {
 pub(crate) type FreshState = OnceLock<Arc<VmState>>;
 
 /// What is known of a VM that has not run.
-#[derive(Debug)]
-pub(super) struct Fresh {
-    state: Arc<VmState>,
-    /// The first vCPU's, which is another in each VM.
-    pub(super) tsc_offset: Option<u64>,
-}
+pub(super) type Fresh = Arc<VmState>;
 
 /// As for the registers of a vCPU.
 const _: () = assert!(size_of::<kvm_irqchip>() == 520);
@@ -78,9 +73,7 @@ impl Vm {
                 known.get_or_init(|| state)
             }
         };
-        let tsc_offset = vcpus.first().map(|vcpu| clock::tsc_offset(&vcpu.fd)).transpose()?;
-        let fresh = Fresh { state: Arc::clone(state), tsc_offset: tsc_offset.flatten() };
-        *self.fresh.lock().unwrap_or_else(PoisonError::into_inner) = Some(fresh);
+        *self.fresh.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(state));
         Ok(())
     }
 
@@ -102,14 +95,13 @@ impl Vm {
             return Err(KvmError::VcpuCount { saved, vcpus: vcpus.len() });
         }
         let fresh = self.fresh.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let offset = fresh.as_ref().map(|fresh| fresh.tsc_offset);
-        let fresh = fresh.as_ref().map(|fresh| &*fresh.state);
+        let fresh = fresh.as_deref();
         let fresh_vcpu = |id: usize| fresh.and_then(|fresh| fresh.vcpus.get(id));
         // First, for the base of the TSCs depends on it.
         for vcpu in vcpus {
             state.clock.set_frequency(vcpu)?;
         }
-        let shift = state.clock.shift(&self.clock_from(vcpus, offset)?, policy);
+        let shift = state.clock.shift(&self.clock(vcpus)?, policy);
         for (id, (vcpu, state)) in vcpus.iter().zip(&state.vcpus).enumerate() {
             vcpu.restore(state, fresh_vcpu(id), &shift)?;
         }
@@ -131,26 +123,15 @@ impl Vm {
 
     /// This moment on the VM's clocks.
     pub(super) fn clock(&self, vcpus: &[Vcpu]) -> Result<ClockState, KvmError> {
-        self.clock_from(vcpus, None)
-    }
-
-    /// The same, where the offset of the first vCPU's TSC may be known.
-    fn clock_from(
-        &self,
-        vcpus: &[Vcpu],
-        offset: Option<Option<u64>>,
-    ) -> Result<ClockState, KvmError> {
         let data = self.fd.get_clock().map_err(KvmError::call("KVM_GET_CLOCK"))?;
         let Some(vcpu) = vcpus.first() else {
             return Ok(ClockState::new(&data, None, 0));
         };
-        // What all TSCs count from is the same, whichever vCPU's is asked.
+        // What all TSCs count from is the same, whichever vCPU's is asked. KVM moves the offset of one that waited while
+        // the host was suspended: both are read now.
         let tsc = msrs::read(&vcpu.fd, &[IA32_TSC])?.first().map(|tsc| tsc.value);
-        let offset = match offset {
-            Some(offset) => offset,
-            None => clock::tsc_offset(&vcpu.fd)?,
-        };
-        let base = tsc.zip(offset).map(|(tsc, offset)| tsc.wrapping_sub(offset));
+        let base =
+            tsc.zip(clock::tsc_offset(&vcpu.fd)?).map(|(tsc, offset)| tsc.wrapping_sub(offset));
         Ok(ClockState::new(&data, base, vcpu.tsc_khz()?))
     }
 }

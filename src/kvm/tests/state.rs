@@ -12,6 +12,7 @@ use super::Guest;
 use crate::arch::cpuid;
 use crate::arch::msr::{IA32_TSC, KVM_SYSTEM_TIME, Msr};
 use crate::config::{Clock, CpuTemplate, CpuidRegister};
+use crate::exit::ExitStatus;
 
 /// `mov dx, 0x100; xor eax, eax; 1: out dx, al; inc eax; jmp 1b`
 const COUNTER: &[u8] = &[0x66, 0xba, 0x00, 0x01, 0x31, 0xc0, 0xee, 0xff, 0xc0, 0xeb, 0xfb];
@@ -124,11 +125,60 @@ fn a_restore_that_looked_ahead_leaves_nothing_out() {
     for state in [plain, lapic, ioapic, pic, debug] {
         let new = Guest::new(2, Arc::clone(guest.vm.ram())).expect("a KVM as before");
         new.vm.look_ahead(&new.vcpus, &known).unwrap();
-        let offset = new.vm.fresh.lock().unwrap().as_ref().unwrap().tsc_offset;
-        assert_eq!(offset, clock::tsc_offset(&new.vcpus[0].fd).unwrap(), "its own");
         new.vm.restore(&state, &new.vcpus, Clock::Freeze).unwrap();
         assert_same_but_for_time(&state, &new.vm.state(&new.vcpus).unwrap());
     }
+}
+
+#[test]
+fn a_vm_that_waited_for_its_restore_has_the_tsc_that_was_saved_whatever_the_host_did_meanwhile() {
+    let Some(mut guest) = Guest::with_code(1, COUNTER) else { return };
+    guest.step();
+    let (state, other) = next_generation(&mut guest, Clock::Freeze);
+    if !tsc_can_be_set(&other) {
+        return;
+    }
+    let new = Guest::new(1, Arc::clone(guest.vm.ram())).expect("a KVM as before");
+    new.vm.look_ahead(&new.vcpus, &FreshState::new()).unwrap();
+    // As KVM does for all VMs when the host has been suspended, and counts from zero.
+    let fd = &new.vcpus[0].fd;
+    let offset = clock::tsc_offset(fd).unwrap().unwrap();
+    clock::set_tsc_offset(fd, offset.wrapping_add(1 << 50)).unwrap();
+    new.vm.restore(&state, &new.vcpus, Clock::Freeze).unwrap();
+    let (tscs, _) = clocks(&new);
+    let since = tscs[0].wrapping_sub(state.vcpus[0].msr(IA32_TSC).unwrap());
+    assert!(since < u64::from(state.clock.tsc_khz) * 60_000, "{since}");
+}
+
+#[test]
+fn registers_that_this_kvm_does_not_list_are_saved_again_also_after_a_look_ahead() {
+    const IA32_APIC_BASE: u32 = 0x1b;
+    let Some(mut guest) = Guest::with_code(1, COUNTER) else { return };
+    guest.step();
+    let (mut state, _) = next_generation(&mut guest, Clock::Freeze);
+    let value = state.vcpus[0].sregs.apic_base;
+    if msrs::read(&guest.vcpus[0].fd, &[IA32_APIC_BASE]).unwrap().is_empty() {
+        return;
+    }
+    state.vcpus[0].msrs.push(Msr { index: IA32_APIC_BASE, value });
+    // As many that are not there as have to be asked for in two calls.
+    let absent = (0x8100_0000..).take(300).map(|index| Msr { index, value: 0 });
+    state.vcpus[0].msrs.extend(absent);
+    let new = Guest::new(1, Arc::clone(guest.vm.ram())).expect("a KVM as before");
+    new.vm.look_ahead(&new.vcpus, &FreshState::new()).unwrap();
+    new.vm.restore(&state, &new.vcpus, Clock::Freeze).unwrap();
+    let again = new.vm.state(&new.vcpus).unwrap();
+    assert_eq!(again.vcpus[0].msr(IA32_APIC_BASE), Some(value));
+}
+
+#[test]
+fn only_a_cpu_that_is_to_be_started_waits_for_it() {
+    let Some(guest) = Guest::with_code(2, COUNTER) else { return };
+    let not_run = |id: usize, errno| guest.vcpus[id].not_run(errno);
+    assert!(matches!(not_run(1, libc::EAGAIN), VmExit::Interrupted));
+    let VmExit::Ended(ExitStatus::Crashed { reason }) = not_run(0, libc::EAGAIN) else { panic!() };
+    assert!(reason.contains("pids.max"), "{reason}");
+    assert!(matches!(not_run(0, libc::EBADF), VmExit::Ended(_)));
 }
 
 #[test]
