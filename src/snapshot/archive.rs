@@ -16,6 +16,7 @@ use zstd::stream::{read::Decoder, write::Encoder};
 use super::directory::{OpenDirectory, STATE, Staging, WRITTEN, memory_name};
 use super::error::{ArchiveError, SnapshotError};
 use super::options::{SaveStage, SnapshotOptions};
+use super::save::put_into_place;
 use super::{Place, Snapshot, State, format};
 use crate::disk::{Extents, write_sparse};
 use crate::error::Error;
@@ -112,9 +113,8 @@ impl Snapshot {
         let (path, directory) = (file.as_ref(), directory.as_ref());
         let file = input_file::open(path).map_err(SnapshotError::open_archive(path))?;
         let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
-        let id = Unpacking { archive: path, staging: &staging, options }.run(file)?;
-        staging.commit(options.sync).map_err(SnapshotError::from)?;
-        Self::open_same(directory, id)
+        Unpacking { archive: path, staging: &staging, options }.run(file)?;
+        Ok(put_into_place(staging, options.sync)?)
     }
 }
 
@@ -254,8 +254,8 @@ struct Unpacking<'a> {
 }
 
 impl Unpacking<'_> {
-    /// Writes the files, and returns the snapshot's id.
-    fn run(&self, file: File) -> Result<[u8; 16], SnapshotError> {
+    /// Writes the files.
+    fn run(&self, file: File) -> Result<(), SnapshotError> {
         let left = Cell::new(0);
         let decoder = Decoder::new(file).and_then(|mut decoder| {
             decoder.window_log_max(MAX_WINDOW_LOG)?;
@@ -289,8 +289,7 @@ impl Unpacking<'_> {
         if let Some((name, _)) = expected.into_iter().find(|(name, _)| name != WRITTEN) {
             return Err(self.refuse(ArchiveError::Missing { name }));
         }
-        self.end(archive.into_inner())?;
-        Ok(state.id)
+        self.end(archive.into_inner())
     }
 
     /// The first file, which says what the others are.

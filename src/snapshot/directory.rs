@@ -80,7 +80,7 @@ impl OpenDirectory {
 
     /// The directory, opened once more: a lock on it is another one.
     pub(super) fn reopen(&self) -> io::Result<File> {
-        open_directory(&self.directory, Path::new("."), OFlags::empty())
+        reopen(&self.directory)
     }
 
     /// Puts a file into it whole, or not at all, whatever has its path by now.
@@ -134,6 +134,9 @@ impl DirectoryError {
 /// nothing behind.
 #[derive(Debug)]
 pub(crate) struct Staging {
+    /// As it was named, and absolute.
+    place: PathBuf,
+    /// The same without links.
     target: PathBuf,
     path: PathBuf,
     /// Locked: a directory whose lock is free is of a process that is gone.
@@ -146,6 +149,7 @@ impl Staging {
         let no_name = || DirectoryError::Name { path: target.to_owned() };
         let name = target.file_name().and_then(|name| name.to_str()).ok_or_else(no_name)?;
         check_target(target)?;
+        let place = path::absolute(target).map_err(DirectoryError::io("find", target))?;
         // Where a link leads: a rename would take the link itself for what is to be replaced.
         let linked = match fs::canonicalize(target) {
             Err(source) if target.is_symlink() => {
@@ -165,7 +169,8 @@ impl Staging {
             fs::create_dir(&path).map_err(DirectoryError::io("create", &path))?;
             match lock_new(&path) {
                 Ok(Some(directory)) => {
-                    return Ok(Self { target: target.to_owned(), path, directory });
+                    let target = target.to_owned();
+                    return Ok(Self { place, target, path, directory });
                 }
                 // Another save of this name took it for abandoned: it finds the next one locked.
                 Ok(None) => {}
@@ -190,16 +195,39 @@ impl Staging {
         options.open(&path).map_err(DirectoryError::io("create", &path))
     }
 
+    /// The directory, as it is found in its place from the [`commit`](Self::commit) on.
+    pub(super) fn open(&self) -> Result<OpenDirectory, DirectoryError> {
+        let directory = reopen(&self.directory).map_err(DirectoryError::io("open", &self.path))?;
+        Ok(OpenDirectory { path: self.place.clone(), directory })
+    }
+
     /// Puts the directory into its place, and with `sync` on the disk before. A snapshot that was
-    /// there is gone afterwards.
+    /// there is gone afterwards; where this fails, it is as it was.
     pub(crate) fn commit(self, sync: bool) -> Result<(), DirectoryError> {
         let target = self.target.clone();
-        if sync {
-            self.sync().map_err(DirectoryError::io("sync", &self.path))?;
-        }
+        // Nothing is opened any more once the place is another's.
+        let parent = match sync {
+            true => {
+                self.sync().map_err(DirectoryError::io("sync", &self.path))?;
+                let parent = parent(&target);
+                Some(File::open(parent).map_err(DirectoryError::io("open", parent))?)
+            }
+            false => None,
+        };
         check_target(&target)?;
-        // What was there comes to where this was, and goes when `self` does.
-        let rename = |flags| renameat_with(CWD, &self.path, CWD, &target, flags);
+        self.exchange(&target)?;
+        match parent.map_or(Ok(()), |parent| parent.sync_all()) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let _ = self.exchange_back(&target);
+                Err(DirectoryError::io("sync", &target)(error))
+            }
+        }
+    }
+
+    /// Comes to the place; what was there comes to where this was, and goes when `self` does.
+    fn exchange(&self, target: &Path) -> Result<(), DirectoryError> {
+        let rename = |flags| renameat_with(CWD, &self.path, CWD, target, flags);
         let exchanged = match rename(RenameFlags::EXCHANGE) {
             // Nothing is there yet; or there is by now, by another save.
             Err(rustix::io::Errno::NOENT) => match rename(RenameFlags::empty()) {
@@ -211,36 +239,31 @@ impl Staging {
             exchanged => exchanged,
         };
         match exchanged {
-            Ok(()) => {}
+            Ok(()) => Ok(()),
             // The file system cannot exchange.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                let _ = fs::remove_dir(&target);
+                let _ = fs::remove_dir(target);
                 let mut aside = self.path.clone().into_os_string();
                 aside.push("-old");
                 let aside = PathBuf::from(aside);
-                let had = fs::rename(&target, &aside).is_ok();
-                if let Err(error) = self.rename(&target) {
-                    if had {
-                        let _ = fs::rename(&aside, &target);
-                    }
-                    return Err(error);
-                }
+                let had = fs::rename(target, &aside).is_ok();
+                let renamed = fs::rename(&self.path, target);
                 if had {
-                    remove_snapshot(&aside);
+                    // To where what was there goes; or back, where that failed.
+                    let _ = fs::rename(&aside, if renamed.is_ok() { &self.path } else { target });
                 }
+                renamed.map_err(DirectoryError::io("create", target))
             }
-            Err(errno) => return Err(DirectoryError::io("replace", &target)(errno.into())),
+            Err(errno) => Err(DirectoryError::io("replace", target)(errno.into())),
         }
-        if sync {
-            let parent = parent(&target);
-            let synced = File::open(parent).and_then(|parent| parent.sync_all());
-            synced.map_err(DirectoryError::io("sync", parent))?;
-        }
-        Ok(())
     }
 
-    fn rename(&self, target: &Path) -> Result<(), DirectoryError> {
-        fs::rename(&self.path, target).map_err(DirectoryError::io("create", target))
+    /// What was there comes to its place again, or nothing, and this goes.
+    fn exchange_back(&self, target: &Path) -> io::Result<()> {
+        match renameat_with(CWD, target, CWD, &self.path, RenameFlags::EXCHANGE) {
+            Err(rustix::io::Errno::NOENT) => fs::rename(target, &self.path),
+            exchanged => Ok(exchanged?),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -276,13 +299,17 @@ fn remove_files(directory: &File) {
     }
 }
 
+fn reopen(directory: &File) -> io::Result<File> {
+    open_directory(directory, Path::new("."), OFlags::empty())
+}
+
 fn open_directory(at: impl AsFd, path: &Path, more: OFlags) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | more;
     Ok(openat(at, path, flags, Mode::empty())?.into())
 }
 
 /// Opens and locks a directory that was just made; `None` where it was removed before.
-fn lock_new(path: &Path) -> io::Result<Option<File>> {
+pub(super) fn lock_new(path: &Path) -> io::Result<Option<File>> {
     let directory = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
@@ -338,12 +365,17 @@ fn remove_abandoned(parent: &Path, name: &str) {
         if !partial {
             continue;
         }
-        // In a folder of many anybody may give such a name to a link to a snapshot, or to a FIFO.
-        let Ok(directory) = open_directory(CWD, &entry.path(), OFlags::NOFOLLOW) else { continue };
-        if directory.try_lock().is_ok() {
-            remove_files(&directory);
-            let _ = fs::remove_dir(entry.path());
-        }
+        remove_unlocked(&entry.path());
+    }
+}
+
+/// Removes a directory that nobody has locked, as [`remove_snapshot`] does.
+pub(super) fn remove_unlocked(path: &Path) {
+    // In a folder of many anybody may give such a name to a link to a snapshot, or to a FIFO.
+    let Ok(directory) = open_directory(CWD, path, OFlags::NOFOLLOW) else { return };
+    if directory.try_lock().is_ok() {
+        remove_files(&directory);
+        let _ = fs::remove_dir(path);
     }
 }
 

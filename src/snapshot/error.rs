@@ -97,6 +97,16 @@ pub(crate) enum ArchiveError {
 }
 
 impl SnapshotError {
+    /// Whether the state is no use to any version, or is not there.
+    pub(super) fn is_damage(&self) -> bool {
+        match self {
+            Self::Open { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::State { source, .. } => !matches!(source, FormatError::Version { .. }),
+            Self::Impossible { .. } => true,
+            _ => false,
+        }
+    }
+
     pub(super) fn open(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Open { path, source }

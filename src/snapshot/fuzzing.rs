@@ -40,10 +40,10 @@ pub fn snapshot_state(bytes: &[u8]) {
         return;
     }
     devices(&state.machine);
-    let temporary = Temporary::new().expect("a directory");
+    let mut temporary = Temporary::new().expect("a directory");
     temporary.create().expect("a directory");
     let Some(image) = image(&state, &temporary) else { return };
-    let open = OpenDirectory::open(&temporary.0).expect("a directory");
+    let open = OpenDirectory::open(&temporary.path).expect("a directory");
     let (written, fresh) = (OnceLock::new(), OnceLock::new());
     let inner = Inner { place: Place::Directory(open), state, image, written, fresh };
     let snapshot = Snapshot(Arc::new(inner));
@@ -66,7 +66,7 @@ pub fn snapshot_state(bytes: &[u8]) {
 pub fn snapshot_archive(bytes: &[u8]) {
     let outside = Temporary::new().expect("a directory");
     outside.create().expect("a directory");
-    let (file, target) = (outside.0.join(WRITTEN), outside.0.join("target"));
+    let (file, target) = (outside.path.join(WRITTEN), outside.path.join("target"));
     let mut tar = tar::Builder::new(Vec::new());
     let state = format::framed(GOLDEN.to_vec());
     append(&mut tar, STATE, b'0', state.len() as u64, &state);
@@ -99,7 +99,7 @@ pub fn snapshot_archive(bytes: &[u8]) {
         assert!(!target.exists(), "something is left");
     }
     super::directory::remove_snapshot(&target);
-    let left: Vec<_> = fs::read_dir(&outside.0).expect("a directory").flatten().collect();
+    let left: Vec<_> = fs::read_dir(&outside.path).expect("a directory").flatten().collect();
     assert_eq!(left.len(), 1, "beside the archive there is {left:?}");
 }
 
@@ -117,7 +117,7 @@ fn append(tar: &mut tar::Builder<Vec<u8>>, name: &str, kind: u8, size: u64, cont
 fn chooses_nothing(config: &MachineConfig, temporary: &Temporary) {
     for block in &config.blocks {
         for path in block.frozen.iter().chain([&block.path]) {
-            assert!(lies_in(path, &temporary.0), "{}", path.display());
+            assert!(lies_in(path, &temporary.path), "{}", path.display());
         }
         let writes = &block.writes;
         assert!(matches!(writes, Writes::Discarded | Writes::Refused), "{writes:?}");
@@ -127,7 +127,7 @@ fn chooses_nothing(config: &MachineConfig, temporary: &Temporary) {
         assert!(!matches!(backend, NetBackend::Tap(_) | NetBackend::User(_)), "{backend:?}");
     }
     let socket = config.vsock.as_ref().and_then(|vsock| vsock.unix_socket.as_ref());
-    assert!(socket.is_none_or(|socket| lies_in(socket, &temporary.0)), "{socket:?}");
+    assert!(socket.is_none_or(|socket| lies_in(socket, &temporary.path)), "{socket:?}");
     let services = config.agent.as_ref().map_or(0, |agent| agent.services.len());
     assert_eq!(services, 0, "a snapshot connects its guest to the host");
     assert!(config.seccomp, "a snapshot lifts the confinement");
@@ -138,13 +138,13 @@ fn chooses_nothing(config: &MachineConfig, temporary: &Temporary) {
 fn image(state: &State, temporary: &Temporary) -> Option<MemoryImage> {
     let mut layers = Vec::new();
     for (index, saved) in state.memory.iter().enumerate().take(20) {
-        let file = File::create_new(temporary.0.join(memory_name(index))).expect("a file");
+        let file = File::create_new(temporary.path.join(memory_name(index))).expect("a file");
         // Some file systems have no files of such a length.
         file.set_len(saved.file_bytes()).ok()?;
         layers.push((file, saved.clone()));
     }
     for index in 0..state.disks.len() {
-        fs::write(temporary.0.join(disk_name(index)), []).expect("a file");
+        fs::write(temporary.path.join(disk_name(index)), []).expect("a file");
     }
     let ranges = layout::ram_ranges(state.config.memory_bytes);
     let image = MemoryImage::open(&ranges, layers).ok()?;

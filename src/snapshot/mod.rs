@@ -13,12 +13,11 @@ mod options;
 mod restore;
 mod save;
 mod sleep;
+mod temporary;
 
-use std::fs;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -29,6 +28,7 @@ use self::error::SnapshotError;
 pub use self::options::{SaveProgress, SaveStage, SnapshotOptions};
 pub(crate) use self::save::Sleeper;
 pub(crate) use self::sleep::{CloneNames, Sleep, WakeLock};
+use self::temporary::Temporary;
 use crate::arch::layout;
 use crate::config::MachineConfig;
 use crate::disk::SavedDisk;
@@ -37,7 +37,6 @@ use crate::input_file;
 use crate::kvm::{CpuProfile, FreshState};
 use crate::machine::MachineState;
 use crate::memory::{MemoryImage, PageRun, SavedMemory};
-use crate::random::random;
 
 /// A VM that was saved: in a directory, by [`MicroVm::snapshot`] and [`MicroVm::suspend`], or in
 /// memory. It never changes, and any number of VMs come from it, here and in other processes.
@@ -170,9 +169,7 @@ impl Snapshot {
     /// What the files of a snapshot say, checked.
     fn parts(open: &OpenDirectory) -> Result<(State, MemoryImage), SnapshotError> {
         let directory = &open.path;
-        let path = directory.join(STATE);
-        let bytes = read(open, STATE).map_err(SnapshotError::open(&path))?;
-        let (state, _) = State::read(bytes, &path)?;
+        let state = State::of(open)?;
         let mut layers = Vec::new();
         let file = |name: &str| {
             open.file(name).map_err(|source| SnapshotError::open(&directory.join(name))(source))
@@ -263,8 +260,7 @@ impl Snapshot {
         directory: impl AsRef<Path>,
         options: &SnapshotOptions,
     ) -> Result<Self, Error> {
-        let id = self.write_merged(directory.as_ref(), options)?;
-        Self::open_same(directory.as_ref(), id)
+        Ok(self.write_merged(directory.as_ref(), options)?)
     }
 
     /// The directory that it is in; none for one in memory.
@@ -276,15 +272,16 @@ impl Snapshot {
     }
 
     /// Removes the files of the snapshot in a directory, and the directory where nothing else is
-    /// in it; not those of another one, nor those of a VM that is awake.
+    /// in it; not those of another one, nor those of a VM that is awake. What is damaged goes too.
     pub(crate) fn remove(directory: &Path, id: [u8; 16]) {
-        let lock = match Self::open_directory(directory) {
-            Ok(found) if found.id() != id => return,
-            Ok(found) => found.wake_lock(),
-            // What is damaged goes too.
-            Err(_) => Ok(None),
+        let Ok(open) = OpenDirectory::open(directory) else { return };
+        let Ok(_lock) = open.wake_lock() else { return };
+        let is_it = match State::of(&open) {
+            Ok(state) => state.id == id,
+            // What cannot be read just now, or not by this version, may be another.
+            Err(error) => error.is_damage(),
         };
-        if lock.is_ok() {
+        if is_it {
             directory::remove_snapshot(directory);
         }
     }
@@ -307,6 +304,13 @@ impl Snapshot {
 }
 
 impl State {
+    /// That of the snapshot in a directory, checked.
+    fn of(open: &OpenDirectory) -> Result<Self, SnapshotError> {
+        let path = open.path.join(STATE);
+        let bytes = read(open, STATE).map_err(SnapshotError::open(&path))?;
+        Ok(Self::read(bytes, &path)?.0)
+    }
+
     /// What the bytes of the file at `path` say, checked; none, where it is too long to be read. With the bytes.
     fn read(bytes: Option<Vec<u8>>, path: &Path) -> Result<(Self, Vec<u8>), SnapshotError> {
         let damaged = |source| SnapshotError::State { path: path.to_owned(), source };
@@ -367,28 +371,6 @@ impl std::fmt::Debug for Snapshot {
             Some(directory) => write!(f, "Snapshot({})", directory.display()),
             None => f.write_str("Snapshot(in memory)"),
         }
-    }
-}
-
-/// A place for a directory in the folder for temporary files, which goes with this value.
-struct Temporary(PathBuf);
-
-impl Temporary {
-    /// The place alone.
-    fn new() -> io::Result<Self> {
-        let name = u128::from_ne_bytes(random()?);
-        Ok(Self(std::env::temp_dir().join(format!("dormouse-{name:032x}"))))
-    }
-
-    /// The directory.
-    fn create(&self) -> io::Result<()> {
-        fs::DirBuilder::new().mode(0o700).create(&self.0)
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        directory::remove_snapshot(&self.0);
     }
 }
 

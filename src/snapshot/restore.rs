@@ -204,7 +204,7 @@ impl Snapshot {
     pub(super) fn path(&self, name: &str) -> PathBuf {
         match &self.0.place {
             Place::Directory(directory) => directory.path.join(name),
-            Place::Memory(temporary) => temporary.0.join(name),
+            Place::Memory(temporary) => temporary.path.join(name),
         }
     }
 }
@@ -225,14 +225,14 @@ mod tests {
 
     #[test]
     fn what_lies_in_a_directory_is_not_what_only_looks_so() {
-        let temporary = super::super::Temporary::new().unwrap();
+        let mut temporary = super::super::Temporary::new().unwrap();
         temporary.create().unwrap();
-        let inside = temporary.0.join("disk-0");
-        assert!(lies_in(&inside, &temporary.0), "what is not there yet");
+        let inside = temporary.path.join("disk-0");
+        assert!(lies_in(&inside, &temporary.path), "what is not there yet");
         std::os::unix::fs::symlink("/etc/passwd", &inside).unwrap();
-        assert!(!lies_in(&inside, &temporary.0), "a link");
+        assert!(!lies_in(&inside, &temporary.path), "a link");
         for path in ["../x", "a/../../x", "..", "memory-0/..", "/etc/passwd", ""] {
-            assert!(!lies_in(&temporary.0.join(path), &temporary.0), "{path}");
+            assert!(!lies_in(&temporary.path.join(path), &temporary.path), "{path}");
         }
         assert!(!lies_in(Path::new("etc"), Path::new("/")), "a relative path");
     }

@@ -44,19 +44,19 @@ impl Sleeper<'_> {
         let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
         let mut state = self.state(&|index| staging.path(&disk_name(index)), purpose, options)?;
         state.memory = self.save_memory(&staging, options)?;
-        finish(staging, &state, options)?;
-        Snapshot::open_same(directory, state.id)
+        finish(staging, &state, options).map_err(Error::from)
     }
 
     /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
     /// memory over what is shared.
     pub(crate) fn keep(&self, purpose: Purpose) -> Result<Snapshot, Error> {
-        let temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
+        let mut temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
         if !self.machine.controls().disks.is_empty() {
             temporary.create().map_err(SnapshotError::Temporary)?;
         }
         let options = SnapshotOptions::default();
-        let state = self.state(&|index| temporary.0.join(disk_name(index)), purpose, &options)?;
+        let state =
+            self.state(&|index| temporary.path.join(disk_name(index)), purpose, &options)?;
         let ram = self.machine.ram();
         let image = match purpose {
             Purpose::Clones => ram.freeze(),
@@ -131,7 +131,7 @@ impl Snapshot {
     fn file(&self, name: &str) -> std::io::Result<File> {
         match &self.0.place {
             Place::Directory(directory) => directory.file(name),
-            Place::Memory(temporary) => File::open(temporary.0.join(name)),
+            Place::Memory(temporary) => File::open(temporary.path.join(name)),
         }
     }
 
@@ -139,7 +139,7 @@ impl Snapshot {
         &self,
         directory: &Path,
         options: &SnapshotOptions,
-    ) -> Result<[u8; 16], SnapshotError> {
+    ) -> Result<Self, SnapshotError> {
         let staging = Staging::begin(directory)?;
         let name = memory_name(0);
         let file = staging.create(&name)?;
@@ -159,8 +159,7 @@ impl Snapshot {
         let id = random().map_err(SnapshotError::Random)?;
         // A copy of the files of a VM that sleeps is not that VM.
         let state = State { id, memory: vec![merged], sleep: None, ..self.0.state.clone() };
-        finish(staging, &state, options)?;
-        Ok(id)
+        finish(staging, &state, options)
     }
 
     /// Notes which pages a guest that came from here has written until it first stood still, for
@@ -196,14 +195,25 @@ fn report_disk(options: &SnapshotOptions, index: usize) -> impl FnMut(u64) -> Co
 }
 
 /// Writes the state, which is the last of a snapshot's files, and puts the directory into place.
-fn finish(staging: Staging, state: &State, options: &SnapshotOptions) -> Result<(), SnapshotError> {
+fn finish(
+    staging: Staging,
+    state: &State,
+    options: &SnapshotOptions,
+) -> Result<Snapshot, SnapshotError> {
     let path = staging.path(STATE);
     let bytes = format::encode(state)
         .map_err(|source| SnapshotError::State { path: path.clone(), source })?;
     let mut file = staging.create(STATE)?;
     file.write_all(&bytes).map_err(|source| SnapshotError::Write { path, source })?;
     drop(file);
-    Ok(staging.commit(options.sync)?)
+    put_into_place(staging, options.sync)
+}
+
+/// Puts a directory that is whole into its place. It is opened before, so that no failure leaves it there.
+pub(super) fn put_into_place(staging: Staging, sync: bool) -> Result<Snapshot, SnapshotError> {
+    let snapshot = Snapshot::read(staging.open()?).map_err(|(_, error)| error)?;
+    staging.commit(sync)?;
+    Ok(snapshot)
 }
 
 /// Those of 1 TiB. As many may come with the next layer, and all have to fit into a state.

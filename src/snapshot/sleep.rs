@@ -8,6 +8,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use super::directory::OpenDirectory;
 use super::error::SnapshotError;
 use super::{Place, Purpose, Snapshot};
 use crate::config::{InterfaceConfig, RestoreOptions};
@@ -81,22 +82,31 @@ impl Snapshot {
     ///
     /// It is awake; or another snapshot has the place by now.
     pub(crate) fn wake_lock(&self) -> Result<Option<WakeLock>, SnapshotError> {
-        let Place::Directory(directory) = &self.0.place else { return Ok(None) };
-        let file = directory.reopen().map_err(SnapshotError::open(&directory.path))?;
+        match &self.0.place {
+            Place::Directory(directory) => directory.wake_lock().map(Some),
+            Place::Memory(_) => Ok(None),
+        }
+    }
+}
+
+impl OpenDirectory {
+    /// As [`Snapshot::wake_lock`].
+    pub(super) fn wake_lock(&self) -> Result<WakeLock, SnapshotError> {
+        let file = self.reopen().map_err(SnapshotError::open(&self.path))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(SnapshotError::Awake { directory: directory.path.clone() });
+                return Err(SnapshotError::Awake { directory: self.path.clone() });
             }
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
             Err(TryLockError::Error(error)) => {
-                return Err(SnapshotError::open(&directory.path)(error));
+                return Err(SnapshotError::open(&self.path)(error));
             }
         }
         // Whoever had the lock before may have suspended the VM again, to the same place.
-        if !directory.is_in_place() {
-            return Err(SnapshotError::Replaced { directory: directory.path.clone() });
+        if !self.is_in_place() {
+            return Err(SnapshotError::Replaced { directory: self.path.clone() });
         }
-        Ok(Some(WakeLock { _directory: file }))
+        Ok(WakeLock { _directory: file })
     }
 }

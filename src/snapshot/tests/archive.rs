@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
@@ -19,16 +20,16 @@ struct Packed {
 impl Packed {
     fn new() -> Self {
         let golden = Golden::new();
-        let memory = File::options().write(true).open(golden.temporary.0.join(memory_name(0)));
+        let memory = File::options().write(true).open(golden.path.join(memory_name(0)));
         let memory = memory.unwrap();
         for page in [0, 1, 700, 8191] {
             memory.write_all_at(&[page as u8 | 1; 4096], page * 4096).unwrap();
         }
         // Beside the snapshot's directory, and gone with this value.
-        let file = golden.temporary.0.with_extension("tar.zst");
-        let target = golden.temporary.0.with_extension("unpacked");
+        let file = golden.path.with_extension("tar.zst");
+        let target = golden.path.with_extension("unpacked");
         let snapshot = golden.open().unwrap();
-        fs::write(golden.temporary.0.join(WRITTEN), format::encode(&vec![RUN]).unwrap()).unwrap();
+        fs::write(golden.path.join(WRITTEN), format::encode(&vec![RUN]).unwrap()).unwrap();
         snapshot.pack(&file).unwrap();
         Self { golden, file, target }
     }
@@ -96,7 +97,7 @@ fn what_was_packed_is_unpacked_with_its_holes() {
     assert_eq!(unpacked.0.written.get(), Some(&vec![RUN]));
     for name in names {
         let file = |directory: &Path| fs::read(directory.join(&name)).unwrap();
-        assert!(file(&packed.target) == file(&packed.golden.temporary.0), "{name}");
+        assert!(file(&packed.target) == file(&packed.golden.path), "{name}");
     }
     use std::os::unix::fs::MetadataExt;
     let memory = fs::metadata(packed.target.join(memory_name(0))).unwrap();
@@ -209,7 +210,7 @@ fn both_ways_can_be_watched_and_interrupted() {
     memory.write_all_at(&vec![1; 4 << 20], 0).unwrap();
     let stopped = snapshot.pack_with(&packed.file, &watched(true));
     assert_eq!(stopped.unwrap_err().kind(), &crate::ErrorKind::Interrupted);
-    let again = packed.golden.temporary.0.with_extension("again");
+    let again = packed.golden.path.with_extension("again");
     drop(Snapshot::unpack(&packed.file, &again).expect("the packed file of before"));
     fs::remove_dir_all(&again).unwrap();
     snapshot.pack_with(&packed.file, &watched(false)).unwrap();

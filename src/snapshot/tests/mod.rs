@@ -2,8 +2,9 @@
 
 mod archive;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use vmm_sys_util::tempfile::TempFile;
 
@@ -11,6 +12,7 @@ use super::*;
 use crate::config::{
     AgentConfig, BlockConfig, HostService, InterfaceConfig, NetConfig, RestoreOptions, VsockConfig,
 };
+use crate::random::random;
 
 macro_rules! golden {
     ($name:literal) => {
@@ -21,27 +23,34 @@ macro_rules! golden {
 
 /// The golden snapshot, in a directory that goes with the test.
 struct Golden {
-    temporary: Temporary,
+    path: PathBuf,
     state: State,
 }
 
 impl Golden {
     fn new() -> Self {
-        let temporary = Temporary::new().unwrap();
-        temporary.create().unwrap();
+        let name = u128::from_ne_bytes(random().unwrap());
+        let path = std::env::temp_dir().join(format!("dormouse-golden-{name:032x}"));
+        fs::create_dir(&path).unwrap();
         let state = golden!("state");
         let state = format::decode(&state).unwrap();
         // What is in its memory is of no meaning here.
-        let memory = File::create_new(temporary.0.join(memory_name(0))).unwrap();
+        let memory = File::create_new(path.join(memory_name(0))).unwrap();
         memory.set_len(32 << 20).unwrap();
-        fs::write(temporary.0.join(disk_name(0)), golden!("disk-0")).unwrap();
-        fs::write(temporary.0.join(disk_name(1)), golden!("disk-1")).unwrap();
-        Self { temporary, state }
+        fs::write(path.join(disk_name(0)), golden!("disk-0")).unwrap();
+        fs::write(path.join(disk_name(1)), golden!("disk-1")).unwrap();
+        Self { path, state }
     }
 
     fn open(&self) -> Result<Snapshot, Error> {
-        fs::write(self.temporary.0.join(STATE), format::encode(&self.state).unwrap()).unwrap();
-        Snapshot::open(&self.temporary.0)
+        fs::write(self.path.join(STATE), format::encode(&self.state).unwrap()).unwrap();
+        Snapshot::open(&self.path)
+    }
+}
+
+impl Drop for Golden {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
     }
 }
 
@@ -57,7 +66,7 @@ fn refusal(change: impl FnOnce(&mut State)) -> String {
 /// Why it gives no configuration to one who trusts nobody, but has connected its interfaces.
 fn distrust(change: impl FnOnce(&mut State, &Path)) -> String {
     let mut golden = Golden::new();
-    change(&mut golden.state, &golden.temporary.0);
+    change(&mut golden.state, &golden.path);
     let options = RestoreOptions::new().disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
     let snapshot = golden.open().unwrap();
     snapshot.config(&options, Purpose::Clones).unwrap_err().to_string()
@@ -127,7 +136,7 @@ fn another_layer_is_made_where_a_state_has_room_for_all_of_them() {
 fn files_that_are_not_there_or_have_another_length_are_refused() {
     let golden = Golden::new();
     golden.open().unwrap();
-    let memory = File::options().write(true).open(golden.temporary.0.join("memory-0")).unwrap();
+    let memory = File::options().write(true).open(golden.path.join("memory-0")).unwrap();
     for len in [0, (32 << 20) - 1, 33 << 20, 1 << 40] {
         memory.set_len(len).unwrap();
         assert!(golden.open().unwrap_err().to_string().contains("cannot be used"));
@@ -139,9 +148,9 @@ fn files_that_are_not_there_or_have_another_length_are_refused() {
     layered.state.disks[0] =
         saved_disk(&serde_json::json!({"layered": {"below": file, "data": file}}));
     assert!(layered.open().unwrap_err().to_string().contains("disk-0-below"));
-    fs::write(layered.temporary.0.join("disk-0-below"), [0; 512]).unwrap();
+    fs::write(layered.path.join("disk-0-below"), [0; 512]).unwrap();
     layered.open().unwrap();
-    fs::remove_file(golden.temporary.0.join("disk-0")).unwrap();
+    fs::remove_file(golden.path.join("disk-0")).unwrap();
     assert!(golden.open().unwrap_err().to_string().contains("disk-0"));
 }
 
@@ -149,10 +158,10 @@ fn files_that_are_not_there_or_have_another_length_are_refused() {
 fn a_newer_version_is_refused_by_its_number() {
     let golden = Golden::new();
     golden.open().unwrap();
-    let path = golden.temporary.0.join(STATE);
+    let path = golden.path.join(STATE);
     let file = File::options().write(true).open(&path).unwrap();
     file.write_all_at(&2u32.to_le_bytes(), 8).unwrap();
-    let error = Snapshot::open(&golden.temporary.0).unwrap_err();
+    let error = Snapshot::open(&golden.path).unwrap_err();
     assert!(error.to_string().contains("version 2"), "{error}");
 }
 
@@ -255,7 +264,7 @@ fn one_that_sleeps_is_the_clone_that_its_guest_does_not_know_to_be_yet() {
 fn a_note_of_more_pages_than_are_worth_it_is_passed_over() {
     let golden = Golden::new();
     let noted = |runs: &[PageRun]| {
-        fs::write(golden.temporary.0.join(WRITTEN), format::encode(&runs).unwrap()).unwrap();
+        fs::write(golden.path.join(WRITTEN), format::encode(&runs).unwrap()).unwrap();
         golden.open().unwrap().0.written.get().map(Vec::len)
     };
     let run = |first, count| PageRun { first, count };
@@ -263,4 +272,60 @@ fn a_note_of_more_pages_than_are_worth_it_is_passed_over() {
     assert_eq!(noted(&[run(0, 4097)]), None);
     assert_eq!(noted(&[run(0, u64::MAX), run(0, 2)]), None);
     assert_eq!(noted(&vec![run(0, 0); 4097]), None);
+}
+
+#[test]
+fn what_cannot_be_opened_is_not_put_into_place_and_what_was_there_stays() {
+    let golden = Golden::new();
+    golden.open().unwrap();
+    let place = &golden.path;
+    let staging = directory::Staging::begin(place).unwrap();
+    fs::write(staging.path(STATE), fs::read(place.join(STATE)).unwrap()).unwrap();
+    // It has neither the memory nor the disks that its state speaks of.
+    let error = save::put_into_place(staging, true).unwrap_err();
+    assert!(matches!(error, SnapshotError::Open { .. }), "{error:?}");
+    Snapshot::open(place).unwrap();
+}
+
+#[test]
+fn a_snapshot_is_opened_where_it_is_put() {
+    let golden = Golden::new();
+    golden.open().unwrap();
+    let place = &golden.path;
+    let staging = directory::Staging::begin(place).unwrap();
+    for file in fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name()) {
+        fs::copy(place.join(&file), staging.path(file.to_str().unwrap())).unwrap();
+    }
+    let snapshot = save::put_into_place(staging, true).unwrap();
+    assert_eq!(snapshot.directory(), Some(&**place));
+    snapshot.check_disks_in_place().unwrap();
+    // Nobody else has it locked.
+    assert!(snapshot.wake_lock().unwrap().is_some());
+}
+
+#[test]
+fn what_is_removed_is_the_snapshot_that_is_meant_and_what_is_damaged() {
+    let golden = Golden::new();
+    let place = &golden.path;
+    let id = golden.open().unwrap().id();
+    Snapshot::remove(place, [7; 16]);
+    let awake = golden.open().unwrap().wake_lock().unwrap();
+    Snapshot::remove(place, id);
+    drop(awake);
+    // Of a later version, which may be another's.
+    let state = fs::read(place.join(STATE)).unwrap();
+    let mut later = state.clone();
+    later[8] += 1;
+    fs::write(place.join(STATE), &later).unwrap();
+    Snapshot::remove(place, id);
+    assert!(place.join(STATE).exists() && place.join(disk_name(1)).exists());
+
+    fs::write(place.join(STATE), &state[..100]).unwrap();
+    Snapshot::remove(place, id);
+    assert!(!place.exists());
+    let golden = Golden::new();
+    let id = golden.open().unwrap().id();
+    fs::remove_file(golden.path.join(memory_name(0))).unwrap();
+    Snapshot::remove(&golden.path, id);
+    assert!(!golden.path.exists());
 }
