@@ -12,7 +12,7 @@ pub(super) enum TemplateError {
     #[error("a template needs a guest with an agent")]
     NoAgent,
     #[error(
-        "disk {index} is written to in place, and would be another for each VM of the template"
+        "disk {index} is written to a file that stays, and would be another for each VM of the template"
     )]
     WrittenDisk { index: usize },
     #[error("the template {id} was deactivated")]

@@ -64,7 +64,8 @@ impl Content {
 pub(super) fn of(config: &VmConfig, ready: &Ready) -> Result<Key, Error> {
     let (kernel, initramfs, cmdline, machine) = config.parts();
     let Some(agent) = &machine.agent else { return Err(TemplateError::NoAgent.into()) };
-    let written = machine.blocks.iter().position(|block| block.writes == Writes::ToDisk);
+    let is_kept = |writes: &Writes| matches!(writes, Writes::ToDisk | Writes::ToDelta(_));
+    let written = machine.blocks.iter().position(|block| is_kept(&block.writes));
     if let Some(index) = written {
         return Err(TemplateError::WrittenDisk { index }.into());
     }

@@ -78,9 +78,12 @@ fn what_cannot_be_a_template_says_why() {
     let (kind, text) = refusal(&VmConfig::new(Kernel::bytes(&b"kernel"[..])));
     assert_eq!(kind, ErrorKind::Template);
     assert!(text.contains("AgentConfig::new()"), "{text}");
-    let (kind, text) = refusal(&config().block(BlockConfig::new("/disk")));
-    assert_eq!(kind, ErrorKind::Template);
-    assert!(text.contains("disk 0") && text.contains("discard_writes"), "{text}");
+    let disk = BlockConfig::new("/disk");
+    for disk in [disk.clone(), disk.delta("/delta")] {
+        let (kind, text) = refusal(&config().block(disk));
+        assert_eq!(kind, ErrorKind::Template);
+        assert!(text.contains("disk 0") && text.contains("discard_writes"), "{text}");
+    }
     let (kind, text) = refusal(&config().block(BlockConfig::new("/no/disk").read_only()));
     assert_eq!(kind, ErrorKind::File(std::io::ErrorKind::NotFound));
     assert!(text.contains("/no/disk"), "{text}");
