@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, Tc
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::connection::Connection;
 use crate::console::say;
@@ -17,9 +17,12 @@ use crate::threads::{self, Threads};
 /// How much of each direction is on its way.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// How often one that has said all is asked whether it still wants an answer: to poll(2) a vsock stream that is closed looks
-/// like one that is closed by half.
+/// How often a host that is not read from is asked whether it is still there: to poll(2) a vsock stream that is closed
+/// looks like one that is closed by half.
 const ASK_EVERY: Duration = Duration::from_millis(500);
+
+/// How long what a host has said that is gone waits for a program that does not read it.
+const UNREAD_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Connections of programs to services of the host. However many those open, the host's calls have threads of
 /// their own.
@@ -56,29 +59,36 @@ pub(crate) fn connect(mut connection: Connection, port: u16) -> io::Result<()> {
         Ok(stream) => {
             connection.answer(Ok(()))?;
             let _ = stream.set_nodelay(true);
-            pass_on(connection.into_stream(), UnixStream::from(OwnedFd::from(stream)))
+            let stream = UnixStream::from(OwnedFd::from(stream));
+            pass_on(connection.into_stream(), stream, UNREAD_PATIENCE)
         }
     }
 }
 
-/// Passes on what two streams say, until both have ended, or one is closed for both directions.
-pub(crate) fn pass_on(a: UnixStream, b: UnixStream) -> io::Result<()> {
-    a.set_nonblocking(true)?;
-    b.set_nonblocking(true)?;
+/// Passes on what the host and a program say, until both have ended, or one is closed for both directions. What the host
+/// has said before it closed waits for as long as the program reads some of it once in `patience`.
+pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration) -> io::Result<()> {
+    host.set_nonblocking(true)?;
+    program.set_nonblocking(true)?;
     let (mut there, mut back) = (Flow::default(), Flow::default());
+    let mut unread_since = Instant::now();
     while !(there.is_over && back.is_over) {
         let mut fds = [
-            PollFd::new(there.wants_to_read().then(|| a.as_fd()), POLLIN),
-            PollFd::new(there.wants_to_write().then(|| b.as_fd()), POLLOUT),
-            PollFd::new(back.wants_to_read().then(|| b.as_fd()), POLLIN),
-            PollFd::new(back.wants_to_write().then(|| a.as_fd()), POLLOUT),
+            PollFd::new(there.wants_to_read().then(|| host.as_fd()), POLLIN),
+            PollFd::new(there.wants_to_write().then(|| program.as_fd()), POLLOUT),
+            PollFd::new(back.wants_to_read().then(|| program.as_fd()), POLLIN),
+            PollFd::new(back.wants_to_write().then(|| host.as_fd()), POLLOUT),
         ];
-        sys::poll(&mut fds, there.is_over.then_some(ASK_EVERY))?;
+        sys::poll(&mut fds, (!there.wants_to_read()).then_some(ASK_EVERY))?;
+        let before = there.begin;
         // An error of either ends both: the streams are closed with their descriptors.
-        there.advance(&a, &b)?;
-        back.advance(&b, &a)?;
-        // Who wants no answer either is gone: what does not answer would be waited for in vain.
-        if there.is_over && sys::takes_no_more(&a) {
+        there.advance(&host, &program)?;
+        back.advance(&program, &host)?;
+        if !there.wants_to_write() || there.begin != before {
+            unread_since = Instant::now();
+        }
+        // Who wants no answer either is gone: what does not answer, or read, would be waited for in vain.
+        if (there.is_over || unread_since.elapsed() > patience) && sys::takes_no_more(&host) {
             break;
         }
     }
@@ -168,7 +178,8 @@ fn reach(name: &str, stream: TcpStream) -> io::Result<()> {
     }
     let _ = stream.set_nodelay(true);
     // How it ends is the two's own matter.
-    let _ = pass_on(connection.into_stream(), UnixStream::from(OwnedFd::from(stream)));
+    let stream = UnixStream::from(OwnedFd::from(stream));
+    let _ = pass_on(connection.into_stream(), stream, UNREAD_PATIENCE);
     Ok(())
 }
 

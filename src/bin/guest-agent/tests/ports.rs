@@ -8,6 +8,9 @@ use crate::host::{call, failure};
 use crate::ports::pass_on;
 use crate::protocol::{Call, FailureKind, Reply};
 
+/// For a program that does not read.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 fn connect(port: u16) -> UnixStream {
     let mut connection = call(&Call::Connect(port));
     assert_eq!(connection.receive_message::<Reply>().unwrap(), Reply::Done);
@@ -60,7 +63,7 @@ fn what_the_guest_closes_first_the_host_may_still_answer() {
 fn a_host_that_has_gone_is_not_kept_for_a_server_that_never_answers() {
     let ((mut host, theirs), (mut server, ours)) =
         (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
-    let passing = thread::spawn(move || pass_on(theirs, ours));
+    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
     host.write_all(b"request").unwrap();
     drop(host);
     passing.join().unwrap().unwrap();
@@ -73,7 +76,7 @@ fn a_host_that_has_gone_is_not_kept_for_a_server_that_never_answers() {
 fn a_host_that_goes_after_it_has_said_all_is_not_kept_either() {
     let ((mut host, theirs), (mut server, ours)) =
         (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
-    let passing = thread::spawn(move || pass_on(theirs, ours));
+    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
     host.write_all(b"request").unwrap();
     host.shutdown(Shutdown::Write).unwrap();
     let mut request = String::new();
@@ -83,6 +86,38 @@ fn a_host_that_goes_after_it_has_said_all_is_not_kept_either() {
     thread::sleep(Duration::from_millis(50));
     drop(host);
     passing.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_host_that_has_gone_is_not_kept_for_a_program_that_does_not_read() {
+    let ((mut host, theirs), (mut program, ours)) =
+        (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
+    // More than is on its way at once.
+    host.set_nonblocking(true).unwrap();
+    let mut sent = 0;
+    let mut full = 0;
+    while full < 3 {
+        match host.write(&[7; 4096]) {
+            Ok(count) => (sent, full) = (sent + count, 0),
+            Err(_) => {
+                full += 1;
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+    drop(host);
+    // One that reads, however slowly, gets all.
+    let mut half = vec![0; sent / 2];
+    for part in half.chunks_mut(sent / 8) {
+        program.read_exact(part).unwrap();
+        thread::sleep(PATIENCE / 2);
+    }
+    assert!(!passing.is_finished());
+    passing.join().unwrap().unwrap();
+    let mut rest = Vec::new();
+    program.read_to_end(&mut rest).unwrap();
+    assert!(half.len() + rest.len() < sent);
 }
 
 #[test]
@@ -104,7 +139,7 @@ fn nobody_at_a_port_is_said_so_and_ipv6_is_tried() {
 fn both_ways_at_once_neither_waits_for_the_other() {
     let ((mut a, theirs_a), (mut b, theirs_b)) =
         (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
-    let passing = thread::spawn(move || pass_on(theirs_a, theirs_b));
+    let passing = thread::spawn(move || pass_on(theirs_a, theirs_b, PATIENCE));
     let write = |mut stream: UnixStream| {
         thread::spawn(move || {
             stream.write_all(&vec![5; 5_000_000]).unwrap();
