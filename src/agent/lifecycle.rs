@@ -59,10 +59,13 @@ impl Agent {
     /// Asks the guest to end, and waits until it has.
     async fn shut_down(&self, grace: Duration) -> Result<(), Error> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
-        // Held until the end: nothing is answered.
-        let _asked = self.link.calls().call(&Call::Shutdown(grace_ms)).await?;
-        self.link.over().await;
-        Ok(())
+        let calls = self.link.calls();
+        let mut asked = calls.call(&Call::Shutdown(grace_ms)).await?;
+        tokio::select! {
+            // Held until the end: only a guest that does not end answers.
+            Ok(refused) = asked.reply(calls.vsock()) => Self::check_done(refused),
+            () = self.link.over() => Ok(()),
+        }
     }
 }
 
