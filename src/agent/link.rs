@@ -26,7 +26,8 @@ use crate::config::{AgentConfig, HostService, InterfaceConfig};
 use crate::error::Error;
 use crate::microvm::{CloneIdentity, MicroVm, Running};
 use crate::protocol::{
-    Failure, FailureKind, Hello, Identity, Opening, Renewal, Reply, VERSION, Welcome,
+    Failure, FailureKind, Hello, Identity, Opening, RESERVED_PORTS, Renewal, Reply, VERSION,
+    Welcome,
 };
 use crate::random::random;
 use crate::vsock::{VsockListener, VsockStream};
@@ -186,18 +187,24 @@ impl AsRawFd for Descriptor {
     }
 }
 
+/// Whether who says this, from this port of the guest, is no program that passes for the agent. Versions before
+/// had a port as all have, and are told that they do not fit.
+fn may_be_agent(hello: &Hello, port: u32) -> bool {
+    RESERVED_PORTS.contains(&port) || hello.version != VERSION
+}
+
 /// Accepts what the guest opens, until the VM is over.
 async fn keep(listener: AsyncFd<Descriptor>, host: Arc<Host>) {
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let Ok(mut ready) = listener.readable().await else { return };
-        match ready.get_inner().0.try_accept() {
+        match ready.get_inner().0.try_accept_from() {
             Ok(None) => ready.clear_ready(),
             // One more than there may be is closed at once.
             Ok(Some(_)) if connections.len() == MAX_CONNECTIONS => {}
-            Ok(Some(stream)) => {
-                connections.spawn(Arc::clone(&host).answer(stream));
+            Ok(Some((stream, port))) => {
+                connections.spawn(Arc::clone(&host).answer(stream, port));
             }
             Err(_) => return,
         }
@@ -223,13 +230,16 @@ struct Host {
 }
 
 impl Host {
-    async fn answer(self: Arc<Self>, stream: VsockStream) {
+    /// What comes from this port of the guest.
+    async fn answer(self: Arc<Self>, stream: VsockStream, port: u32) {
         let Ok(socket) = to_async(stream.into()) else { return };
         let mut connection = Connection::opened(socket);
         let opening = within(OPENING, connection.reader.message::<Opening>()).await;
         // What says nothing that is understood is closed.
         match opening {
-            Some(Ok(Some(Opening::Hello(hello)))) => self.hello(&hello, connection).await,
+            Some(Ok(Some(Opening::Hello(hello)))) if may_be_agent(&hello, port) => {
+                self.hello(&hello, connection).await;
+            }
             Some(Ok(Some(Opening::Service(name)))) => self.service(&name, connection).await,
             _ => {}
         }

@@ -5,7 +5,8 @@
 //! to which it gives its own flow control:
 //!
 //! - The agent connects to the host's port [`HOST_PORT`] when it is up, and again whenever that
-//!   connection ends, as it does in a VM that was restored. It says [`Hello`]; the host answers
+//!   connection ends, as it does in a VM that was restored. It comes from one of [`RESERVED_PORTS`], which
+//!   programs cannot have, so that none passes for it. It says [`Hello`]; the host answers
 //!   [`Welcome`], with who this VM is now; the agent makes it so, and says [`Reply::Done`]. The
 //!   connection stays open as long as both live. On it the host may ask whether the agent is alive
 //!   ([`Line`]); nothing else is said.
@@ -36,6 +37,8 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+use std::ops::RangeInclusive;
+
 pub(crate) use self::frame::{
     Channel, Decoder, Frame, HEADER_BYTES, MAX_DATA_BYTES, MAX_FAILURE_BYTES, MAX_MESSAGE_BYTES,
     MAX_OPENING_BYTES,
@@ -44,7 +47,7 @@ pub(crate) use self::messages::*;
 pub(crate) use self::wire::{Bytes, Malformed, Wire};
 
 /// The version of everything here.
-pub(crate) const VERSION: u32 = 6;
+pub(crate) const VERSION: u32 = 7;
 
 /// The port of the host at which agents call. Below 1,024, as the agent's own, so that nobody but
 /// the guest's root can take it.
@@ -52,6 +55,9 @@ pub(crate) const HOST_PORT: u32 = 1000;
 
 /// The port of the guest at which the agent is called.
 pub(crate) const AGENT_PORT: u32 = 1000;
+
+/// Ports of the guest that Linux gives nobody but those who have CAP_NET_BIND_SERVICE.
+pub(crate) const RESERVED_PORTS: RangeInclusive<u32> = 1..=1023;
 
 /// Where the agent finds its [`Setup`] in its initramfs, as a [`Wire`] message without a frame.
 pub(crate) const SETUP_PATH: &str = "/dormouse/setup";

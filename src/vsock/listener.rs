@@ -45,7 +45,7 @@ impl VsockListener {
     /// connection waits.
     pub fn accept(&self) -> Result<VsockStream, Error> {
         loop {
-            if let Some(stream) = self.wait(GLANCE)? {
+            if let Some((stream, _)) = self.wait(GLANCE)? {
                 return Ok(stream);
             }
         }
@@ -60,7 +60,7 @@ impl VsockListener {
         let begin = Instant::now();
         loop {
             let left = timeout.saturating_sub(begin.elapsed());
-            if let Some(stream) = self.wait(left.min(GLANCE))? {
+            if let Some((stream, _)) = self.wait(left.min(GLANCE))? {
                 return Ok(stream);
             }
             if left.is_zero() {
@@ -76,12 +76,18 @@ impl VsockListener {
     ///
     /// As [`accept`](Self::accept).
     pub fn try_accept(&self) -> Result<Option<VsockStream>, Error> {
+        Ok(self.wait(Duration::ZERO)?.map(|(stream, _)| stream))
+    }
+
+    /// As [`try_accept`](Self::try_accept), with the port of the guest that it came from.
+    #[cfg(feature = "agent")]
+    pub(crate) fn try_accept_from(&self) -> Result<Option<(VsockStream, u32)>, Error> {
         self.wait(Duration::ZERO)
     }
 
-    fn wait(&self, timeout: Duration) -> Result<Option<VsockStream>, Error> {
+    fn wait(&self, timeout: Duration) -> Result<Option<(VsockStream, u32)>, Error> {
         match (self.backlog.wait(timeout), self.vsock.ended()) {
-            (Arrival::Connection(socket), _) => Ok(Some(VsockStream::new(socket))),
+            (Arrival::Connection(socket, port), _) => Ok(Some((VsockStream::new(socket), port))),
             (Arrival::Nothing, None) => Ok(None),
             (Arrival::Nothing, Some(ended)) => Err(ended.into()),
             (Arrival::Closed, _) => Err(self.vsock.over().into()),

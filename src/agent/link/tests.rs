@@ -97,6 +97,15 @@ async fn an_agent_is_ready_or_says_why_it_is_not() {
     assert!(error.to_string().contains("set the clock"), "{error}");
 }
 
+#[test]
+fn a_program_of_the_guest_does_not_pass_for_its_agent() {
+    for (port, is_reserved) in [(1, true), (1023, true), (0, false), (1024, false)] {
+        assert_eq!(may_be_agent(&hello(VERSION, None), port), is_reserved, "{port}");
+        // One of before is told why it is not understood.
+        assert!(may_be_agent(&hello(VERSION - 1, None), port));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_answers_nonsense_is_closed_and_an_agent_may_come_after_it() {
     let (host, link) = host(AgentConfig::new());

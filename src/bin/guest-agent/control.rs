@@ -1,12 +1,16 @@
 //! The connection to the host: on it the agent says that it is there, and learns who its guest is.
 
 use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::console::{describe, say};
-use crate::protocol::{Failure, HOST_PORT, Hello, Interface, Line, Opening, VERSION, Welcome};
+use crate::protocol::{
+    Failure, HOST_PORT, Hello, Interface, Line, Opening, RESERVED_PORTS, VERSION, Welcome,
+};
 use crate::sys::{self, CID_HOST};
 use crate::{cgroup, identity};
 
@@ -68,7 +72,7 @@ impl Control {
     }
 
     fn connect(&mut self) -> End {
-        let Ok(stream) = sys::connect_vsock(CID_HOST, HOST_PORT) else { return End::Unheard };
+        let Ok(stream) = connect() else { return End::Unheard };
         let mut connection = Connection::new(stream);
         match self.welcome(&mut connection) {
             Ok(()) => {}
@@ -99,10 +103,25 @@ impl Control {
     }
 }
 
+/// Connects to the host from a port that no program can have.
+fn connect() -> io::Result<UnixStream> {
+    // One after the other: the host may not know yet that the last connection is over.
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let mut result = Err(io::ErrorKind::AddrInUse.into());
+    for _ in RESERVED_PORTS {
+        let port =
+            RESERVED_PORTS.end() - COUNT.fetch_add(1, Ordering::Relaxed) % RESERVED_PORTS.end();
+        result = sys::connect_vsock_from(port, CID_HOST, HOST_PORT);
+        if !matches!(&result, Err(error) if error.kind() == io::ErrorKind::AddrInUse) {
+            break;
+        }
+    }
+    result
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::protocol::{Frame, Identity};

@@ -58,7 +58,7 @@ pub fn vsock_packet(bytes: &[u8]) {
             }
             9 => {
                 let backlog = usize::from(input.byte()) % backlogs.len();
-                if let Some(Arrival::Connection(socket)) =
+                if let Some(Arrival::Connection(socket, _)) =
                     backlogs.get(backlog).map(|backlog| backlog.wait(Duration::ZERO))
                 {
                     hosts.push(Host::new(socket, false));

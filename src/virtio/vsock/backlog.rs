@@ -23,7 +23,8 @@ pub(crate) struct Backlog {
 
 #[derive(Debug)]
 struct State {
-    waiting: VecDeque<UnixStream>,
+    /// With the port of the guest that each came from.
+    waiting: VecDeque<(UnixStream, u32)>,
     limit: usize,
     open: bool,
 }
@@ -31,7 +32,8 @@ struct State {
 /// What a wait for a connection came to.
 #[derive(Debug)]
 pub(crate) enum Arrival {
-    Connection(UnixStream),
+    /// From this port of the guest.
+    Connection(UnixStream, u32),
     /// None so far.
     Nothing,
     /// The device is gone, and no more will come.
@@ -68,8 +70,8 @@ impl Backlog {
     }
 
     /// Adds a connection; only the device does, which has looked for room.
-    pub(super) fn push(&self, socket: UnixStream) {
-        self.lock().waiting.push_back(socket);
+    pub(super) fn push(&self, socket: UnixStream, guest_port: u32) {
+        self.lock().waiting.push_back((socket, guest_port));
         self.signal();
     }
 
@@ -82,9 +84,9 @@ impl Backlog {
 
     fn take(&self, mut state: MutexGuard<'_, State>) -> Arrival {
         match state.waiting.pop_front() {
-            Some(socket) => {
+            Some((socket, guest_port)) => {
                 let _ = rustix::io::read(&self.readable, &mut [0; 8]);
-                Arrival::Connection(socket)
+                Arrival::Connection(socket, guest_port)
             }
             None if state.open => Arrival::Nothing,
             None => Arrival::Closed,

@@ -266,7 +266,7 @@ impl Muxer {
     /// The guest wants a connection to a port of the host.
     fn request(&mut self, header: &Header) {
         let socket = match self.has_room() {
-            true => self.arrive(header.dst_port),
+            true => self.arrive(header.key()),
             false => None,
         };
         let Some(socket) = socket else {
@@ -287,11 +287,12 @@ impl Muxer {
     }
 
     /// The device's end of a connection to a port of the host, where somebody takes the other.
-    fn arrive(&self, port: u32) -> Option<UnixStream> {
+    fn arrive(&self, from: Key) -> Option<UnixStream> {
+        let port = from.host_port;
         match self.listeners.get(&port) {
             Some(listener) if listener.has_room() => {
                 let (device, host) = pair().ok()?;
-                listener.push(host);
+                listener.push(host, from.guest_port);
                 Some(device)
             }
             Some(_) => None,

@@ -22,7 +22,8 @@ pub(crate) use self::process::{
     kill, kill_process, launch, reap_orphan, wait, wait_for_child_signal,
 };
 pub(crate) use self::socket::{
-    CID_HOST, NetlinkSocket, VsockListener, connect_vsock, guest_cid, takes_no_more,
+    CID_HOST, NetlinkSocket, VsockListener, connect_vsock, connect_vsock_from, guest_cid,
+    takes_no_more,
 };
 pub(crate) use self::system::{
     MountFlags, add_entropy, give_memory_back, keep_memory_small, kill_all, load_module, mount,

@@ -57,7 +57,24 @@ fn vsock() -> io::Result<OwnedFd> {
 /// Connects to a port of the host. The stream is no UNIX socket, but reads, writes and shuts down
 /// as one.
 pub(crate) fn connect_vsock(cid: u32, port: u32) -> io::Result<UnixStream> {
+    connect_socket(vsock()?, cid, port)
+}
+
+/// As [`connect_vsock`], from this port of the guest.
+pub(crate) fn connect_vsock_from(own_port: u32, cid: u32, port: u32) -> io::Result<UnixStream> {
     let socket = vsock()?;
+    bind_socket(&socket, own_port)?;
+    connect_socket(socket, cid, port)
+}
+
+fn bind_socket(socket: &OwnedFd, port: u32) -> io::Result<()> {
+    let address = SockaddrVm::new(CID_ANY, port);
+    // SAFETY: the kernel reads the address, which is as long as is said.
+    checked(unsafe { bind(socket.as_raw_fd(), &address, SOCKADDR_BYTES) })?;
+    Ok(())
+}
+
+fn connect_socket(socket: OwnedFd, cid: u32, port: u32) -> io::Result<UnixStream> {
     let address = SockaddrVm::new(cid, port);
     // SAFETY: the kernel reads the address, which is as long as is said.
     checked(unsafe { connect(socket.as_raw_fd(), &address, SOCKADDR_BYTES) })?;
@@ -89,9 +106,7 @@ pub(crate) struct VsockListener(OwnedFd);
 impl VsockListener {
     pub(crate) fn bind(port: u32) -> io::Result<Self> {
         let socket = vsock()?;
-        let address = SockaddrVm::new(CID_ANY, port);
-        // SAFETY: the kernel reads the address, which is as long as is said.
-        checked(unsafe { bind(socket.as_raw_fd(), &address, SOCKADDR_BYTES) })?;
+        bind_socket(&socket, port)?;
         // SAFETY: it takes integers.
         checked(unsafe { listen(socket.as_raw_fd(), 1024) })?;
         Ok(Self(socket))
