@@ -192,8 +192,12 @@ impl MutEventSubscriber for Subscription {
         } else if let Some(source) = self.sources.get(place - self.doorbells.len()) {
             let again = Events::with_data_raw(source.as_raw_fd(), events.data(), SOURCE);
             if (self.answer)(Wake::Source(place - self.doorbells.len())) == Answered::Again {
-                // To watch it anew makes an event of what is ready already.
+                // To watch it anew makes an event of what is ready already. What the device has taken in makes none, so
+                // that it is woken by its doorbells too.
                 let _ = ops.modify(again);
+                for doorbell in &self.doorbells {
+                    let _ = doorbell.write(1);
+                }
             }
         }
     }

@@ -98,7 +98,12 @@ impl<D: VirtioDevice + 'static> DeviceHandle<D> {
 impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
     /// Serves a queue whose doorbell rang.
     pub(crate) fn serve(&self, index: usize) -> Served {
-        self.lock().turn(|device, queues| device.serve(index, queues))
+        let mut core = self.lock();
+        // A driver may name any queue.
+        if index >= core.queues.len() {
+            return Served::All;
+        }
+        core.turn(|device, queues| device.serve(index, queues))
     }
 
     /// Serves a source that became ready.
@@ -109,10 +114,7 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         } else {
             // What was in flight when the device was paused or reset is given back.
             core.finish();
-            if !core.paused {
-                core.device.unattended();
-            }
-            Served::All
+            core.device.unattended()
         };
         if core.paused && core.device.in_flight() == 0 {
             self.drained();

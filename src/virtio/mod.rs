@@ -133,9 +133,11 @@ pub(crate) trait VirtioDevice: Send {
         Ok(())
     }
 
-    /// A source became ready, and there is no driver that it would matter to: none yet, or one that
-    /// has broken the device.
-    fn unattended(&mut self) {}
+    /// A source became ready, and no driver is to hear of it: there is none yet, it has broken the device, or the VM is
+    /// paused.
+    fn unattended(&mut self) -> Served {
+        Served::All
+    }
 
     /// The VM is over: lets go of what is of the host, such as files and their locks. Nothing
     /// follows but the drop, which may come much later.

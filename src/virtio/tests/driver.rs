@@ -102,6 +102,8 @@ pub(super) struct TestTransport {
     registers: RefCell<MmioTransport>,
     /// Features that the test knows to use and the driver does not.
     more_features: u64,
+    /// Where the device writes, of each queue and its size.
+    device_areas: [(PhysAddr, u32); 3],
     _watch: Watch,
 }
 
@@ -122,18 +124,32 @@ impl TestTransport {
     pub(super) fn of<D: VirtioDevice + 'static>(handle: &DeviceHandle<D>) -> Self {
         let sources = handle.with(|device| device.sources().unwrap());
         let served = handle.erase();
-        let answer = Box::new(move |wake| match wake {
-            Wake::Source(source) if served.ready(source) == Served::Some => Answered::Again,
-            _ => Answered::Done,
+        let answer = Box::new(move |wake| {
+            let served = match wake {
+                Wake::Source(source) => served.ready(source),
+                Wake::Doorbell(index) => served.serve(index),
+            };
+            if served == Served::Some { Answered::Again } else { Answered::Done }
         });
-        let watch = Watch::new(Subscription { doorbells: Vec::new(), sources, answer }).unwrap();
+        // Nobody rings them but the device thread.
+        let doorbells =
+            (0..handle.queue_count()).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let doorbells = doorbells.collect();
+        let watch = Watch::new(Subscription { doorbells, sources, answer }).unwrap();
         let registers = RefCell::new(MmioTransport::new(handle.erase()));
-        Self { registers, more_features: 0, _watch: watch }
+        Self { registers, more_features: 0, device_areas: [(0, 0); 3], _watch: watch }
     }
 
     /// Accepts these features too.
     pub(super) fn with_features(self, features: u64) -> Self {
         Self { more_features: features, ..self }
+    }
+
+    /// Where in a queue the device wants to be rung next (virtio 1.2 §2.7.10).
+    pub(super) fn avail_event(&self, queue: u16) -> u16 {
+        let (used, size) = self.device_areas[usize::from(queue)];
+        let at = GuestAddress(used + 4 + 8 * u64::from(size));
+        ram().inner().read_obj(at).unwrap()
     }
 
     pub(super) fn read(&self, register: u64) -> u32 {
@@ -205,6 +221,9 @@ impl Transport for TestTransport {
         driver_area: PhysAddr,
         device_area: PhysAddr,
     ) {
+        if let Some(area) = self.device_areas.get_mut(usize::from(queue)) {
+            *area = (device_area, size);
+        }
         self.write(0x30, queue.into());
         self.write(0x38, size);
         self.write_address(0x80, descriptors);

@@ -134,6 +134,11 @@ impl Connection {
         !matches!(self.phase, Phase::Requested { sent: false, .. })
     }
 
+    /// Whether the host has taken it back before the guest was asked.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.hung_up && !self.is_asked()
+    }
+
     pub(super) fn is_requested(&self) -> bool {
         matches!(self.phase, Phase::Requested { .. })
     }

@@ -110,13 +110,15 @@ impl Vsock {
         if self.held_up && !self.muxer.is_congested() {
             self.held_up = false;
             sent = self.transmit(queues)?;
+            // Whatever wakes the device for the rest, the guest does not ring for it again.
+            self.held_up |= sent == Served::Some;
         }
         if self.muxer.guest_has_ended() && sent == Served::All {
             self.muxer.end();
         }
         let received = self.receive(queues)?;
         let goes_on = self.held_up && !self.muxer.is_congested();
-        match events || goes_on || sent == Served::Some || received == Served::Some {
+        match events || goes_on || received == Served::Some {
             true => Ok(Served::Some),
             false => Ok(Served::All),
         }
@@ -234,11 +236,14 @@ impl VirtioDevice for Vsock {
         self.turn(false, queues)
     }
 
-    /// A guest may end before it has a driver; the host's side hears of it all the same.
-    fn unattended(&mut self) {
-        if self.muxer.sees_end() {
+    /// Without a driver, or in a pause, a guest may end, a host give up what it has asked for, and read what is left of
+    /// connections that are over.
+    fn unattended(&mut self) -> Served {
+        let more = self.muxer.poll();
+        if self.muxer.guest_has_ended() || self.muxer.sees_end() {
             self.muxer.end();
         }
+        if more { Served::Some } else { Served::All }
     }
 
     /// Ends all connections and listeners for good.

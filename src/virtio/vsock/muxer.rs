@@ -18,7 +18,7 @@ use super::backlog::Backlog;
 use super::connection::{Connection, Greeting, Rest, Step};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Key, Op, TYPE_STREAM};
 use super::sockets::{Sockets, pair};
-use super::unix::{Call, UnixPath};
+use super::unix::{Call, SocketFile, UnixPath};
 use crate::config::VsockConfig;
 use crate::memory::GuestBytes;
 use crate::metrics::VsockMetrics;
@@ -60,6 +60,8 @@ pub(super) struct Muxer {
     rests: HashMap<u32, Rest>,
     listeners: HashMap<u32, Arc<Backlog>>,
     unix: Option<UnixPath>,
+    /// Outlives it until the device is shut down.
+    socket_file: Option<Arc<SocketFile>>,
     next_id: u32,
     /// The port that the host's last connection came from.
     pub(super) last_port: u32,
@@ -96,6 +98,7 @@ impl Muxer {
             resets: VecDeque::new(),
             rests: HashMap::new(),
             listeners: HashMap::new(),
+            socket_file: unix.as_ref().map(|unix| Arc::clone(&unix.file)),
             unix,
             next_id: 0,
             last_port: LAST_PORT,
@@ -132,7 +135,10 @@ impl Muxer {
         for (key, ready) in events {
             if let Some(connection) = self.connections.get_mut(&key) {
                 connection.socket_ready(ready);
-                self.queue(key);
+                match connection.is_given_up() {
+                    true => self.give_up(key),
+                    false => self.queue(key),
+                }
             } else if key == GUEST_ENDED {
                 // It can be written, at any time.
                 self.guest_has_ended |= ready.readable;
@@ -143,6 +149,13 @@ impl Muxer {
             }
         }
         more || callers
+    }
+
+    /// Removes a connection of which the guest has not heard.
+    fn give_up(&mut self, key: Key) {
+        if self.connections.remove(&key).is_some_and(|connection| connection.queued) {
+            self.turns.retain(|waiting| *waiting != key);
+        }
     }
 
     /// Whether the guest has ended, and all that is left is to [`end`](Self::end) too.
@@ -384,6 +397,7 @@ impl Muxer {
     pub(super) fn shut_down(&mut self) {
         self.end();
         self.rests.clear();
+        self.socket_file = None;
     }
 
     fn has_room(&self) -> bool {

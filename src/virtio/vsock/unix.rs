@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -17,10 +18,20 @@ const MAX_CALLERS: usize = 64;
 /// As long as a line with the largest port.
 const MAX_LINE: usize = "CONNECT 4294967295\n".len();
 
+/// A socket's path. It goes with this value, on a thread that may remove it: the device thread may not.
+#[derive(Debug)]
+pub(super) struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// The socket at the path, and who came by it.
 #[derive(Debug)]
 pub(super) struct UnixPath {
-    path: PathBuf,
+    pub(super) file: Arc<SocketFile>,
     pub(super) listener: UnixListener,
     callers: HashMap<u32, Caller>,
 }
@@ -42,12 +53,12 @@ pub(super) enum Call {
 }
 
 impl UnixPath {
-    /// Makes a socket at `path`, where there must be none. It is removed with `self`.
+    /// Makes a socket at `path`, where there must be none.
     pub(super) fn new(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
-        let unix = Self { path: path.to_owned(), listener, callers: HashMap::new() };
-        unix.listener.set_nonblocking(true)?;
-        Ok(unix)
+        let file = Arc::new(SocketFile(path.to_owned()));
+        listener.set_nonblocking(true)?;
+        Ok(Self { file, listener, callers: HashMap::new() })
     }
 
     /// The next one who connected. An error is as good as nobody: the next one will be heard.
@@ -94,18 +105,12 @@ impl UnixPath {
 
     /// Connects to who listens for this port, where somebody does and has room.
     pub(super) fn connect(&self, port: u32) -> Option<UnixStream> {
-        let mut path = self.path.clone().into_os_string();
+        let mut path = self.file.0.clone().into_os_string();
         path.push(format!("_{port}"));
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).ok()?;
         connect(&socket, &SocketAddrUnix::new(path).ok()?).ok()?;
         Some(socket.into())
-    }
-}
-
-impl Drop for UnixPath {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -4,6 +4,7 @@ mod hostile;
 mod kept;
 mod streams;
 mod threads;
+mod turns;
 mod unix;
 
 use std::sync::Arc;

@@ -44,6 +44,18 @@ fn another_program_connects_by_the_path_and_reads_ok() {
 }
 
 #[test]
+fn the_path_goes_with_the_device_also_after_the_guests_own_end() {
+    let path = path("ended");
+    let (_transport, handle, _, exit) =
+        device_and_latch(&VsockConfig::default().unix_socket(&path));
+    exit.report(crate::exit::ExitStatus::PoweredOff);
+    until(|| UnixStream::connect(&path).err());
+    assert!(path.exists(), "the device thread may not remove it");
+    handle.close();
+    assert!(!path.exists(), "the socket is left behind");
+}
+
+#[test]
 fn callers_who_are_refused_or_talk_nonsense_are_closed() {
     let (mut guest, path, _handle) = guest("nonsense");
     let mut stream = UnixStream::connect(&path).unwrap();
