@@ -8,20 +8,34 @@ use smallvec::SmallVec;
 use super::GuestBytes;
 use super::io::MAX_IOVECS;
 
+/// The pieces that a frame may be read into.
+pub(crate) const MAX_FRAME_PIECES: usize = MAX_IOVECS - 1;
+
 impl<'ram> GuestBytes<'ram> {
+    /// In how many pieces they are.
+    pub(crate) fn count_pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Keeps the first of them.
+    pub(crate) fn truncate_pieces(&mut self, pieces: usize) {
+        self.pieces.truncate(pieces);
+    }
+
     /// Adds the bytes of another sequence behind these.
     pub(crate) fn append(&mut self, other: &GuestBytes<'ram>) {
         self.pieces.extend_from_slice(&other.pieces);
     }
 
     /// Reads a frame with one readv: into these bytes, and what they have no room for into
-    /// `spare`. Returns its length, which is greater than theirs where some of it went there.
+    /// `spare`. Returns its length, which is greater than theirs where some of it went there. They
+    /// are in [`MAX_FRAME_PIECES`] at most.
     ///
     /// # Errors
     ///
     /// What readv says, but for a signal.
     pub(crate) fn read_frame(&self, from: BorrowedFd<'_>, spare: &mut [u8]) -> io::Result<usize> {
-        let pieces = self.pieces.iter().take(MAX_IOVECS - 1);
+        let pieces = self.pieces.iter().take(MAX_FRAME_PIECES);
         let guards: SmallVec<[_; 4]> = pieces.map(|piece| piece.ptr_guard_mut()).collect();
         let iovec = |base: *mut u8, len| libc::iovec { iov_base: base.cast(), iov_len: len };
         let mut iovecs: SmallVec<[_; 4]> =

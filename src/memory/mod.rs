@@ -24,6 +24,7 @@ mod written;
 use self::backing::Backing;
 pub(crate) use self::backing::Save;
 pub(crate) use self::chunks::MemoryProgress;
+pub(crate) use self::frames::MAX_FRAME_PIECES;
 pub(crate) use self::image::{MAX_LAYERS, MemoryImage};
 use self::io::MAX_IOVECS;
 pub(crate) use self::io::{GuestBuffers, GuestBytes};

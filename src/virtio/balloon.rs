@@ -1,8 +1,9 @@
 //! The memory balloon: pages that the guest does without, given back to the host.
 //!
 //! Source: virtio 1.2 §5.5. Pages are of 4 KiB, and named by numbers in lists of 32 bits. A page
-//! that the guest puts into the balloon, or reports as free, is zero and costs the host nothing
-//! until the guest uses it again; taking one out needs nothing of the host. A number that is
+//! that the guest puts into the balloon, or reports as free, costs the host nothing until the guest uses it
+//! again; it is zero then, or in a guest that came from a snapshot what it was there. Taking one out needs
+//! nothing of the host. A number that is
 //! none of the guest's pages is ignored. What a request can ask for in one turn is bounded.
 //!
 //! Linux numbers queues without gaps: it puts the reporting queue where the queue of a feature
@@ -37,8 +38,9 @@ const QUEUES_WITH_REPORTING: usize = 5;
 const PAGE_SHIFT: u32 = 12;
 /// Page numbers of one request that are looked at; Linux sends 256. The others stay with the guest.
 const MAX_PFNS: usize = 1024;
-/// Lists that are looked at in one turn.
+/// Lists that are looked at in one turn, and pages in a row in them: each is a system call.
 const LISTS_PER_TURN: usize = 4;
+const RUNS_PER_TURN: usize = 512;
 /// Bytes of one report that are given back, and one report a turn; Linux sends 32 times 4 MiB.
 const MAX_REPORT_BYTES: u64 = 128 << 20;
 const REPORTS_PER_TURN: usize = 1;
@@ -111,20 +113,23 @@ impl Balloon {
         Ok(())
     }
 
-    fn inflate(&mut self, ram: &GuestRam, list: &GuestBytes<'_>) {
+    /// Gives pages back, and says in how many runs.
+    fn inflate(&mut self, ram: &GuestRam, list: &GuestBytes<'_>) -> usize {
         let mut pfns = pfns(list);
         let listed = pfns.len() as u64;
         pfns.sort_unstable();
         pfns.dedup();
-        let mut pages = 0;
+        let (mut pages, mut runs) = (0, 0);
         // One system call for neighbours.
         for run in pfns.chunk_by(|pfn, next| pfn.checked_add(1) == Some(*next)) {
             let Some(first) = run.first() else { continue };
             let address = GuestAddress(u64::from(*first) << PAGE_SHIFT);
             pages += ram.discard(address, run.len() << PAGE_SHIFT) >> PAGE_SHIFT;
+            runs += 1;
         }
         self.metrics.inflated_bytes += pages << PAGE_SHIFT;
         self.metrics.refused_pages += listed - pages;
+        runs
     }
 
     fn deflate(&mut self, list: &GuestBytes<'_>) {
@@ -191,19 +196,19 @@ fn read_stats(bytes: &[u8], taken: SystemTime) -> BalloonStats {
     }
 }
 
-/// Lets a device look at a few requests, and at the others in its next turn.
+/// Lets a device look at a few requests, and at the others in its next turn. Each costs some of what is left for
+/// this one.
 fn serve_some(
     queues: &mut Queues<'_>,
     index: usize,
     mut left: usize,
-    mut look: impl FnMut(&Chain<'_>),
+    mut look: impl FnMut(&Chain<'_>) -> usize,
 ) -> Result<Served, QueueError> {
     let served = queues.serve(index, |chain| {
         if left == 0 {
             return Answer::PutBack;
         }
-        left -= 1;
-        look(&chain);
+        left = left.saturating_sub(look(&chain));
         Answer::Used(0)
     })?;
     Ok(if left == 0 { Served::Some } else { served })
@@ -257,17 +262,19 @@ impl VirtioDevice for Balloon {
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let ram = queues.ram();
         match index {
-            INFLATEQ => serve_some(queues, index, LISTS_PER_TURN, |chain| {
-                self.inflate(ram, &chain.readable);
+            INFLATEQ => serve_some(queues, index, RUNS_PER_TURN, |chain| {
+                self.inflate(ram, &chain.readable).max(RUNS_PER_TURN / LISTS_PER_TURN)
             }),
             DEFLATEQ => serve_some(queues, index, LISTS_PER_TURN, |chain| {
                 self.deflate(&chain.readable);
+                1
             }),
             STATSQ if self.features & F_STATS_VQ != 0 => self.serve_stats(queues),
             _ if self.features & F_REPORTING != 0 => {
                 serve_some(queues, index, REPORTS_PER_TURN, |chain| {
                     self.metrics.reported_bytes +=
                         ram.discard_bytes(&chain.writable, MAX_REPORT_BYTES);
+                    1
                 })
             }
             // The driver did not choose what the queue is for.

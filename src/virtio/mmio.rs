@@ -34,6 +34,8 @@ const QUEUE_DRIVER_LOW: u64 = 0x090;
 const QUEUE_DRIVER_HIGH: u64 = 0x094;
 const QUEUE_DEVICE_LOW: u64 = 0x0a0;
 const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+const SHM_LEN_LOW: u64 = 0x0b0;
+const SHM_LEN_HIGH: u64 = 0x0b4;
 const CONFIG_GENERATION: u64 = 0x0fc;
 const CONFIG: u64 = 0x100;
 
@@ -56,6 +58,8 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
             QUEUE_READY => queue.map_or(0, |queue| queue.queue.ready().into()),
             STATUS => self.registers.status,
             CONFIG_GENERATION => self.registers.config_generation,
+            // There is no region of shared memory.
+            SHM_LEN_LOW | SHM_LEN_HIGH => u32::MAX,
             _ => 0,
         }
     }
@@ -114,7 +118,7 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
         }
         let queue = &mut queue.queue;
         match register {
-            // What the queue refuses leaves it as it was, and not valid when it is to be ready.
+            // What the queue refuses leaves it as it was.
             QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
             QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),

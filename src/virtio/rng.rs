@@ -10,7 +10,9 @@ use super::{Answer, DeviceType, QueueError, Queues, RateLimiter, Served, Source,
 use crate::config::RateLimit;
 use crate::metrics::{DeviceMetrics, EntropyMetrics};
 
+/// Random bytes for one request, and for all of one turn: half a millisecond.
 const MAX_BYTES: u64 = 64 << 10;
+const BYTES_PER_TURN: u64 = 256 << 10;
 
 /// The device.
 #[derive(Debug)]
@@ -49,11 +51,17 @@ impl VirtioDevice for Rng {
 
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let mut bytes = Vec::new();
-        queues.serve(index, |chain| {
+        let (mut left, mut more) = (BYTES_PER_TURN, false);
+        let served = queues.serve(index, |chain| {
+            if left == 0 {
+                more = true;
+                return Answer::PutBack;
+            }
             let room = chain.writable.len().min(MAX_BYTES);
             if !self.limiter.take(room) {
                 return Answer::PutBack;
             }
+            left = left.saturating_sub(room);
             bytes.resize(room as usize, 0);
             let given = match self.source.read_exact(&mut bytes) {
                 Ok(()) => chain.writable.copy_from(&bytes),
@@ -62,7 +70,8 @@ impl VirtioDevice for Rng {
             self.metrics.requests += 1;
             self.metrics.bytes += given as u64;
             Answer::Used(given as u32)
-        })
+        })?;
+        Ok(if more { Served::Some } else { served })
     }
 
     /// There are tokens again.

@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::header::{HEADER_BYTES, MAX_FRAME_BYTES, OFFLOADS, offloads};
-use super::moved::Moved;
+use super::header::{HEADER_BYTES, OFFLOADS, offloads};
+use super::moved::{Moved, Room};
 use super::passt::{Passt, PasstError};
 use super::stream::Stream;
 use crate::config::UserNetwork;
@@ -72,12 +72,12 @@ impl Backend {
     /// # Errors
     ///
     /// As [`receive`](Self::receive).
-    pub(super) fn next(&mut self) -> io::Result<Option<u64>> {
+    pub(super) fn next(&mut self) -> io::Result<Option<Room>> {
+        let known = |bytes: Option<u64>| bytes.map(Room::Known);
         match self {
-            // Only reading it tells.
-            Self::Tap(_) => Ok(Some(HEADER_BYTES + MAX_FRAME_BYTES)),
-            Self::Stream(stream) => stream.next(),
-            Self::Passt(stream, process) => stream.next().inspect_err(|_| process.end()),
+            Self::Tap(_) => Ok(Some(Room::Unknown)),
+            Self::Stream(stream) => stream.next().map(known),
+            Self::Passt(stream, process) => stream.next().map(known).inspect_err(|_| process.end()),
             Self::Nothing => Ok(None),
         }
     }

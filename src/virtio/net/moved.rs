@@ -1,4 +1,4 @@
-//! The answer of whatever moves frames.
+//! The answers of whatever moves frames.
 
 /// What became of the attempt to move a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,4 +9,13 @@ pub(super) enum Moved {
     Dropped,
     /// There is none, or the other end takes none now: its descriptor will say when.
     Nothing,
+}
+
+/// What the next frame takes, with its header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// So many bytes.
+    Known(u64),
+    /// Only reading it tells.
+    Unknown,
 }

@@ -125,6 +125,7 @@ fn options(network: &UserNetwork, mtu: Option<u16>) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::super::backend::Backend;
+    use super::super::moved::Room;
     use super::*;
 
     #[test]
@@ -175,7 +176,7 @@ mod tests {
         let mut backend = Backend::passt(&network, None).unwrap();
         let (_, pid) = parts(&mut backend);
         let begin = std::time::Instant::now();
-        while backend.next().unwrap() != Some(26) {
+        while backend.next().unwrap() != Some(Room::Known(26)) {
             assert!(begin.elapsed().as_secs() < 30, "no frame");
         }
         assert!(exists(pid));

@@ -4,20 +4,28 @@ use std::collections::VecDeque;
 
 use smallvec::SmallVec;
 
-use super::header::{F_MRG_RXBUF, HEADER_BYTES, NUM_BUFFERS_AT};
-use super::moved::Moved;
-use super::{Net, RECEIVE};
-use crate::memory::{GuestBytes, GuestRam};
+use super::header::{
+    F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, HEADER_BYTES, MAX_FRAME_BYTES, NUM_BUFFERS_AT,
+};
+use super::moved::{Moved, Room};
+use super::{Net, QUEUE_SIZE, RECEIVE};
+use crate::memory::{GuestBytes, GuestRam, MAX_FRAME_PIECES};
 use crate::virtio::{Chain, QueueError, Queues, Served, VirtQueue};
 
 /// Frames that are received before other devices get their turn.
 const MAX_FRAMES: usize = 256;
+
+/// An Ethernet header with a VLAN's tag.
+const ETHERNET_BYTES: u64 = 18;
+/// What a packet of IP has at most where nobody says more.
+const USUAL_MTU: u16 = 1500;
 
 /// Buffers that were taken from the queue and are empty yet, in the queue's order.
 #[derive(Default)]
 struct Buffers<'ram> {
     chains: VecDeque<Chain<'ram>>,
     bytes: u64,
+    pieces: usize,
 }
 
 impl Net {
@@ -79,19 +87,33 @@ impl Net {
         Ok(Served::Some)
     }
 
-    /// Takes buffers until there is so much room, or all that the driver ever gave at once. False
-    /// where it has to give more first: its doorbell will say so.
+    /// Takes buffers until there is so much room, or all that the driver ever gave at once, or as many pieces as a frame
+    /// may be in. A driver that wants no large frames may have room for no more than a usual one. False where it has
+    /// to give more first: its doorbell will say so.
     fn gather<'ram>(
         &mut self,
         queue: &mut VirtQueue,
         ram: &'ram GuestRam,
         buffers: &mut Buffers<'ram>,
-        room: u64,
+        room: Room,
     ) -> Result<bool, QueueError> {
         let is_mergeable = self.features & F_MRG_RXBUF != 0;
-        let wanted = if is_mergeable { room } else { 1 };
+        let (wanted, enough) = match room {
+            _ if !is_mergeable => (1, 1),
+            Room::Known(bytes) => (bytes, bytes),
+            Room::Unknown => {
+                let largest = HEADER_BYTES + MAX_FRAME_BYTES;
+                let mtu = u64::from(self.mtu.unwrap_or(0).max(USUAL_MTU));
+                let is_large = self.features & (F_GUEST_TSO4 | F_GUEST_TSO6) != 0;
+                (largest, if is_large { largest } else { HEADER_BYTES + ETHERNET_BYTES + mtu })
+            }
+        };
         loop {
-            while buffers.bytes < wanted && (is_mergeable || buffers.chains.is_empty()) {
+            while buffers.bytes < wanted
+                && buffers.pieces < MAX_FRAME_PIECES
+                && buffers.chains.len() < usize::from(QUEUE_SIZE)
+                && (is_mergeable || buffers.chains.is_empty())
+            {
                 match queue.next(ram)? {
                     Some(chain) => buffers.push(chain),
                     None => break,
@@ -100,7 +122,8 @@ impl Net {
             let count = buffers.chains.len();
             let is_all = count > 0 && (!is_mergeable || count >= self.most_buffers);
             self.most_buffers = self.most_buffers.max(count);
-            if buffers.bytes >= wanted || is_all {
+            let is_full = buffers.pieces >= MAX_FRAME_PIECES || count >= usize::from(QUEUE_SIZE);
+            if buffers.bytes >= enough || is_all || is_full {
                 return Ok(true);
             }
             // All of them were taken, so the next one that comes rings.
@@ -114,15 +137,17 @@ impl Net {
 impl<'ram> Buffers<'ram> {
     fn push(&mut self, chain: Chain<'ram>) {
         self.bytes += chain.writable.len();
+        self.pieces += chain.writable.count_pieces();
         self.chains.push_back(chain);
     }
 
-    /// All of them as one.
+    /// All of them as one, as far as a frame may be in so many pieces.
     fn space(&self) -> GuestBytes<'ram> {
         let mut space = GuestBytes::default();
         for chain in &self.chains {
             space.append(&chain.writable);
         }
+        space.truncate_pieces(MAX_FRAME_PIECES);
         space
     }
 
@@ -136,10 +161,35 @@ impl<'ram> Buffers<'ram> {
         {
             let len = chain.writable.len();
             self.bytes -= len;
+            self.pieces -= chain.writable.count_pieces();
             used.push((chain.head, rest.min(len) as u32));
             rest = rest.saturating_sub(len);
         }
         space.copy_from_at(NUM_BUFFERS_AT, &(used.len() as u16).to_le_bytes());
         used
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::VolatileSlice;
+
+    use super::*;
+
+    #[test]
+    fn a_frame_is_given_no_more_pieces_than_one_call_reads_and_takes_whole_buffers() {
+        let mut bytes = vec![0u8; 8192];
+        let slice = VolatileSlice::from(&mut bytes[..]);
+        let mut buffers = Buffers::default();
+        for head in 0..2 {
+            let mut writable = GuestBytes::default();
+            (0..700).for_each(|piece| writable.push(slice.subslice(piece * 4, 4).unwrap()));
+            buffers.push(Chain { head, writable, ..Chain::default() });
+        }
+        assert_eq!((buffers.bytes, buffers.pieces), (5600, 1400));
+        let space = buffers.space();
+        assert_eq!(space.len(), 4 * MAX_FRAME_PIECES as u64);
+        assert_eq!(buffers.take(&space, 2801).as_slice(), [(0, 2800), (1, 1)]);
+        assert_eq!((buffers.bytes, buffers.pieces), (0, 0));
     }
 }

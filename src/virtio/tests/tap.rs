@@ -9,7 +9,7 @@ use virtio_drivers::transport::Transport;
 use vm_memory::GuestAddress;
 
 use super::driver::{TestTransport, ram};
-use super::hostile::{BUFFERS, Raw, RawDriver};
+use super::hostile::{BUFFERS, Raw, RawDriver, WRITE};
 use super::net::{Driver, HEADER, MAC, counters, frame, give, take, until};
 use crate::config::NetConfig;
 use crate::error::{Error, ErrorKind};
@@ -182,6 +182,26 @@ fn frames_pass_a_tap_whole_both_ways() {
         drop(driver);
         drop(handle);
         assert_eq!(index("dm0"), 0, "a tap that we made stays");
+    });
+}
+
+#[test]
+fn a_driver_with_room_for_usual_frames_alone_gets_them() {
+    const MRG_RXBUF: u64 = 1 << 15;
+    in_a_network_of_its_own("a_driver_with_room_for_usual_frames_alone_gets_them", || {
+        let net = net(Tap::open("dm0").unwrap());
+        set_up("dm0", true);
+        let wire = Wire::new("dm0");
+        let (transport, handle) = TestTransport::with_handle(net);
+        let mut driver = RawDriver::over(transport.with_features(MRG_RXBUF), 0);
+        let buffers: Vec<_> =
+            (0..16).map(|place| Raw(BUFFERS + place * 2048, 2048, WRITE, 0)).collect();
+        driver.write_descriptors(&buffers);
+        (0..16).for_each(|head| driver.offer(head));
+        driver.transport.write(0x50, 0);
+        // It gives none back before it has several.
+        (0..8).for_each(|number| wire.send(&marked(number, 1514)));
+        until("the frames come", || counters(&handle).rx_frames >= 8);
     });
 }
 

@@ -13,25 +13,55 @@ use vm_memory::GuestAddress;
 use super::block::{Image, block};
 use super::driver::{TestHal, TestTransport, ram};
 use super::hostile::{BUFFERS, NEXT, Raw, RawDriver, WRITE, disk};
-use crate::config::{BlockConfig, RateLimit};
+use super::net::cable;
+use crate::config::{BalloonConfig, BlockConfig, RateLimit};
 use crate::metrics::DeviceMetrics;
-use crate::virtio::{Rng, Served};
+use crate::virtio::{Balloon, Rng, Served};
 
 #[test]
 fn a_guest_that_asks_for_much_gets_it_in_turns_with_the_others() {
     let rng = Rng::new(RateLimit::default()).unwrap();
     let (transport, handle) = TestTransport::with_handle(rng);
     let mut driver = RawDriver::over(transport, 0);
-    // A MiB, sixteen times: eight in a turn.
-    driver.write_descriptors(&[Raw(0, 1 << 20, WRITE, 0)]);
+    // 64 KiB, sixteen times: four in a turn.
+    driver.write_descriptors(&[Raw(0, 64 << 10, WRITE, 0)]);
     (0..16).for_each(|_| driver.offer(0));
-    for turn in 1..=2 {
+    for turn in 1..=3 {
         assert_eq!(handle.serve(0), Served::Some);
-        assert_eq!(driver.used(), 8 * turn);
+        assert_eq!(driver.used(), 4 * turn);
     }
     assert_eq!(handle.serve(0), Served::All);
     assert_eq!(driver.used(), 16);
     assert!(!driver.needs_reset());
+}
+
+#[test]
+fn pages_that_are_no_neighbours_are_given_back_in_turns() {
+    let (transport, handle) = TestTransport::with_handle(Balloon::new(BalloonConfig::default()));
+    let mut driver = RawDriver::over(transport, 0);
+    let list: Vec<u8> = (0..1024u32).flat_map(|page| (0x8000 + 2 * page).to_le_bytes()).collect();
+    ram().write(&list, GuestAddress(BUFFERS)).unwrap();
+    driver.write_descriptors(&[Raw(BUFFERS, 4096, 0, 0)]);
+    (0..4).for_each(|_| driver.offer(0));
+    for turn in 1..=4 {
+        assert_eq!(handle.serve(0), Served::Some);
+        assert_eq!(driver.used(), turn);
+    }
+    assert_eq!(handle.serve(0), Served::All);
+}
+
+#[test]
+fn a_doorbell_of_no_queue_is_nobodys() {
+    let (device, _peer) = cable(None);
+    let mut driver = RawDriver::over(TestTransport::new(device), 1);
+    driver.write_descriptors(&[Raw(BUFFERS, 112, 0, 0)]);
+    driver.offer(0);
+    driver.transport.write(0x50, 7);
+    assert_eq!(driver.used(), 0);
+    driver.transport.write(0x50, 1);
+    assert_eq!(driver.used(), 1);
+    // No device has a region of shared memory.
+    assert_eq!([0xb0, 0xb4].map(|register| driver.transport.read(register)), [u32::MAX; 2]);
 }
 
 #[test]
