@@ -64,7 +64,7 @@ pub fn snapshot_state(bytes: &[u8]) {
 /// An archive whose `state` is good. What follows is made of the bytes: entries of some names,
 /// kinds and lengths, with what is left of the bytes behind them as it is.
 pub fn snapshot_archive(bytes: &[u8]) {
-    let outside = Temporary::new().expect("a directory");
+    let mut outside = Temporary::new().expect("a directory");
     outside.create().expect("a directory");
     let (file, target) = (outside.path.join(WRITTEN), outside.path.join("target"));
     let mut tar = tar::Builder::new(Vec::new());
