@@ -151,6 +151,7 @@ mod endpoint;
 mod error;
 mod event_loop;
 mod exit;
+mod file_lock;
 mod host;
 #[cfg(feature = "image")]
 mod image;

@@ -29,7 +29,7 @@ const LAYERS: &[&[&str]] = &[
     &["deb"],
     &["timings", "compression"],
     &["error"],
-    &["phase", "exit", "metrics", "input_file", "seccomp", "protocol", "random"],
+    &["phase", "exit", "metrics", "input_file", "file_lock", "seccomp", "protocol", "random"],
 ];
 
 /// Who may import whom within a layer: (importer, imported). Each is a step towards one module.

@@ -187,12 +187,6 @@ impl AsRawFd for Descriptor {
     }
 }
 
-/// Whether who says this, from this port of the guest, is no program that passes for the agent. Versions before
-/// had a port as all have, and are told that they do not fit.
-fn may_be_agent(hello: &Hello, port: u32) -> bool {
-    RESERVED_PORTS.contains(&port) || hello.version != VERSION
-}
-
 /// Accepts what the guest opens, until the VM is over.
 async fn keep(listener: AsyncFd<Descriptor>, host: Arc<Host>) {
     let mut connections = JoinSet::new();
@@ -237,7 +231,7 @@ impl Host {
         let opening = within(OPENING, connection.reader.message::<Opening>()).await;
         // What says nothing that is understood is closed.
         match opening {
-            Some(Ok(Some(Opening::Hello(hello)))) if may_be_agent(&hello, port) => {
+            Some(Ok(Some(Opening::Hello(hello)))) if RESERVED_PORTS.contains(&port) => {
                 self.hello(&hello, connection).await;
             }
             Some(Ok(Some(Opening::Service(name)))) => self.service(&name, connection).await,

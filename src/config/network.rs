@@ -124,7 +124,8 @@ impl NetConfig {
     }
 
     /// The largest packet that the guest shall send, in bytes without the Ethernet header: 68 to
-    /// 65,535. The guest chooses, mostly 1,500, unless set. A tap's own MTU is set on the host.
+    /// 65,535. The guest chooses, mostly 1,500, unless set. A tap's own MTU is set on the host;
+    /// where that is larger, a guest that takes no large frames (TSO) loses some unless this is as large.
     #[must_use]
     pub fn mtu(mut self, bytes: u16) -> Self {
         self.mtu = Some(bytes);

@@ -16,8 +16,8 @@ mod progress;
 mod saved;
 
 use std::collections::VecDeque;
-use std::fs::{File, Metadata, TryLockError};
-use std::io::{self, Seek, SeekFrom};
+use std::fs::{File, Metadata};
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,6 +33,7 @@ pub(crate) use self::extents::Extents;
 pub(crate) use self::progress::Progress;
 pub(crate) use self::saved::{BELOW, SavedDisk};
 use crate::config::{BlockConfig, FileFacts, Writes};
+use crate::file_lock::{self, Locked};
 use crate::memory::{Clear, GuestBytes, Transfer};
 
 /// The unit of a disk's size, and of what a delta remembers.
@@ -308,12 +309,11 @@ fn open(path: &Path, writable: bool, flags: i32) -> Result<File, DiskError> {
 
 /// Keeps others from writing to a file, or from using it at all where we write to it.
 fn lock(file: &File, path: &Path, writable: bool) -> Result<(), DiskError> {
-    let locked = if writable { file.try_lock() } else { file.try_lock_shared() };
+    let locked = if writable { file_lock::exclusive(file) } else { file_lock::shared(file) };
     match locked {
-        Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => Err(DiskError::InUse { path: path.to_owned() }),
-        Err(TryLockError::Error(source)) if source.kind() == io::ErrorKind::Unsupported => Ok(()),
-        Err(TryLockError::Error(source)) => Err(DiskError::Open { path: path.to_owned(), source }),
+        Ok(Locked::Ours) => Ok(()),
+        Ok(Locked::Taken) => Err(DiskError::InUse { path: path.to_owned() }),
+        Err(source) => Err(DiskError::Open { path: path.to_owned(), source }),
     }
 }
 

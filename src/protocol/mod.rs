@@ -6,7 +6,7 @@
 //!
 //! - The agent connects to the host's port [`HOST_PORT`] when it is up, and again whenever that
 //!   connection ends, as it does in a VM that was restored. It comes from one of [`RESERVED_PORTS`], which
-//!   programs cannot have, so that none passes for it. It says [`Hello`]; the host answers
+//!   no program but root's can have, so that none else passes for it. It says [`Hello`]; the host answers
 //!   [`Welcome`], with who this VM is now; the agent makes it so, and says [`Reply::Done`]. The
 //!   connection stays open as long as both live. On it the host may ask whether the agent is alive
 //!   ([`Line`]); nothing else is said.

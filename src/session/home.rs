@@ -2,7 +2,7 @@
 //!
 //! For a session named ID there are `ID/session.json`, its record; and `ID/asleep`, the files that it sleeps in.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::error::SessionError;
 use super::state::Listeners;
+use crate::file_lock::{self, Locked};
 
 /// A directory of sessions that is this process's, until the last session of it is dropped.
 #[derive(Debug)]
@@ -30,12 +31,9 @@ impl Home {
         let lock = path.join("lock");
         let file = File::options().create(true).append(true).mode(0o600).open(&lock);
         let file = file.map_err(SessionError::io("open", &lock))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(SessionError::InUse { path }),
-            Err(TryLockError::Error(error)) => {
-                return Err(SessionError::io("lock", &lock)(error));
-            }
+        match file_lock::exclusive(&file).map_err(SessionError::io("lock", &lock))? {
+            Locked::Ours => {}
+            Locked::Taken => return Err(SessionError::InUse { path }),
         }
         Ok(Self { path, _lock: file, listeners: Arc::default() })
     }

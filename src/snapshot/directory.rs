@@ -202,7 +202,8 @@ impl Staging {
     }
 
     /// Puts the directory into its place, and with `sync` on the disk before. A snapshot that was
-    /// there is gone afterwards; where this fails, it is as it was.
+    /// there is gone afterwards; where this fails, it is as it was, unless it is the last sync that
+    /// fails where a file system cannot exchange two directories.
     pub(crate) fn commit(self, sync: bool) -> Result<(), DirectoryError> {
         let target = self.target.clone();
         // Nothing is opened any more once the place is another's.

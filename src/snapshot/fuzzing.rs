@@ -40,8 +40,7 @@ pub fn snapshot_state(bytes: &[u8]) {
         return;
     }
     devices(&state.machine);
-    let mut temporary = Temporary::new().expect("a directory");
-    temporary.create().expect("a directory");
+    let temporary = Temporary::new().expect("a directory");
     let Some(image) = image(&state, &temporary) else { return };
     let open = OpenDirectory::open(&temporary.path).expect("a directory");
     let (written, fresh) = (OnceLock::new(), OnceLock::new());
@@ -64,8 +63,7 @@ pub fn snapshot_state(bytes: &[u8]) {
 /// An archive whose `state` is good. What follows is made of the bytes: entries of some names,
 /// kinds and lengths, with what is left of the bytes behind them as it is.
 pub fn snapshot_archive(bytes: &[u8]) {
-    let mut outside = Temporary::new().expect("a directory");
-    outside.create().expect("a directory");
+    let outside = Temporary::new().expect("a directory");
     let (file, target) = (outside.path.join(WRITTEN), outside.path.join("target"));
     let mut tar = tar::Builder::new(Vec::new());
     let state = format::framed(GOLDEN.to_vec());

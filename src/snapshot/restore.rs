@@ -225,8 +225,7 @@ mod tests {
 
     #[test]
     fn what_lies_in_a_directory_is_not_what_only_looks_so() {
-        let mut temporary = super::super::Temporary::new().unwrap();
-        temporary.create().unwrap();
+        let temporary = super::super::Temporary::new().unwrap();
         let inside = temporary.path.join("disk-0");
         assert!(lies_in(&inside, &temporary.path), "what is not there yet");
         std::os::unix::fs::symlink("/etc/passwd", &inside).unwrap();

@@ -50,10 +50,10 @@ impl Sleeper<'_> {
     /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
     /// memory over what is shared.
     pub(crate) fn keep(&self, purpose: Purpose) -> Result<Snapshot, Error> {
-        let mut temporary = Temporary::new().map_err(SnapshotError::Temporary)?;
-        if !self.machine.controls().disks.is_empty() {
-            temporary.create().map_err(SnapshotError::Temporary)?;
-        }
+        let temporary = match self.machine.controls().disks.is_empty() {
+            true => Temporary::default(),
+            false => Temporary::new().map_err(SnapshotError::Temporary)?,
+        };
         let options = SnapshotOptions::default();
         let state =
             self.state(&|index| temporary.path.join(disk_name(index)), purpose, &options)?;

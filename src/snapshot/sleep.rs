@@ -3,8 +3,7 @@
 //! A snapshot is nobody: any number of VMs come from it, each told that it is another. The files of a VM
 //! that was suspended are a snapshot as well, and say besides that one VM may go on from them as itself.
 
-use std::fs::{File, TryLockError};
-use std::io;
+use std::fs::File;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +12,7 @@ use super::error::SnapshotError;
 use super::{Place, Purpose, Snapshot};
 use crate::config::{InterfaceConfig, RestoreOptions};
 use crate::error::Error;
+use crate::file_lock::{self, Locked};
 
 /// In the state of a VM that was suspended, and in no other's.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,15 +93,9 @@ impl OpenDirectory {
     /// As [`Snapshot::wake_lock`].
     pub(super) fn wake_lock(&self) -> Result<WakeLock, SnapshotError> {
         let file = self.reopen().map_err(SnapshotError::open(&self.path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(SnapshotError::Awake { directory: self.path.clone() });
-            }
-            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(error)) => {
-                return Err(SnapshotError::open(&self.path)(error));
-            }
+        match file_lock::exclusive(&file).map_err(SnapshotError::open(&self.path))? {
+            Locked::Ours => {}
+            Locked::Taken => return Err(SnapshotError::Awake { directory: self.path.clone() }),
         }
         // Whoever had the lock before may have suspended the VM again, to the same place.
         if !self.is_in_place() {

@@ -11,8 +11,11 @@ use super::directory;
 use crate::random::random;
 
 const PREFIX: &str = "dormouse-";
+/// Digits of the kernel's boot id in a name.
+const BOOT_DIGITS: usize = 8;
 
-/// A place for a directory there, which goes with this value.
+/// A directory there, which goes with this value, or none.
+#[derive(Default)]
 pub(super) struct Temporary {
     pub(super) path: PathBuf,
     /// Locked: a directory whose lock is free is of a process that is gone.
@@ -20,23 +23,26 @@ pub(super) struct Temporary {
 }
 
 impl Temporary {
-    /// The place alone.
+    /// Makes one. The first one of a process removes those that others left when they were killed.
     pub(super) fn new() -> io::Result<Self> {
-        let name = u128::from_ne_bytes(random()?);
-        let path = std::env::temp_dir().join(format!("{PREFIX}{name:032x}"));
-        Ok(Self { path, directory: None })
-    }
-
-    /// The directory. The first one of a process removes those that others left when they were killed.
-    pub(super) fn create(&mut self) -> io::Result<()> {
+        let (folder, boot) = (std::env::temp_dir(), boot());
         static SWEPT: Once = Once::new();
-        SWEPT.call_once(|| sweep(&std::env::temp_dir()));
-        // Another process that sweeps may take one for abandoned that is not locked yet.
-        while self.directory.is_none() {
-            fs::DirBuilder::new().mode(0o700).create(&self.path)?;
-            self.directory = directory::lock_new(&self.path)?;
+        SWEPT.call_once(|| sweep(&folder, &boot));
+        loop {
+            let random: [u8; 16] = random()?;
+            let digits = format!("{:032x}", u128::from_ne_bytes(random));
+            let path = folder.join(format!("{PREFIX}{boot}{}", &digits[BOOT_DIGITS..]));
+            fs::DirBuilder::new().mode(0o700).create(&path)?;
+            match directory::lock_new(&path) {
+                Ok(Some(directory)) => return Ok(Self { path, directory: Some(directory) }),
+                // Another process that sweeps took it for abandoned before it was locked.
+                Ok(None) => {}
+                Err(error) => {
+                    let _ = fs::remove_dir(&path);
+                    return Err(error);
+                }
+            }
         }
-        Ok(())
     }
 }
 
@@ -48,47 +54,63 @@ impl Drop for Temporary {
     }
 }
 
-/// Removes what processes that are gone have left in a folder.
-fn sweep(folder: &Path) {
+/// What tells this kernel from others that share the folder, which do not see its locks.
+fn boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = id.chars().filter(char::is_ascii_hexdigit).take(BOOT_DIGITS).collect();
+    format!("{digits:0<BOOT_DIGITS$}")
+}
+
+/// Removes what processes that are gone have left in a folder, of those of this kernel.
+fn sweep(folder: &Path, boot: &str) {
     let Ok(entries) = fs::read_dir(folder) else { return };
-    for entry in entries.flatten().filter(|entry| is_ours(&entry.file_name())) {
+    for entry in entries.flatten().filter(|entry| is_of(boot, &entry.file_name())) {
         directory::remove_unlocked(&entry.path());
     }
 }
 
-fn is_ours(name: &OsStr) -> bool {
-    let hex = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
-    hex.is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()))
+fn is_of(boot: &str, name: &OsStr) -> bool {
+    let digits = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.strip_prefix(boot));
+    digits.is_some_and(|digits| {
+        digits.len() == 32 - BOOT_DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
     fn what_a_killed_process_left_is_removed_and_what_is_in_use_stays() {
-        let mut used = Temporary::new().unwrap();
-        used.create().unwrap();
+        let used = Temporary::new().unwrap();
         let folder = used.path.join("folder");
         fs::create_dir(&folder).unwrap();
-        let at = |digit: &str| folder.join(format!("{PREFIX}{}", digit.repeat(32)));
+        let boot = boot();
+        assert_eq!(boot.len(), BOOT_DIGITS);
+        let name = |boot: &str, digit: &str| format!("{PREFIX}{boot}{}", digit.repeat(24));
+        let at = |digit: &str| folder.join(name(&boot, digit));
         let (left, locked, foreign) = (at("1"), at("2"), at("3"));
-        for path in [&left, &locked, &foreign] {
+        let other = folder.join(name("zzzzzzzz", "4"));
+        for path in [&left, &locked, &foreign, &other] {
             fs::create_dir(path).unwrap();
             fs::write(path.join("disk-0"), "written").unwrap();
         }
         fs::write(foreign.join("thesis.txt"), "years of work").unwrap();
-        std::os::unix::fs::symlink(&locked, at("4")).unwrap();
-        let other = folder.join(format!("{PREFIX}1-{}", "2".repeat(30)));
-        fs::create_dir(&other).unwrap();
+        std::os::unix::fs::symlink(&locked, at("5")).unwrap();
         let lock = directory::lock_new(&locked).unwrap().unwrap();
-        sweep(&folder);
+        sweep(&folder, &boot);
         assert!(!left.exists());
-        assert!(locked.join("disk-0").exists() && other.exists());
+        assert!(locked.join("disk-0").exists() && other.join("disk-0").exists());
         assert!(foreign.join("thesis.txt").exists());
         drop(lock);
-        sweep(&folder);
-        assert!(!locked.exists());
+        // A process that another test starts may still have it for a moment.
+        let begin = Instant::now();
+        while locked.exists() {
+            sweep(&folder, &boot);
+            assert!(begin.elapsed() < Duration::from_secs(60));
+        }
         fs::remove_dir_all(&folder).unwrap();
         let path = used.path.clone();
         drop(used);

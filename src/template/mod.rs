@@ -69,7 +69,7 @@ impl Template {
     /// # Errors
     ///
     /// [`ErrorKind::Template`](crate::ErrorKind::Template) where it was deactivated, or where the
-    /// configuration cannot be one;
+    /// configuration cannot be one: it has no agent, or a disk whose file, or delta with a path, the guest would write;
     /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the console's last lines, where the
     /// application is not up in time; else as [`MicroVm::create`], [`MicroVm::agent`], what [`Ready`] waits for,
     /// and [`MicroVm::snapshot`](MicroVm::<crate::Paused>::snapshot). Where the VM that is tried fails, it is

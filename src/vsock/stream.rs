@@ -25,6 +25,12 @@ impl VsockStream {
         Self(socket)
     }
 
+    /// One to no guest.
+    #[cfg(all(test, feature = "agent"))]
+    pub(crate) fn from_socket(socket: UnixStream) -> Self {
+        Self(socket)
+    }
+
     /// Closes a direction or both, for all clones. The guest sees the end of the stream, or its
     /// writes fail.
     ///

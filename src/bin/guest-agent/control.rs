@@ -103,7 +103,7 @@ impl Control {
     }
 }
 
-/// Connects to the host from a port that no program can have.
+/// Connects to the host from a port that no program but root's can have.
 fn connect() -> io::Result<UnixStream> {
     // One after the other: the host may not know yet that the last connection is over.
     static COUNT: AtomicU32 = AtomicU32::new(0);

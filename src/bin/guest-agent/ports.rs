@@ -2,6 +2,7 @@
 //! stand for services of the host.
 
 use std::io::{self, Read, Write};
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -71,7 +72,8 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
     host.set_nonblocking(true)?;
     program.set_nonblocking(true)?;
     let (mut there, mut back) = (Flow::default(), Flow::default());
-    let mut unread_since = Instant::now();
+    // By steps: the guest may stand still in between, and its clock goes on.
+    let (mut unread, mut before) = (Duration::ZERO, Instant::now());
     while !(there.is_over && back.is_over) {
         let mut fds = [
             PollFd::new(there.wants_to_read().then(|| host.as_fd()), POLLIN),
@@ -80,15 +82,20 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
             PollFd::new(back.wants_to_write().then(|| host.as_fd()), POLLOUT),
         ];
         sys::poll(&mut fds, (!there.wants_to_read()).then_some(ASK_EVERY))?;
-        let before = there.begin;
+        let written = there.written;
         // An error of either ends both: the streams are closed with their descriptors.
         there.advance(&host, &program)?;
         back.advance(&program, &host)?;
-        if !there.wants_to_write() || there.begin != before {
-            unread_since = Instant::now();
-        }
-        // Who wants no answer either is gone: what does not answer, or read, would be waited for in vain.
-        if (there.is_over || unread_since.elapsed() > patience) && sys::takes_no_more(&host) {
+        let now = Instant::now();
+        let step = now.saturating_duration_since(mem::replace(&mut before, now)).min(ASK_EVERY);
+        unread = match there.wants_to_write() && there.written == written {
+            true => unread + step,
+            false => Duration::ZERO,
+        };
+        // Who wants no answer either is gone: what does not answer, or read, would be waited for in vain. Where the
+        // program has said all, it is we who send no more.
+        let asks = !back.is_over && (there.is_over || unread > patience);
+        if asks && sys::takes_no_more(&host) {
             break;
         }
     }
@@ -101,6 +108,8 @@ struct Flow {
     buffer: Vec<u8>,
     begin: usize,
     end: usize,
+    /// All that was written so far.
+    written: u64,
     is_over: bool,
 }
 
@@ -117,7 +126,10 @@ impl Flow {
     fn advance(&mut self, mut from: &UnixStream, mut to: &UnixStream) -> io::Result<()> {
         while !self.is_over {
             let result = if self.wants_to_write() {
-                to.write(&self.buffer[self.begin..self.end]).map(|count| self.begin += count)
+                to.write(&self.buffer[self.begin..self.end]).map(|count| {
+                    self.begin += count;
+                    self.written += count as u64;
+                })
             } else {
                 self.buffer.resize(BUFFER_BYTES, 0);
                 from.read(&mut self.buffer).map(|count| {

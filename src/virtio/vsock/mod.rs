@@ -21,7 +21,7 @@ use std::sync::Arc;
 pub(crate) use self::backlog::{Arrival, Backlog};
 pub(crate) use self::connection::{ACCEPTED, REFUSED};
 use self::muxer::Muxer;
-pub(crate) use self::muxer::{NO_PORT, OpenError};
+pub(crate) use self::muxer::NO_PORT;
 use super::{
     Answer, ConfigSpace, DeviceState, DeviceType, QueueError, Queues, RestoreError, Served, Source,
     VirtioDevice,
@@ -50,6 +50,17 @@ enum TransportReset {
     /// It was told when it had given so many buffers for events (modulo 65,536), and knows when
     /// it gives the next one: drivers give a buffer back when they have dealt with its event.
     Told { given: u16 },
+}
+
+/// Why the host cannot have a connection.
+#[derive(Debug)]
+pub(crate) enum OpenError {
+    /// The device is shut down.
+    Over,
+    /// There are as many as there may be.
+    TooMany,
+    /// The host has no sockets left.
+    Socket(io::Error),
 }
 
 /// The device.
@@ -239,7 +250,7 @@ impl VirtioDevice for Vsock {
     /// Without a driver, or in a pause, a guest may end, a host give up what it has asked for, and read what is left of
     /// connections that are over.
     fn unattended(&mut self) -> Served {
-        let more = self.muxer.poll();
+        let more = self.muxer.tend();
         if self.muxer.guest_has_ended() || self.muxer.sees_end() {
             self.muxer.end();
         }

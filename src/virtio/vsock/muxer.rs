@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use super::OpenError;
 use super::backlog::Backlog;
 use super::connection::{Connection, Greeting, Rest, Step};
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Key, Op, TYPE_STREAM};
@@ -62,21 +63,12 @@ pub(super) struct Muxer {
     unix: Option<UnixPath>,
     /// Outlives it until the device is shut down.
     socket_file: Option<Arc<SocketFile>>,
+    /// Programs may have connected to it that were not let in.
+    callers_wait: bool,
     next_id: u32,
     /// The port that the host's last connection came from.
     pub(super) last_port: u32,
     metrics: VsockMetrics,
-}
-
-/// Why the host cannot have a connection.
-#[derive(Debug)]
-pub(crate) enum OpenError {
-    /// The device is shut down.
-    Over,
-    /// There are as many as there may be.
-    TooMany,
-    /// The host has no sockets left.
-    Socket(io::Error),
 }
 
 impl Muxer {
@@ -100,6 +92,7 @@ impl Muxer {
             listeners: HashMap::new(),
             socket_file: unix.as_ref().map(|unix| Arc::clone(&unix.file)),
             unix,
+            callers_wait: false,
             next_id: 0,
             last_port: LAST_PORT,
             metrics: VsockMetrics::default(),
@@ -130,8 +123,14 @@ impl Muxer {
 
     /// Looks at the sockets that became ready. True where there may be more of them.
     pub(super) fn poll(&mut self) -> bool {
+        let more = self.tend();
+        let callers = std::mem::take(&mut self.callers_wait) && self.accept_callers();
+        more || callers
+    }
+
+    /// As [`poll`](Self::poll), but lets nobody in: without a driver the host's last port may not be known yet.
+    pub(super) fn tend(&mut self) -> bool {
         let (events, more) = self.sockets.poll();
-        let mut callers = false;
         for (key, ready) in events {
             if let Some(connection) = self.connections.get_mut(&key) {
                 connection.socket_ready(ready);
@@ -143,12 +142,12 @@ impl Muxer {
                 // It can be written, at any time.
                 self.guest_has_ended |= ready.readable;
             } else if key == UNIX_LISTENER {
-                callers |= self.accept_callers();
+                self.callers_wait = true;
             } else if key.host_port == NO_PORT {
                 self.serve_other(key.guest_port);
             }
         }
-        more || callers
+        more
     }
 
     /// Removes a connection of which the guest has not heard.
@@ -163,7 +162,7 @@ impl Muxer {
         self.guest_has_ended
     }
 
-    /// Whether the guest has ended, without a look at the sockets.
+    /// The same, without a look at the sockets.
     pub(super) fn sees_end(&self) -> bool {
         let mut ended = [PollFd::new(&self.ended, PollFlags::IN)];
         rustix::event::poll(&mut ended, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
@@ -314,8 +313,7 @@ impl Muxer {
         }
     }
 
-    /// The host wants a connection to a port of the guest. The guest is asked when the device
-    /// thread sees the new socket. Returns the host's end.
+    /// The host wants a connection to the guest, which is asked in a turn. Returns the host's end.
     pub(super) fn open(&mut self, guest_port: u32) -> Result<UnixStream, OpenError> {
         if self.max_connections == 0 {
             return Err(OpenError::Over);
@@ -479,7 +477,13 @@ impl Muxer {
     /// Lets those in who connected to the UNIX socket. True where there may be more of them.
     fn accept_callers(&mut self) -> bool {
         for _ in 0..MAX_CALLERS {
-            let Some(socket) = self.unix.as_ref().and_then(UnixPath::accept) else { return false };
+            let Some(accepted) = self.unix.as_ref().map(UnixPath::accept) else { return false };
+            let Ok(socket) = accepted.inspect_err(|error| {
+                // Without a descriptor left it is tried again when the device wakes.
+                self.callers_wait = error.kind() != io::ErrorKind::WouldBlock;
+            }) else {
+                return false;
+            };
             let id = self.free_id();
             let room = self.has_room();
             let Some(unix) = self.unix.as_mut().filter(|unix| room && unix.has_room()) else {
@@ -489,10 +493,8 @@ impl Muxer {
                 unix.add(id, socket);
             }
         }
-        // To be watched anew makes an event of those that are there.
-        if let Some(unix) = &self.unix {
-            let _ = self.sockets.watch_anew(&unix.listener, UNIX_LISTENER);
-        }
+        // The others in the next turn.
+        self.callers_wait = true;
         true
     }
 }

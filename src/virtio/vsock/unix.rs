@@ -61,11 +61,11 @@ impl UnixPath {
         Ok(Self { file, listener, callers: HashMap::new() })
     }
 
-    /// The next one who connected. An error is as good as nobody: the next one will be heard.
-    pub(super) fn accept(&self) -> Option<UnixStream> {
-        let (socket, _) = self.listener.accept().ok()?;
-        socket.set_nonblocking(true).ok()?;
-        Some(socket)
+    /// The next one who connected.
+    pub(super) fn accept(&self) -> io::Result<UnixStream> {
+        let (socket, _) = self.listener.accept()?;
+        socket.set_nonblocking(true)?;
+        Ok(socket)
     }
 
     pub(super) fn callers(&self) -> usize {
