@@ -50,6 +50,18 @@ pub(crate) struct Subscription {
     pub(crate) sources: Vec<Box<dyn AsRawFd + Send>>,
     /// Called with what happened. It returns soon.
     pub(crate) answer: Box<dyn FnMut(Wake) -> Answered + Send>,
+    /// Why one of them could not be watched.
+    unwatched: Option<event_manager::Error>,
+}
+
+impl Subscription {
+    pub(crate) fn new(
+        doorbells: Vec<EventFd>,
+        sources: Vec<Box<dyn AsRawFd + Send>>,
+        answer: Box<dyn FnMut(Wake) -> Answered + Send>,
+    ) -> Self {
+        Self { doorbells, sources, answer, unwatched: None }
+    }
 }
 
 /// Why a device is woken: one of its doorbells, or one of its sources, by its place.
@@ -91,7 +103,15 @@ impl Watch {
     pub(crate) fn new(subscription: Subscription) -> Result<Self, EventLoopError> {
         let (endpoint, device_thread) = enter()?;
         let added = endpoint.call_blocking(move |manager| {
-            Ok::<_, event_manager::Error>(manager.add_subscriber(subscription))
+            let id = manager.add_subscriber(subscription);
+            let unwatched = manager.subscriber_mut(id)?.unwatched.take();
+            match unwatched {
+                None => Ok(id),
+                Some(error) => {
+                    manager.remove_subscriber(id)?;
+                    Err(error)
+                }
+            }
         });
         match added {
             Ok(id) => Ok(Self { id, endpoint, device_thread }),
@@ -174,9 +194,9 @@ impl MutEventSubscriber for Subscription {
         let sources = self.sources.iter().map(|source| source.as_raw_fd());
         let all = doorbells.map(|fd| (fd, EventSet::IN)).chain(sources.map(|fd| (fd, SOURCE)));
         for (place, (fd, events)) in (0..).zip(all) {
-            // One that cannot be watched is one that never wakes.
             if let Err(error) = ops.add(Events::with_data_raw(fd, place, events)) {
-                tracing::error!(%error, "a device's descriptor cannot be watched");
+                self.unwatched = Some(error);
+                return;
             }
         }
     }
@@ -225,7 +245,7 @@ mod tests {
             counted.fetch_add(step, Ordering::SeqCst);
             Answered::Done
         });
-        let watch = Watch::new(Subscription { doorbells, sources: Vec::new(), answer }).unwrap();
+        let watch = Watch::new(Subscription::new(doorbells, Vec::new(), answer)).unwrap();
         (watch, doorbell, count)
     }
 
@@ -237,6 +257,16 @@ mod tests {
             assert!(begin.elapsed() < PATIENCE, "a doorbell is not answered");
             thread::yield_now();
         }
+    }
+
+    #[test]
+    fn what_cannot_be_watched_is_an_error_and_leaves_no_watch() {
+        // epoll(7) watches no regular file.
+        let file: Box<dyn AsRawFd + Send> =
+            Box::new(std::fs::File::open("/proc/self/exe").unwrap());
+        let answer = Box::new(|_| Answered::Done);
+        let error = Watch::new(Subscription::new(Vec::new(), vec![file], answer)).unwrap_err();
+        assert!(matches!(error, EventLoopError::Watch(_)), "{error:?}");
     }
 
     #[test]

@@ -216,7 +216,8 @@ impl Delta {
 
     /// Where bytes of the disk are in the delta.
     pub(super) fn part<'ram>(&self, offset: u64, bytes: GuestBytes<'ram>) -> Part<'_, 'ram> {
-        Part { file: &self.file, offset: self.sectors_offset + offset, bytes, cached: true }
+        let offset = self.sectors_offset + offset;
+        Part { file: &self.file, offset, bytes, cached: true, locked: None }
     }
 
     pub(super) fn clear(&self, offset: u64, len: u64, clear: Clear) -> Transfer {

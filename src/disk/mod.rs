@@ -78,6 +78,8 @@ pub(crate) struct Part<'a, 'ram> {
     pub(crate) bytes: GuestBytes<'ram>,
     /// Whether the page cache is asked first.
     pub(crate) cached: bool,
+    /// The file that has the lock, where `file` is another way to the same.
+    pub(crate) locked: Option<&'a Arc<File>>,
 }
 
 /// The parts of a request, in order. Without a delta there is one.
@@ -271,8 +273,10 @@ impl Disk {
         let aligned =
             offset.is_multiple_of(DIRECT_ALIGNMENT) && bytes.is_aligned(DIRECT_ALIGNMENT as usize);
         match &self.direct {
-            Some(file) if aligned => Part { file, offset, bytes, cached: false },
-            _ => Part { file: &self.file, offset, bytes, cached: true },
+            Some(file) if aligned => {
+                Part { file, offset, bytes, cached: false, locked: Some(&self.file) }
+            }
+            _ => Part { file: &self.file, offset, bytes, cached: true, locked: None },
         }
     }
 }

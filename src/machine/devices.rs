@@ -3,6 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -172,7 +173,7 @@ impl Assembly<'_> {
         let device = handle.erase();
         self.bus.mmio.insert(address, len, shared(MmioTransport::new(device.clone())))?;
         let answer = answer(device.clone());
-        let watch = Watch::new(Subscription { doorbells: watched, sources, answer })?;
+        let watch = Watch::new(Subscription::new(watched, sources, answer))?;
         self.slots.push(VirtioSlot { watch: Some(watch), device, doorbells });
         Ok(handle)
     }
@@ -217,6 +218,16 @@ impl VirtioSlot {
     /// Returns when the device is at no request, and will take none.
     pub(super) fn pause(&self) {
         self.device.pause();
+    }
+
+    /// The same, where the VM is over: what takes longer is given up.
+    pub(super) fn give_up(&self, until: Instant) {
+        self.device.give_up(until);
+    }
+
+    /// Lets go of what the device has of the host.
+    pub(super) fn close(&self) {
+        self.device.close();
     }
 
     /// What a snapshot keeps of the device, which is paused.

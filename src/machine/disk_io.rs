@@ -13,7 +13,7 @@ use crate::memory::IoQueue;
 use crate::seccomp::Confinement;
 
 /// How many operations wait at once where there is no io_uring.
-const WORKERS: usize = 4;
+const WORKERS: usize = 8;
 
 static QUEUE: Mutex<Weak<IoQueue>> = Mutex::new(Weak::new());
 
@@ -46,7 +46,7 @@ fn with_ring(queue: IoQueue) -> Result<Arc<IoQueue>, Error> {
     });
     let event = queue.event().map_err(MachineError::EventFd)?;
     let sources: Vec<Box<dyn AsRawFd + Send>> = vec![Box::new(event)];
-    queue.set_watch(Watch::new(Subscription { doorbells: Vec::new(), sources, answer })?);
+    queue.set_watch(Watch::new(Subscription::new(Vec::new(), sources, answer))?);
     Ok(queue)
 }
 

@@ -16,8 +16,8 @@ pub(crate) use self::vcpu_threads::{NotRun, Running};
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use thiserror::Error as ThisError;
@@ -102,6 +102,8 @@ pub(crate) struct Machine {
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// Once somebody asked.
     profile: OnceLock<CpuProfile>,
+    /// Held by who saves it: two at once would lend its disks twice.
+    saving: Mutex<()>,
 }
 
 impl Machine {
@@ -158,6 +160,7 @@ impl Machine {
             config,
             cpuid,
             profile: OnceLock::new(),
+            saving: Mutex::default(),
         };
         Ok((machine, vcpus))
     }
@@ -233,16 +236,22 @@ impl Machine {
     }
 
     /// As [`wait`](Self::wait), but gives up after a time. A guest that has ended by then gets a
-    /// moment more for its vCPUs to come back.
+    /// moment more for its vCPUs to come back; where they do not, its end is told.
     pub(crate) fn wait_timeout(
         &self,
         running: Running,
         timeout: Duration,
-    ) -> Result<Vec<Vcpu>, Running> {
+    ) -> Result<Vec<Vcpu>, (Running, Option<ExitStatus>)> {
         const GRACE: Duration = Duration::from_millis(200);
         match self.threads.wait_timeout(running, timeout) {
-            Err(running) if self.exit.get().is_some() => self.threads.wait_timeout(running, GRACE),
-            waited => waited,
+            Ok(vcpus) => Ok(vcpus),
+            Err(running) => match self.exit.get() {
+                None => Err((running, None)),
+                Some(status) => {
+                    let waited = self.threads.wait_timeout(running, GRACE);
+                    waited.map_err(|running| (running, Some(status.clone())))
+                }
+            },
         }
     }
 
@@ -267,6 +276,11 @@ impl Machine {
         &self.serial_input
     }
 
+    /// Waits until nobody else saves it.
+    pub(crate) fn saving(&self) -> MutexGuard<'_, ()> {
+        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// How the guest ended, if it did.
     pub(crate) fn exit_status(&self) -> Option<ExitStatus> {
         Some(self.console.explain(self.exit.get()?.clone()))
@@ -278,9 +292,19 @@ impl Machine {
         self.exit.descriptor()
     }
 
-    /// Ends the guest from the host's side; a guest that ended before did so first.
+    /// Ends the guest from the host's side; a guest that ended before did so first. Its devices serve nothing any more;
+    /// what they are at is given up, and waited for for a moment only: a disk may hang.
     pub(crate) fn end(&self) {
+        const PATIENCE: Duration = Duration::from_secs(1);
         self.exit.report(ExitStatus::Terminated);
+        let until = Instant::now() + PATIENCE;
+        for device in &self.virtio {
+            device.give_up(until);
+        }
+        // A vCPU's thread may be waiting for one of them too.
+        for device in &self.virtio {
+            device.close();
+        }
     }
 }
 

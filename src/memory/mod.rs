@@ -19,6 +19,7 @@ mod memory_file;
 mod pages;
 mod saved;
 mod transfer;
+mod turns;
 mod written;
 
 use self::backing::Backing;

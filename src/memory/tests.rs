@@ -155,6 +155,54 @@ fn many_threads_share_the_queue_and_each_gets_its_own_ends() {
 }
 
 #[test]
+fn a_client_that_hangs_has_few_places_and_gives_up_what_has_not_begun() {
+    const CANCELLED: Option<i32> = Some(libc::ECANCELED);
+    let file = TempFile::new(&std::env::temp_dir(), "fair", &[0; 4096]);
+    let queue = disk_io::queue().unwrap();
+    let (hung, other) = (FileIo::new(&queue).unwrap(), FileIo::new(&queue).unwrap());
+    let pipes: Vec<_> = (0..300).map(|_| pipe().unwrap()).collect();
+    let writes = pipes.iter().map(|(_, writer)| {
+        let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(writer.try_clone().unwrap())));
+        (0, Transfer::write_bytes(&pipe, 0, vec![7; 1 << 20]))
+    });
+    hung.submit(writes.collect());
+    other.submit(vec![(1, Transfer::data_sync(&file.1))]);
+    assert_eq!(wait_for(&other, 1), [(1, None)]);
+    hung.cancel();
+    let given_up = wait_for(&hung, 200);
+    assert!(given_up.iter().all(|end| *end == (0, CANCELLED)), "{given_up:?}");
+    hung.submit(vec![(2, Transfer::data_sync(&file.1))]);
+    assert_eq!(wait_for(&hung, 1), [(2, CANCELLED)]);
+    // The others end when their pipes do.
+    drop(pipes);
+    wait_for(&hung, 300 - given_up.len());
+    assert!(hung.take_done().is_empty());
+}
+
+#[test]
+fn zeros_that_many_want_are_the_same_and_a_clear_that_is_given_up_ends() {
+    // Where they have to be written.
+    let file = TempFile::new(Path::new("/dev/shm"), "zeros", &[]);
+    let private_kib = || {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    for queue in queues() {
+        let io = FileIo::new(&queue).unwrap();
+        let before = private_kib();
+        let clear = |token| (token, Transfer::clear(&file.1, 0, 1 << 30, Clear::Keep));
+        io.submit((0..4096).map(clear).collect());
+        thread::sleep(Duration::from_millis(50));
+        let most = private_kib();
+        assert!(most < before + (512 << 10), "{before} {most}");
+        io.cancel();
+        assert_eq!(wait_for(&io, 4096).len(), 4096);
+        file.1.set_len(0).unwrap();
+    }
+}
+
+#[test]
 fn bytes_in_pieces_are_cut_and_filled_as_one_sequence() {
     let ram = GuestRam::fresh(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let places = [(4096u64, 16usize), (0, 4096), (8192, 1)];

@@ -10,13 +10,16 @@ use io_uring::{opcode, squeue, types};
 
 use super::{GuestBuffers, MAX_IOVECS};
 
-/// The most zeros that are written at once.
-const ZEROS_BYTES: usize = 1 << 20;
+/// The zeros that are written at once: the same for all, since a guest may ask for many ranges.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// An operation that is not done yet.
 #[derive(Debug)]
 pub(crate) struct Transfer {
     file: Arc<File>,
+    /// Open for as long as it is under way: the one with the lock, where `file` is the same past the
+    /// page cache.
+    _locked: Option<Arc<File>>,
     offset: u64,
     kind: Kind,
 }
@@ -37,7 +40,6 @@ enum Kind {
     Clear {
         len: u64,
         ways: &'static [Way],
-        zeros: Vec<u8>,
     },
 }
 
@@ -76,27 +78,27 @@ pub(crate) enum Progress {
 impl Transfer {
     /// Fills `buffers` from `offset`.
     pub(crate) fn read(file: &Arc<File>, offset: u64, buffers: GuestBuffers) -> Self {
-        Self { file: Arc::clone(file), offset, kind: Kind::Read(buffers) }
+        Self::new(file, offset, Kind::Read(buffers))
     }
 
     /// Writes `buffers` at `offset`.
     pub(crate) fn write(file: &Arc<File>, offset: u64, buffers: GuestBuffers) -> Self {
-        Self { file: Arc::clone(file), offset, kind: Kind::Write(buffers) }
+        Self::new(file, offset, Kind::Write(buffers))
     }
 
     /// Writes bytes of the host at `offset`.
     pub(crate) fn write_bytes(file: &Arc<File>, offset: u64, bytes: Vec<u8>) -> Self {
-        Self { file: Arc::clone(file), offset, kind: Kind::WriteBytes { bytes, done: 0 } }
+        Self::new(file, offset, Kind::WriteBytes { bytes, done: 0 })
     }
 
     /// Brings what was written to the disk (fdatasync).
     pub(crate) fn data_sync(file: &Arc<File>) -> Self {
-        Self { file: Arc::clone(file), offset: 0, kind: Kind::Sync { data_only: true } }
+        Self::new(file, 0, Kind::Sync { data_only: true })
     }
 
     /// The same, and the file's times (fsync).
     pub(crate) fn sync(file: &Arc<File>) -> Self {
-        Self { file: Arc::clone(file), offset: 0, kind: Kind::Sync { data_only: false } }
+        Self::new(file, 0, Kind::Sync { data_only: false })
     }
 
     /// Clears `len` bytes at `offset`.
@@ -106,7 +108,16 @@ impl Transfer {
             Clear::Unmap => &[Way::Punch, Way::Zero, Way::Write],
             Clear::Keep => &[Way::Zero, Way::Write],
         };
-        Self { file: Arc::clone(file), offset, kind: Kind::Clear { len, ways, zeros: Vec::new() } }
+        Self::new(file, offset, Kind::Clear { len, ways })
+    }
+
+    fn new(file: &Arc<File>, offset: u64, kind: Kind) -> Self {
+        Self { file: Arc::clone(file), _locked: None, offset, kind }
+    }
+
+    /// Keeps another file open until it has ended.
+    pub(crate) fn keeping(self, locked: Option<&Arc<File>>) -> Self {
+        Self { _locked: locked.cloned(), ..self }
     }
 
     /// The operation as a submission to an io_uring. The caller keeps `self`, unchanged and
@@ -131,8 +142,8 @@ impl Transfer {
                 };
                 opcode::Fsync::new(fd).flags(flags).build()
             }
-            Kind::Clear { len, ways, zeros } => match ways.first() {
-                Some(Way::Write) => write_entry(fd, offset, some_zeros(zeros, *len)),
+            Kind::Clear { len, ways } => match ways.first() {
+                Some(Way::Write) => write_entry(fd, offset, some_zeros(*len)),
                 Some(way) if way.mode() != 0 => {
                     opcode::Fallocate::new(fd, *len).offset(offset).mode(way.mode()).build()
                 }
@@ -161,8 +172,8 @@ impl Transfer {
             Kind::Sync { data_only: true } => unsafe { libc::fdatasync(fd) as isize },
             // SAFETY: as above.
             Kind::Sync { data_only: false } => unsafe { libc::fsync(fd) as isize },
-            Kind::Clear { len, ways, zeros } => match ways.first() {
-                Some(Way::Write) => write_at(fd, at, some_zeros(zeros, *len)),
+            Kind::Clear { len, ways } => match ways.first() {
+                Some(Way::Write) => write_at(fd, at, some_zeros(*len)),
                 Some(way) if way.mode() != 0 => {
                     let len = libc::off_t::try_from(*len).unwrap_or(libc::off_t::MAX);
                     // SAFETY: the call has no memory arguments.
@@ -188,7 +199,7 @@ impl Transfer {
                 ((bytes.len() - *done) as u64, io::ErrorKind::WriteZero)
             }
             Kind::Sync { .. } => return Progress::Done(Ok(())),
-            Kind::Clear { len, ways, .. } => {
+            Kind::Clear { len, ways } => {
                 if ways.first() != Some(&Way::Write) {
                     return Progress::Done(Ok(()));
                 }
@@ -236,9 +247,9 @@ fn write_at(fd: libc::c_int, at: libc::off_t, bytes: &[u8]) -> isize {
 }
 
 /// The zeros of the next write, of which `len` are left.
-fn some_zeros(zeros: &mut Vec<u8>, len: u64) -> &[u8] {
-    zeros.resize(len.min(ZEROS_BYTES as u64) as usize, 0);
-    zeros
+fn some_zeros(len: u64) -> &'static [u8] {
+    let len = usize::try_from(len).unwrap_or(usize::MAX).min(ZEROS.len());
+    ZEROS.get(..len).unwrap_or_default()
 }
 
 const _: () = assert!(MAX_IOVECS <= u32::MAX as usize);

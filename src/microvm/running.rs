@@ -28,6 +28,8 @@ impl MicroVm<Running> {
                 Ok(MicroVm { state: Paused { stopped }, console, recorder })
             }
             Some(status) => {
+                // Who waits for its end may want what it had.
+                drop((vcpus, machine));
                 let state = Terminated { status: status.clone() };
                 let vm = MicroVm { state, console, recorder };
                 let error =
@@ -63,8 +65,8 @@ impl MicroVm<Running> {
                 recorder.passed(Phase::Wait, start);
                 Ok(MicroVm { state: terminated(vcpus, *machine), console, recorder })
             }
-            Err(run) => {
-                let why = match machine.exit_status() {
+            Err((run, ended)) => {
+                let why = match ended {
                     None => LifecycleError::Timeout { seconds: timeout.as_secs_f64() },
                     Some(status) => LifecycleError::NotBack { status },
                 };
@@ -76,7 +78,8 @@ impl MicroVm<Running> {
     }
 
     /// Ends the guest as if its power was cut, in some 100 µs, or as long as a console writer
-    /// blocks. A guest that ended by itself
+    /// blocks. Requests of its disks that wait are given up; those that the host's kernel has begun are waited for,
+    /// for a second at most: a file that hangs keeps its lock until they end. A guest that ended by itself
     /// before keeps its own exit status.
     pub fn terminate(self) -> MicroVm<Terminated> {
         let Self { state: Running { run, machine, .. }, console, mut recorder } = self;

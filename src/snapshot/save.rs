@@ -41,6 +41,7 @@ impl Sleeper<'_> {
         purpose: Purpose,
         options: &SnapshotOptions,
     ) -> Result<Snapshot, Error> {
+        let _saving = self.machine.saving();
         let staging = Staging::begin(directory).map_err(SnapshotError::from)?;
         let mut state = self.state(&|index| staging.path(&disk_name(index)), purpose, options)?;
         state.memory = self.save_memory(&staging, options)?;
@@ -50,6 +51,7 @@ impl Sleeper<'_> {
     /// Keeps a snapshot in memory, of which none is copied. From now on the machine has its
     /// memory over what is shared.
     pub(crate) fn keep(&self, purpose: Purpose) -> Result<Snapshot, Error> {
+        let _saving = self.machine.saving();
         let temporary = match self.machine.controls().disks.is_empty() {
             true => Temporary::default(),
             false => Temporary::new().map_err(SnapshotError::Temporary)?,

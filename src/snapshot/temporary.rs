@@ -11,8 +11,8 @@ use super::directory;
 use crate::random::random;
 
 const PREFIX: &str = "dormouse-";
-/// Digits of the kernel's boot id in a name.
-const BOOT_DIGITS: usize = 8;
+/// Digits of a name that are the host's.
+const HOST_DIGITS: usize = 8;
 
 /// A directory there, which goes with this value, or none.
 #[derive(Default)]
@@ -25,13 +25,13 @@ pub(super) struct Temporary {
 impl Temporary {
     /// Makes one. The first one of a process removes those that others left when they were killed.
     pub(super) fn new() -> io::Result<Self> {
-        let (folder, boot) = (std::env::temp_dir(), boot());
+        let (folder, host) = (std::env::temp_dir(), host());
         static SWEPT: Once = Once::new();
-        SWEPT.call_once(|| sweep(&folder, &boot));
+        SWEPT.call_once(|| sweep(&folder, &host));
         loop {
             let random: [u8; 16] = random()?;
             let digits = format!("{:032x}", u128::from_ne_bytes(random));
-            let path = folder.join(format!("{PREFIX}{boot}{}", &digits[BOOT_DIGITS..]));
+            let path = folder.join(format!("{PREFIX}{host}{}", &digits[HOST_DIGITS..]));
             fs::DirBuilder::new().mode(0o700).create(&path)?;
             match directory::lock_new(&path) {
                 Ok(Some(directory)) => return Ok(Self { path, directory: Some(directory) }),
@@ -54,25 +54,25 @@ impl Drop for Temporary {
     }
 }
 
-/// What tells this kernel from others that share the folder, which do not see its locks.
-fn boot() -> String {
-    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digits: String = id.chars().filter(char::is_ascii_hexdigit).take(BOOT_DIGITS).collect();
-    format!("{digits:0<BOOT_DIGITS$}")
+/// What tells this host from others that share the folder, which do not see its locks.
+fn host() -> String {
+    let uname = rustix::system::uname();
+    let name = [uname.nodename(), uname.release(), uname.version()].map(|name| name.to_bytes());
+    format!("{:08x}", crc32fast::hash(&name.concat()))
 }
 
-/// Removes what processes that are gone have left in a folder, of those of this kernel.
-fn sweep(folder: &Path, boot: &str) {
+/// Removes what processes that are gone have left in a folder, of those of this host.
+fn sweep(folder: &Path, host: &str) {
     let Ok(entries) = fs::read_dir(folder) else { return };
-    for entry in entries.flatten().filter(|entry| is_of(boot, &entry.file_name())) {
+    for entry in entries.flatten().filter(|entry| is_of(host, &entry.file_name())) {
         directory::remove_unlocked(&entry.path());
     }
 }
 
-fn is_of(boot: &str, name: &OsStr) -> bool {
-    let digits = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.strip_prefix(boot));
+fn is_of(host: &str, name: &OsStr) -> bool {
+    let digits = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.strip_prefix(host));
     digits.is_some_and(|digits| {
-        digits.len() == 32 - BOOT_DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+        digits.len() == 32 - HOST_DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
     })
 }
 
@@ -87,10 +87,10 @@ mod tests {
         let used = Temporary::new().unwrap();
         let folder = used.path.join("folder");
         fs::create_dir(&folder).unwrap();
-        let boot = boot();
-        assert_eq!(boot.len(), BOOT_DIGITS);
-        let name = |boot: &str, digit: &str| format!("{PREFIX}{boot}{}", digit.repeat(24));
-        let at = |digit: &str| folder.join(name(&boot, digit));
+        let host = host();
+        assert_eq!(host.len(), HOST_DIGITS);
+        let name = |host: &str, digit: &str| format!("{PREFIX}{host}{}", digit.repeat(24));
+        let at = |digit: &str| folder.join(name(&host, digit));
         let (left, locked, foreign) = (at("1"), at("2"), at("3"));
         let other = folder.join(name("zzzzzzzz", "4"));
         for path in [&left, &locked, &foreign, &other] {
@@ -100,7 +100,7 @@ mod tests {
         fs::write(foreign.join("thesis.txt"), "years of work").unwrap();
         std::os::unix::fs::symlink(&locked, at("5")).unwrap();
         let lock = directory::lock_new(&locked).unwrap().unwrap();
-        sweep(&folder, &boot);
+        sweep(&folder, &host);
         assert!(!left.exists());
         assert!(locked.join("disk-0").exists() && other.join("disk-0").exists());
         assert!(foreign.join("thesis.txt").exists());
@@ -108,7 +108,7 @@ mod tests {
         // A process that another test starts may still have it for a moment.
         let begin = Instant::now();
         while locked.exists() {
-            sweep(&folder, &boot);
+            sweep(&folder, &host);
             assert!(begin.elapsed() < Duration::from_secs(60));
         }
         fs::remove_dir_all(&folder).unwrap();

@@ -5,6 +5,7 @@
 //! no longer than one turn.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 use virtio_queue::QueueT;
 
@@ -163,6 +164,28 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
             self.0.interrupt.wake();
         }
         paused
+    }
+
+    /// As [`pause`](Self::pause), of a VM that is over: what is in flight is given up, and waited for until
+    /// then at most.
+    pub(crate) fn give_up(&self, until: Instant) {
+        {
+            let mut core = self.lock();
+            core.paused = true;
+            core.device.give_up();
+        }
+        let (lock, drained) = &self.0.drained;
+        loop {
+            let mut core = self.lock();
+            core.finish();
+            let left = until.saturating_duration_since(Instant::now());
+            if core.device.in_flight() == 0 || left.is_zero() {
+                return;
+            }
+            let lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
+            drop(core);
+            drop(drained.wait_timeout(lock, left).unwrap_or_else(PoisonError::into_inner));
+        }
     }
 
     /// Serves nothing any more, and lets go of what is of the host.

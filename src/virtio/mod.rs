@@ -139,6 +139,9 @@ pub(crate) trait VirtioDevice: Send {
         Served::All
     }
 
+    /// The VM is over: what is in flight ends soon, if with an error. [`finish`](Self::finish) is called for it.
+    fn give_up(&mut self) {}
+
     /// The VM is over: lets go of what is of the host, such as files and their locks. Nothing
     /// follows but the drop, which may come much later.
     fn close(&mut self) {}

@@ -142,7 +142,8 @@ impl Block {
                     let done = cached.unwrap_or(0);
                     if done < part.bytes.len() {
                         let buffers = part.bytes.skip(done).keep(ram);
-                        transfers.push(Transfer::read(part.file, part.offset + done, buffers));
+                        let read = Transfer::read(part.file, part.offset + done, buffers);
+                        transfers.push(read.keeping(part.locked));
                     }
                 }
                 Ok(self.then(Job::Read { len }, transfers))
@@ -162,7 +163,8 @@ impl Block {
                 let mut transfers = Vec::new();
                 if done < len {
                     let buffers = part.bytes.skip(done).keep(ram);
-                    transfers.push(Transfer::write(part.file, part.offset + done, buffers));
+                    let write = Transfer::write(part.file, part.offset + done, buffers);
+                    transfers.push(write.keeping(part.locked));
                 }
                 Ok(self.then(Job::Write { offset, len }, transfers))
             }
@@ -336,7 +338,12 @@ impl VirtioDevice for Block {
         outcome
     }
 
+    fn give_up(&mut self) {
+        self.io.cancel();
+    }
+
     fn close(&mut self) {
+        self.io.cancel();
         self.disk = None;
         // What is in flight ends in its own time, and nobody waits for it.
         self.pending = PendingRequests::default();

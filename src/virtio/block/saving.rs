@@ -15,8 +15,10 @@ struct Lent<'a> {
 
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        let disk = self.disk.take();
-        self.device.with(|block| block.disk = disk);
+        // None where another has it, or the VM is over.
+        if let Some(disk) = self.disk.take() {
+            self.device.with(|block| block.disk = Some(disk));
+        }
     }
 }
 

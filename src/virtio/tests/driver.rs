@@ -135,7 +135,7 @@ impl TestTransport {
         let doorbells =
             (0..handle.queue_count()).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let doorbells = doorbells.collect();
-        let watch = Watch::new(Subscription { doorbells, sources, answer }).unwrap();
+        let watch = Watch::new(Subscription::new(doorbells, sources, answer)).unwrap();
         let registers = RefCell::new(MmioTransport::new(handle.erase()));
         Self { registers, more_features: 0, device_areas: [(0, 0); 3], _watch: watch }
     }

@@ -94,6 +94,34 @@ fn a_reset_does_not_wait_for_a_disk_whose_machine_is_over() {
 }
 
 #[test]
+fn a_vm_that_is_over_waits_for_a_hung_disk_for_a_while_only_and_keeps_it_locked() {
+    let image = Image::new("hung", 64 * 512);
+    let (queue, _workers) = IoQueue::workers().unwrap();
+    let config = BlockConfig::new(&image.0).direct(true);
+    let io = FileIo::new(&Arc::new(queue)).unwrap();
+    // An operation that has begun: nothing takes it back.
+    let (transport, handle) = TestTransport::with_handle(
+        Block::new(Disk::open(&config).unwrap(), Arc::clone(&io), &config).unwrap(),
+    );
+    let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
+    let (mut request, mut response) = (BlkReq::default(), BlkResp::default());
+    let mut bytes = vec![0; 4096];
+    // SAFETY: the buffers are there until the end, and the device never touches them.
+    unsafe { driver.read_blocks_nb(0, &mut request, &mut bytes, &mut response) }.unwrap();
+    let begun = _workers.take_one();
+    handle.give_up(Instant::now() + Duration::from_millis(20));
+    let in_flight = || handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap();
+    assert_eq!(in_flight(), 1);
+    handle.close();
+    assert_eq!(in_flight(), 0);
+    // Nobody else has the disk while the operation may still come to it.
+    let error = Disk::open(&config).unwrap_err();
+    assert!(error.to_string().contains("in use"), "{error}");
+    drop(begun);
+    Disk::open(&config).unwrap();
+}
+
+#[test]
 fn a_pause_does_not_wait_for_a_driver_that_says_it_is_none_any_more() {
     let image = Image::new("none", 64 * 512);
     let (queue, workers) = IoQueue::workers().unwrap();
