@@ -67,6 +67,23 @@ fn a_save_tells_how_far_it_is_and_may_be_broken_off_at_each_stage() {
 }
 
 #[test]
+fn two_who_save_a_vm_at_once_both_have_it_and_it_has_its_disks() {
+    let scratch = Scratch::new();
+    let (vm, output) = guest(&scratch.0);
+    for round in 0..5 {
+        let save = |name: &str| vm.snapshot(scratch.join(&format!("{name}-{round}")));
+        let (one, other) = std::thread::scope(|scope| {
+            let other = scope.spawn(|| save("other"));
+            (save("one"), other.join().unwrap())
+        });
+        one.unwrap().verify().unwrap();
+        other.unwrap().verify().unwrap();
+    }
+    let guest = Guest::resumed(vm, output);
+    guest.off();
+}
+
+#[test]
 fn verify_finds_a_flip_in_each_file_of_a_disk() {
     let scratch = Scratch::new();
     let (vm, _output) = guest(&scratch.0);
