@@ -295,7 +295,7 @@ impl Machine {
     /// Ends the guest from the host's side; a guest that ended before did so first. Its devices serve nothing any more;
     /// what they are at is given up, and waited for for a moment only: a disk may hang.
     pub(crate) fn end(&self) {
-        const PATIENCE: Duration = Duration::from_secs(1);
+        const PATIENCE: Duration = Duration::from_secs(5);
         self.exit.report(ExitStatus::Terminated);
         let until = Instant::now() + PATIENCE;
         for device in &self.virtio {

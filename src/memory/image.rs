@@ -248,7 +248,7 @@ pub(super) fn save_complete(
 pub(super) fn make_empty(file: &File, page_count: u64) -> Result<(), MemoryError> {
     let len = page_count * PAGE_BYTES as u64;
     file.set_len(0)
-        .and_then(|()| file.set_len(len))
+        .and_then(|()| memory_file::set_len(file, len))
         .map_err(MemoryError::file("set the length of the memory's file"))
 }
 

@@ -30,8 +30,26 @@ pub(super) fn in_memory(pages: u64) -> io::Result<File> {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => create(flags)?,
         created => created?,
     };
-    file.set_len(len)?;
+    set_len(&file, len)?;
     Ok(file)
+}
+
+/// Sets the length of a file. Beyond the limit of a file's size (ulimit -f) the kernel would end the process by a signal.
+pub(super) fn set_len(file: &File, len: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one structure.
+    let is_known = unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) } == 0;
+    check_limit(len, is_known.then_some(limit.rlim_cur))?;
+    file.set_len(len)
+}
+
+fn check_limit(len: u64, limit: Option<libc::rlim_t>) -> io::Result<()> {
+    match limit {
+        Some(limit) if limit != libc::RLIM_INFINITY && len > limit => {
+            Err(io::Error::from_raw_os_error(libc::EFBIG))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Has a file in memory stay as it is for good: no write, no new mapping that could write, no
@@ -109,6 +127,14 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+
+    #[test]
+    fn a_file_beyond_the_limit_of_its_size_is_an_error_and_no_signal() {
+        for limit in [None, Some(libc::RLIM_INFINITY), Some(4096)] {
+            check_limit(4096, limit).unwrap();
+        }
+        assert_eq!(check_limit(4097, Some(4096)).unwrap_err().raw_os_error(), Some(libc::EFBIG));
+    }
 
     #[test]
     fn a_sealed_file_refuses_what_would_change_it() {

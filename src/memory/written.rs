@@ -59,9 +59,14 @@ const _: () = assert!(size_of::<ScanArguments>() == 0x60 && size_of::<Found>() =
 pub(super) fn pages(regions: &[Reservation], pages: &mut PageSet) -> io::Result<()> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut first = 0;
+    let is_merged = is_merged();
     for region in regions {
-        match scan(&pagemap, region, first, pages) {
-            // Before Linux 6.7.
+        let scanned = match is_merged {
+            true => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
+            false => scan(&pagemap, region, first, pages),
+        };
+        match scanned {
+            // Before Linux 6.7 too.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                 read_entries(&pagemap, region, first, pages)?;
             }
@@ -70,6 +75,14 @@ pub(super) fn pages(regions: &[Reservation], pages: &mut PageSet) -> io::Result<
         first += (region.len() / PAGE_BYTES) as u64;
     }
     Ok(())
+}
+
+/// Whether the kernel merges this process's pages that are alike (KSM, PR_GET_MEMORY_MERGE). It may then put its page of
+/// zeros in place of one that was written, which a scan takes for one that was only read; entries tell it as written.
+fn is_merged() -> bool {
+    const PR_GET_MEMORY_MERGE: libc::c_int = 68;
+    // SAFETY: the call takes integers.
+    unsafe { libc::prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1 }
 }
 
 /// By PAGEMAP_SCAN: its time follows the pages that were touched, not those that there are.

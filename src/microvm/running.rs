@@ -79,7 +79,7 @@ impl MicroVm<Running> {
 
     /// Ends the guest as if its power was cut, in some 100 µs, or as long as a console writer
     /// blocks. Requests of its disks that wait are given up; those that the host's kernel has begun are waited for,
-    /// for a second at most: a file that hangs keeps its lock until they end. A guest that ended by itself
+    /// for five seconds at most: a file that hangs keeps its lock until they end. A guest that ended by itself
     /// before keeps its own exit status.
     pub fn terminate(self) -> MicroVm<Terminated> {
         let Self { state: Running { run, machine, .. }, console, mut recorder } = self;
