@@ -11,9 +11,11 @@ use std::time::Duration;
 const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Whether a file is ours now. A file system that has no locks gives it to everybody.
+/// Whether a file is ours now.
 pub(crate) enum Locked {
     Ours,
+    /// Nobody can tell: its file system has no locks.
+    NoLocks,
     /// Somebody has it, a tenth of a second later too.
     Taken,
 }
@@ -34,7 +36,7 @@ fn patiently(lock: impl Fn() -> Result<(), TryLockError>) -> io::Result<Locked> 
             Ok(()) => return Ok(Locked::Ours),
             Err(TryLockError::WouldBlock) => thread::sleep(PAUSE),
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
-                return Ok(Locked::Ours);
+                return Ok(Locked::NoLocks);
             }
             Err(TryLockError::Error(error)) => return Err(error),
         }

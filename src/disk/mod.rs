@@ -315,7 +315,7 @@ fn open(path: &Path, writable: bool, flags: i32) -> Result<File, DiskError> {
 fn lock(file: &File, path: &Path, writable: bool) -> Result<(), DiskError> {
     let locked = if writable { file_lock::exclusive(file) } else { file_lock::shared(file) };
     match locked {
-        Ok(Locked::Ours) => Ok(()),
+        Ok(Locked::Ours | Locked::NoLocks) => Ok(()),
         Ok(Locked::Taken) => Err(DiskError::InUse { path: path.to_owned() }),
         Err(source) => Err(DiskError::Open { path: path.to_owned(), source }),
     }

@@ -209,8 +209,7 @@ pub(super) struct VirtioSlot {
 
 impl Drop for VirtioSlot {
     fn drop(&mut self) {
-        self.watch = None;
-        self.device.close();
+        self.close();
     }
 }
 
@@ -220,13 +219,19 @@ impl VirtioSlot {
         self.device.pause();
     }
 
-    /// The same, where the VM is over: what takes longer is given up.
-    pub(super) fn give_up(&self, until: Instant) {
-        self.device.give_up(until);
+    /// The VM is over: takes no request any more, and gives up those that have not begun.
+    pub(super) fn give_up(&self) {
+        self.device.give_up();
     }
 
-    /// Lets go of what the device has of the host.
-    pub(super) fn close(&self) {
+    /// Returns when it is at no request, or it is too late.
+    pub(super) fn drain(&self, until: Instant) {
+        self.device.drain(until);
+    }
+
+    /// Lets go of what the device has of the host, which may take a while: no thread of others waits for that.
+    pub(super) fn close(&mut self) {
+        self.watch = None;
         self.device.close();
     }
 

@@ -245,11 +245,11 @@ impl Machine {
         const GRACE: Duration = Duration::from_millis(200);
         match self.threads.wait_timeout(running, timeout) {
             Ok(vcpus) => Ok(vcpus),
-            Err(running) => match self.exit.get() {
+            Err(running) => match self.exit_status() {
                 None => Err((running, None)),
                 Some(status) => {
                     let waited = self.threads.wait_timeout(running, GRACE);
-                    waited.map_err(|running| (running, Some(status.clone())))
+                    waited.map_err(|running| (running, Some(status)))
                 }
             },
         }
@@ -294,15 +294,19 @@ impl Machine {
 
     /// Ends the guest from the host's side; a guest that ended before did so first. Its devices serve nothing any more;
     /// what they are at is given up, and waited for for a moment only: a disk may hang.
-    pub(crate) fn end(&self) {
+    pub(crate) fn end(&mut self) {
         const PATIENCE: Duration = Duration::from_secs(5);
         self.exit.report(ExitStatus::Terminated);
+        self.threads.halt();
+        for device in &self.virtio {
+            device.give_up();
+        }
         let until = Instant::now() + PATIENCE;
         for device in &self.virtio {
-            device.give_up(until);
+            device.drain(until);
         }
         // A vCPU's thread may be waiting for one of them too.
-        for device in &self.virtio {
+        for device in &mut self.virtio {
             device.close();
         }
     }

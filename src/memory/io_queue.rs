@@ -210,8 +210,11 @@ impl Workers {
                 let is_idle = |inbox: &mut Inbox| inbox.turns.is_empty() && !inbox.is_over;
                 let waited = self.more.wait_while(lock(&self.inbox), is_idle);
                 let mut inbox = waited.unwrap_or_else(PoisonError::into_inner);
-                let Some((_, running)) = inbox.turns.next() else { return };
-                running
+                match inbox.turns.next() {
+                    Some((_, running)) => running,
+                    None if inbox.is_over => return,
+                    None => continue,
+                }
             };
             let result = loop {
                 let result = running.transfer.run();

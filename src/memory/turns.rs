@@ -33,15 +33,13 @@ impl<C: Copy + Eq + Hash, T> Turns<C, T> {
 
     /// What is next, under way from now on, until [`done`](Self::done).
     pub(super) fn next(&mut self) -> Option<(C, T)> {
-        loop {
-            let client = self.order.pop_front()?;
-            let Some(share) = self.shares.get_mut(&client) else { continue };
-            share.is_in_order = false;
-            let Some(item) = share.waiting.pop_front() else { continue };
-            share.under_way += 1;
-            self.line_up(client);
-            return Some((client, item));
-        }
+        let client = self.order.pop_front()?;
+        let share = self.shares.get_mut(&client)?;
+        share.is_in_order = false;
+        let item = share.waiting.pop_front()?;
+        share.under_way += 1;
+        self.line_up(client);
+        Some((client, item))
     }
 
     /// What is under way was not begun after all, and is its client's next.
@@ -66,9 +64,11 @@ impl<C: Copy + Eq + Hash, T> Turns<C, T> {
     pub(super) fn take_waiting(&mut self, client: C) -> VecDeque<T> {
         let Some(share) = self.shares.get_mut(&client) else { return VecDeque::new() };
         let waiting = std::mem::take(&mut share.waiting);
+        share.is_in_order = false;
         if share.under_way == 0 {
             self.shares.remove(&client);
         }
+        self.order.retain(|other| *other != client);
         waiting
     }
 
@@ -111,14 +111,20 @@ mod tests {
         assert_eq!(turns.next(), Some(('a', 2)));
         turns.put_back('a', 2);
         assert_eq!(turns.next(), Some(('a', 2)));
+        assert!(turns.is_empty(), "two of them again");
+        turns.done('a');
+        assert!(!turns.is_empty());
         assert_eq!(turns.take_waiting('a'), [3]);
+        assert!(turns.is_empty(), "nobody is called for nothing");
+        turns.push('a', 6);
+        assert_eq!(turns.next(), Some(('a', 6)));
         turns.done('a');
         turns.done('a');
         assert!(turns.next().is_none() && turns.shares.is_empty());
         // One who comes again is a client as any.
         turns.push('a', 4);
         assert_eq!(turns.take_waiting('a'), [4]);
-        assert!(turns.next().is_none() && turns.shares.is_empty());
+        assert!(turns.is_empty() && turns.shares.is_empty());
         turns.push('a', 5);
         assert_eq!(turns.next(), Some(('a', 5)));
     }

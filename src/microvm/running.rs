@@ -82,7 +82,7 @@ impl MicroVm<Running> {
     /// for five seconds at most: a file that hangs keeps its lock until they end. A guest that ended by itself
     /// before keeps its own exit status.
     pub fn terminate(self) -> MicroVm<Terminated> {
-        let Self { state: Running { run, machine, .. }, console, mut recorder } = self;
+        let Self { state: Running { run, mut machine, .. }, console, mut recorder } = self;
         let vcpus = recorder.timed(Phase::Terminate, || {
             machine.end();
             machine.stop(run)

@@ -24,7 +24,8 @@
 //! read is [`Malformed`], which ends the connection.
 //!
 //! A change of any message changes [`VERSION`]. [`Hello`] and [`Welcome`] alone begin the same way
-//! in all versions, so that two that do not fit can say so.
+//! in all versions, so that two that do not fit can say so: those from version 7 on, which say hello from
+//! [`RESERVED_PORTS`].
 
 #![allow(dead_code, unused_imports, reason = "each side uses its half")]
 

@@ -34,6 +34,10 @@ impl Home {
         match file_lock::exclusive(&file).map_err(SessionError::io("lock", &lock))? {
             Locked::Ours => {}
             Locked::Taken => return Err(SessionError::InUse { path }),
+            Locked::NoLocks => {
+                let error = io::Error::from(io::ErrorKind::Unsupported);
+                return Err(SessionError::io("lock", &lock)(error));
+            }
         }
         Ok(Self { path, _lock: file, listeners: Arc::default() })
     }

@@ -75,7 +75,8 @@ impl SnapshotOptions {
 
     /// Calls `progress` every few MiB, from threads of the save. When it answers `Break`, the
     /// save ends with [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted), and the VM, and
-    /// whatever was at the place before, are as they were.
+    /// whatever was at the place before, are as they were. Saves of one VM come one after the other: a
+    /// `progress` that waits for another one waits for ever.
     #[must_use]
     pub fn progress(
         mut self,

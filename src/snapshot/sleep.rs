@@ -94,7 +94,7 @@ impl OpenDirectory {
     pub(super) fn wake_lock(&self) -> Result<WakeLock, SnapshotError> {
         let file = self.reopen().map_err(SnapshotError::open(&self.path))?;
         match file_lock::exclusive(&file).map_err(SnapshotError::open(&self.path))? {
-            Locked::Ours => {}
+            Locked::Ours | Locked::NoLocks => {}
             Locked::Taken => return Err(SnapshotError::Awake { directory: self.path.clone() }),
         }
         // Whoever had the lock before may have suspended the VM again, to the same place.

@@ -54,7 +54,8 @@ impl Drop for Temporary {
     }
 }
 
-/// What tells this host from others that share the folder, which do not see its locks.
+/// What tells this host from others that share the folder, which do not see its locks. What was left under another
+/// kernel, or another name of the host, stays.
 fn host() -> String {
     let uname = rustix::system::uname();
     let name = [uname.nodename(), uname.release(), uname.version()].map(|name| name.to_bytes());

@@ -166,14 +166,15 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         paused
     }
 
-    /// As [`pause`](Self::pause), of a VM that is over: what is in flight is given up, and waited for until
-    /// then at most.
-    pub(crate) fn give_up(&self, until: Instant) {
-        {
-            let mut core = self.lock();
-            core.paused = true;
-            core.device.give_up();
-        }
+    /// Serves nothing any more, as in a pause, and gives up what has not begun.
+    pub(crate) fn give_up(&self) {
+        let mut core = self.lock();
+        core.paused = true;
+        core.device.give_up();
+    }
+
+    /// Returns when the device, which was given up, is at no request, or it is too late.
+    pub(crate) fn drain(&self, until: Instant) {
         let (lock, drained) = &self.0.drained;
         loop {
             let mut core = self.lock();

@@ -93,9 +93,12 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
             false => Duration::ZERO,
         };
         // Who wants no answer either is gone: what does not answer, or read, would be waited for in vain. Where the
-        // program has said all, it is we who send no more.
-        let asks = !back.is_over && (there.is_over || unread > patience);
-        if asks && sys::takes_no_more(&host) {
+        // program has said all, it is we who send no more, and the host's end shows in the socket's.
+        let is_gone = || match back.is_over {
+            true => sys::has_hung_up(&host),
+            false => sys::takes_no_more(&host),
+        };
+        if (there.is_over || unread > patience) && is_gone() {
             break;
         }
     }

@@ -109,7 +109,8 @@ fn a_vm_that_is_over_waits_for_a_hung_disk_for_a_while_only_and_keeps_it_locked(
     // SAFETY: the buffers are there until the end, and the device never touches them.
     unsafe { driver.read_blocks_nb(0, &mut request, &mut bytes, &mut response) }.unwrap();
     let begun = _workers.take_one();
-    handle.give_up(Instant::now() + Duration::from_millis(20));
+    handle.give_up();
+    handle.drain(Instant::now() + Duration::from_millis(20));
     let in_flight = || handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap();
     assert_eq!(in_flight(), 1);
     handle.close();

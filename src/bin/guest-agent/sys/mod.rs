@@ -108,6 +108,12 @@ pub(crate) fn poll(fds: &mut [PollFd], timeout: Option<Duration>) -> io::Result<
     }
 }
 
+/// Whether both sides of a stream have said all.
+pub(crate) fn has_hung_up(fd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(Some(fd.as_fd()), 0)];
+    poll(&mut fds, Some(Duration::ZERO)).is_ok() && fds.iter().any(PollFd::is_ready)
+}
+
 /// Makes reads and writes return where they would wait.
 pub(crate) fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     let fd = fd.as_fd().as_raw_fd();

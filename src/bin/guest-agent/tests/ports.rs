@@ -115,6 +115,30 @@ fn a_host_that_has_gone_is_not_kept_for_a_program_that_does_not_read() {
 }
 
 #[test]
+fn a_program_that_has_said_all_is_waited_for_while_the_host_is_there_and_not_longer() {
+    for is_there in [true, false] {
+        let ((mut host, theirs), (mut program, ours)) =
+            (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE / 2));
+        program.shutdown(Shutdown::Write).unwrap();
+        let going = host.try_clone().unwrap();
+        let writer = thread::spawn(move || host.write_all(&vec![7; 4 << 20]));
+        thread::sleep(PATIENCE * 2);
+        assert!(!passing.is_finished());
+        if is_there {
+            let mut all = vec![0; 4 << 20];
+            program.read_exact(&mut all).unwrap();
+            writer.join().unwrap().unwrap();
+            drop(going);
+        } else {
+            going.shutdown(Shutdown::Both).unwrap();
+            let _ = writer.join().unwrap();
+        }
+        passing.join().unwrap().unwrap();
+    }
+}
+
+#[test]
 fn nobody_at_a_port_is_said_so_and_ipv6_is_tried() {
     let unused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = unused.local_addr().unwrap().port();
