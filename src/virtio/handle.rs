@@ -215,6 +215,8 @@ impl<D: VirtioDevice + ?Sized> DeviceHandle<D> {
         let mut core = self.pause_and_drain();
         core.reset();
         core.paused = false;
+        // Who waits for a device that was given up finds nothing in flight either.
+        self.drained();
     }
 
     pub(super) fn interrupt(&self) -> &Interrupt {

@@ -22,8 +22,9 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// looks like one that is closed by half.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 
-/// How long what a host has said that is gone waits for a program that does not read it.
-const UNREAD_PATIENCE: Duration = Duration::from_secs(60);
+/// How long what a host has said that is gone waits for a program that does not read it: longer than a program is mostly
+/// stopped for.
+const UNREAD_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Connections of programs to services of the host. However many those open, the host's calls have threads of
 /// their own.
@@ -67,7 +68,8 @@ pub(crate) fn connect(mut connection: Connection, port: u16) -> io::Result<()> {
 }
 
 /// Passes on what the host and a program say, until both have ended, or one is closed for both directions. What the host
-/// has said before it closed waits for as long as the program reads some of it once in `patience`.
+/// has said before it closed waits for as long as the program reads some of it once in `patience`; a program that does
+/// not finds its stream reset, not at its end.
 pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration) -> io::Result<()> {
     host.set_nonblocking(true)?;
     program.set_nonblocking(true)?;
@@ -82,13 +84,14 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
             PollFd::new(back.wants_to_write().then(|| host.as_fd()), POLLOUT),
         ];
         sys::poll(&mut fds, (!there.wants_to_read()).then_some(ASK_EVERY))?;
-        let written = there.written;
+        let (written, had_said_all) = (there.written, back.is_over);
         // An error of either ends both: the streams are closed with their descriptors.
         there.advance(&host, &program)?;
         back.advance(&program, &host)?;
         let now = Instant::now();
         let step = now.saturating_duration_since(mem::replace(&mut before, now)).min(ASK_EVERY);
-        unread = match there.wants_to_write() && there.written == written {
+        let is_stuck = there.wants_to_write() && there.written == written;
+        unread = match is_stuck && had_said_all == back.is_over {
             true => unread + step,
             false => Duration::ZERO,
         };
@@ -99,6 +102,9 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
             false => sys::takes_no_more(&host),
         };
         if (there.is_over || unread > patience) && is_gone() {
+            if !there.is_over {
+                sys::reset_when_closed(&program);
+            }
             break;
         }
     }

@@ -23,7 +23,7 @@ pub(crate) use self::process::{
 };
 pub(crate) use self::socket::{
     CID_HOST, NetlinkSocket, VsockListener, connect_vsock, connect_vsock_from, guest_cid,
-    takes_no_more,
+    reset_when_closed, takes_no_more,
 };
 pub(crate) use self::system::{
     MountFlags, add_entropy, give_memory_back, keep_memory_small, kill_all, load_module, mount,

@@ -20,6 +20,8 @@ const SOCK_RAW: c_int = 3;
 const SOCK_CLOEXEC: c_int = 0o2_000_000;
 const NETLINK_ROUTE: c_int = 0;
 const MSG_NOSIGNAL: c_int = 0x4000;
+const SOL_SOCKET: c_int = 1;
+const SO_LINGER: c_int = 13;
 const IOCTL_VM_SOCKETS_GET_LOCAL_CID: c_ulong = 0x7b9;
 
 /// `struct sockaddr_vm` (vsock(7)).
@@ -30,6 +32,13 @@ struct SockaddrVm {
     port: u32,
     cid: u32,
     zero: [u8; 4],
+}
+
+/// `struct linger` (socket(7)).
+#[repr(C)]
+struct Linger {
+    is_on: c_int,
+    seconds: c_int,
 }
 
 const SOCKADDR_BYTES: u32 = size_of::<SockaddrVm>() as u32;
@@ -46,6 +55,13 @@ unsafe extern "C" {
     fn connect(socket: c_int, address: *const SockaddrVm, length: u32) -> c_int;
     fn listen(socket: c_int, backlog: c_int) -> c_int;
     fn send(socket: c_int, bytes: *const c_void, length: usize, flags: c_int) -> isize;
+    fn setsockopt(
+        socket: c_int,
+        level: c_int,
+        name: c_int,
+        value: *const c_void,
+        length: u32,
+    ) -> c_int;
     fn accept4(socket: c_int, address: *mut SockaddrVm, length: *mut u32, flags: c_int) -> c_int;
 }
 
@@ -99,6 +115,14 @@ pub(crate) fn guest_cid() -> io::Result<Option<u32>> {
 pub(crate) fn takes_no_more(stream: impl AsFd) -> bool {
     // SAFETY: no byte is read.
     unsafe { send(stream.as_fd().as_raw_fd(), ptr::null(), 0, MSG_NOSIGNAL) < 0 }
+}
+
+/// Has a TCP stream end with a reset when it is closed: what was sent is not all.
+pub(crate) fn reset_when_closed(stream: impl AsFd) {
+    let linger = Linger { is_on: 1, seconds: 0 };
+    let (fd, bytes) = (stream.as_fd().as_raw_fd(), size_of::<Linger>() as u32);
+    // SAFETY: the kernel reads the structure, which is as long as is said.
+    unsafe { setsockopt(fd, SOL_SOCKET, SO_LINGER, (&raw const linger).cast(), bytes) };
 }
 
 pub(crate) struct VsockListener(OwnedFd);

@@ -1,5 +1,6 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
@@ -112,6 +113,27 @@ fn a_host_that_has_gone_is_not_kept_for_a_program_that_does_not_read() {
     let mut rest = Vec::new();
     program.read_to_end(&mut rest).unwrap();
     assert!(half.len() + rest.len() < 4 << 20);
+}
+
+#[test]
+fn a_stream_that_is_given_up_is_reset_and_not_at_its_end() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut program, _) = listener.accept().unwrap();
+    let (host, theirs) = UnixStream::pair().unwrap();
+    let ours = UnixStream::from(OwnedFd::from(ours));
+    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
+    let (mut writing, going) = (host.try_clone().unwrap(), host);
+    // More than TCP's buffers take.
+    let writer = thread::spawn(move || {
+        let _ = writing.write_all(&vec![7; 64 << 20]);
+    });
+    thread::sleep(PATIENCE);
+    going.shutdown(Shutdown::Both).unwrap();
+    writer.join().unwrap();
+    passing.join().unwrap().unwrap();
+    let error = program.read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
 }
 
 #[test]
