@@ -17,7 +17,7 @@ use crate::input_file::InputFile;
 use crate::kvm::{HostFacts, Kvm};
 
 /// Raised when templates of before would be misunderstood, or are built otherwise.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Everything that goes in. What has no content here is known by the file's facts.
 #[derive(Serialize)]
@@ -88,7 +88,8 @@ pub(super) fn of(config: &VmConfig, ready: &Ready) -> Result<Key, Error> {
         files: files.map(Content::file).collect::<Result<_, _>>()?,
         ready,
     };
-    let bytes = rmp_serde::to_vec(&ingredients).map_err(TemplateError::Config)?;
+    // With names: a field that is left out is not the one behind it.
+    let bytes = rmp_serde::to_vec_named(&ingredients).map_err(TemplateError::Config)?;
     Ok(Key(Sha256::digest(bytes).into()))
 }
 

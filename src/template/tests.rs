@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::*;
-use crate::config::{AgentConfig, BlockConfig};
+use crate::config::{AgentConfig, BlockConfig, NetConfig, RateLimit};
 use crate::error::ErrorKind;
 use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
@@ -44,6 +44,7 @@ fn what_is_the_same_has_the_same_name_and_every_change_another() {
     let with_disk = || config().block(BlockConfig::new(&disk).read_only());
     assert_eq!(key(&config()), key(&config()));
     assert_eq!(key(&with_disk()), key(&with_disk()));
+    let slow = RateLimit::default().bytes_per_second(1);
     let mut keys = vec![
         key(&config()),
         key(&with_disk()),
@@ -52,6 +53,8 @@ fn what_is_the_same_has_the_same_name_and_every_change_another() {
         key(&config().initramfs(Initramfs::bytes(&b"two"[..]))),
         key(&config().agent(AgentConfig::new().hostname("one"))),
         key(&VmConfig::new(Kernel::bytes(&b"other"[..])).agent(AgentConfig::new())),
+        key(&config().network(NetConfig::tap("t").receive_rate_limit(slow))),
+        key(&config().network(NetConfig::tap("t").transmit_rate_limit(slow))),
         key::of(&config(), &Ready::Port(80)).unwrap().to_string(),
     ];
     fs::write(&disk, "longer").unwrap();
