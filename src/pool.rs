@@ -18,7 +18,9 @@ const HEAD_START: Duration = Duration::from_millis(1);
 /// Why the pool has no VM to give.
 #[derive(Debug, ThisError)]
 enum PoolError {
-    #[error("all {max} VMs of the pool are in use, and none has ended within {seconds} s")]
+    #[error(
+        "{max} VMs of the pool are in use, and no place became free for this one within {seconds} s"
+    )]
     AllInUse { max: usize, seconds: f64 },
     #[error("a pool of {min} VMs ready and {max} in use: it takes 1 or more in use")]
     Sizes { min: usize, max: usize },
@@ -123,6 +125,9 @@ struct Shared {
 struct Vms {
     ready: VecDeque<MicroVm<Paused>>,
     in_use: usize,
+    /// Who waits for a place, by the numbers that they drew, the first who came first.
+    waiting: VecDeque<u64>,
+    next_number: u64,
     /// Why the thread could not make the last one: it tries again when somebody asks.
     failed: Option<Error>,
     over: bool,
@@ -149,7 +154,7 @@ impl Pool {
 
     /// A VM that is restored and has not run: one that is ready, in a few microseconds; else one
     /// that is made now, in about a millisecond; and where as many are in use as may be, the first
-    /// whose place becomes free.
+    /// whose place becomes free. Of several who wait, who came first has it.
     ///
     /// # Errors
     ///
@@ -188,15 +193,23 @@ impl Shared {
         let begin = Instant::now();
         let max = self.options.max;
         let mut vms = self.lock();
-        while vms.in_use >= max {
+        let number = vms.next_number;
+        vms.next_number += 1;
+        vms.waiting.push_back(number);
+        while vms.in_use >= max || vms.waiting.front() != Some(&number) {
             let left = self.options.timeout.saturating_sub(begin.elapsed());
             if left.is_zero() {
+                vms.waiting.retain(|other| *other != number);
+                drop(vms);
+                // The next one may be the first now.
+                self.changed.notify_all();
                 let seconds = self.options.timeout.as_secs_f64();
                 return Err(PoolError::AllInUse { max, seconds }.into());
             }
             let waited = self.changed.wait_timeout(vms, left);
             vms = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        vms.waiting.pop_front();
         vms.in_use += 1;
         vms.failed = None;
         let ready = vms.ready.pop_front();

@@ -1,6 +1,8 @@
 //! Pools under those who all want a VM at once.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use dormouse::{ErrorKind, Pool, PoolOptions, RestoreOptions};
 
@@ -30,6 +32,32 @@ fn those_who_come_when_all_are_in_use_get_one_that_others_give_back() {
                 }
             });
         }
+    });
+    assert_eq!(pool.in_use(), 0);
+}
+
+#[test]
+fn who_comes_first_has_the_first_place_though_others_ask_all_the_time() {
+    let scratch = Scratch::new();
+    let snapshot = Guest::boot().pause().0.snapshot(scratch.join("base")).unwrap();
+    let options = PoolOptions::new().max(1).timeout(PATIENCE);
+    let pool = Pool::new(snapshot, options).unwrap();
+    let (served, asks) = (AtomicBool::new(false), AtomicBool::new(false));
+    let vm = pool.acquire().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            asks.store(true, Ordering::SeqCst);
+            let _vm = pool.acquire().unwrap();
+            served.store(true, Ordering::SeqCst);
+        });
+        while !asks.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        // By now it waits.
+        thread::sleep(Duration::from_millis(200));
+        drop(vm);
+        let _vm = pool.acquire().unwrap();
+        assert!(served.load(Ordering::SeqCst), "it was passed over");
     });
     assert_eq!(pool.in_use(), 0);
 }
