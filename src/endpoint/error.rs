@@ -14,6 +14,8 @@ pub(super) enum EndpointError {
     Open { address: SocketAddr },
     #[error("the endpoint has no keys for tokens")]
     NoKeys,
+    #[error("an endpoint with no connections, or no requests on one, serves nobody")]
+    NoConnections,
     #[error("{domain:?} is no name of a domain")]
     Domain { domain: String },
     #[error("{prefix:?} is no prefix of paths: it begins and ends with a slash")]

@@ -153,13 +153,13 @@ impl Endpoint {
         }
         let address = listener.local_addr().map_err(EndpointError::Listen)?;
         let (keys, routes) = (options.keys(address)?, options.routes()?);
+        let limits = Arc::new(options.limits.checked()?);
         listener.set_nonblocking(true).map_err(EndpointError::Listen)?;
         let listener =
             tokio::net::TcpListener::from_std(listener).map_err(EndpointError::Listen)?;
         let (end, closing) = (Signal::default(), Signal::default());
         let guests = Tasks::new(end.clone());
         let domain = routes.domain.clone();
-        let limits = Arc::new(options.limits);
         let shared = Arc::new(Shared {
             upstreams: Box::new(upstreams),
             routes,

@@ -54,6 +54,23 @@ pub struct EndpointLimits {
     pub answer_timeout: Duration,
 }
 
+impl EndpointLimits {
+    /// Times that can be added to now, and room for somebody.
+    pub(super) fn checked(&self) -> Result<Self, EndpointError> {
+        const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+        if self.connections == 0 || self.streams == 0 {
+            return Err(EndpointError::NoConnections);
+        }
+        Ok(Self {
+            header_timeout: self.header_timeout.min(LONGEST),
+            wake_timeout: self.wake_timeout.min(LONGEST),
+            connect_timeout: self.connect_timeout.min(LONGEST),
+            answer_timeout: self.answer_timeout.min(LONGEST),
+            ..self.clone()
+        })
+    }
+}
+
 impl Default for EndpointLimits {
     fn default() -> Self {
         Self {

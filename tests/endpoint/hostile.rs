@@ -236,6 +236,28 @@ fn a_body_that_does_not_come_is_not_waited_for() {
 }
 
 #[test]
+fn limits_that_no_clock_reaches_are_none_and_those_that_let_nobody_in_are_refused() {
+    run(async {
+        let mut limits = EndpointLimits::default();
+        limits.header_timeout = Duration::MAX;
+        limits.wake_timeout = Duration::MAX;
+        limits.connect_timeout = Duration::MAX;
+        limits.answer_timeout = Duration::MAX;
+        let setup = Setup::new(open().limits(limits.clone())).await;
+        let address = setup.endpoint.address();
+        assert_eq!(get(address, "one.localhost", "/hello", "").await.status, 200);
+        let mut sender = client::h2(address).await;
+        let answer = sender.send_request(request("http://one.localhost/hello")).await;
+        assert_eq!(client::read(answer.unwrap()).await.0, 200);
+        limits.connections = 0;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let refused =
+            dormouse::Endpoint::serve(listener, crate::Guests::default(), open().limits(limits));
+        assert_eq!(refused.unwrap_err().kind(), &dormouse::ErrorKind::Config);
+    });
+}
+
+#[test]
 fn no_more_clients_are_served_at_a_time_than_may_be() {
     run(async {
         let mut limits = EndpointLimits::default();
