@@ -276,6 +276,21 @@ impl Machine {
         &self.serial_input
     }
 
+    /// Its configuration for a file, with the limits that it has by now.
+    pub(crate) fn config_to_save(&self) -> MachineConfig {
+        let mut config = self.config.to_be_saved();
+        for (block, disk) in config.blocks.iter_mut().zip(&self.controls.disks) {
+            block.rate_limit = disk.with(|disk| disk.rate_limit());
+        }
+        for (network, device) in config.networks.iter_mut().zip(&self.controls.networks) {
+            (network.receive_limit, network.transmit_limit) = device.with(|net| net.rate_limits());
+        }
+        if let Some(entropy) = &self.controls.entropy {
+            config.entropy_rate_limit = entropy.with(|rng| rng.rate_limit());
+        }
+        config
+    }
+
     /// Waits until nobody else saves it.
     pub(crate) fn saving(&self) -> MutexGuard<'_, ()> {
         self.saving.lock().unwrap_or_else(PoisonError::into_inner)

@@ -99,7 +99,7 @@ impl Sleeper<'_> {
             id: random().map_err(SnapshotError::Random)?,
             created: since_1970.as_secs(),
             host: self.machine.profile(self.vcpus)?,
-            config: self.machine.config().to_be_saved(),
+            config: self.machine.config_to_save(),
             machine,
             memory: Vec::new(),
             disks: saved,

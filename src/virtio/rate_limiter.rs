@@ -20,6 +20,7 @@ use crate::config::RateLimit;
 /// A device's limit, which may change at any time.
 #[derive(Debug)]
 pub(crate) struct RateLimiter {
+    limit: RateLimit,
     buckets: Buckets,
     timer: OwnedFd,
     /// The last request was refused.
@@ -31,7 +32,7 @@ impl RateLimiter {
     pub(crate) fn new(limit: RateLimit) -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        Ok(Self { buckets: Buckets::new(limit, Instant::now()), timer, waits: false })
+        Ok(Self { limit, buckets: Buckets::new(limit, Instant::now()), timer, waits: false })
     }
 
     /// What is ready when a request that was refused may be tried again: one of the device's
@@ -69,8 +70,13 @@ impl RateLimiter {
         !self.waits
     }
 
+    pub(crate) fn limit(&self) -> RateLimit {
+        self.limit
+    }
+
     /// Changes the limit. A device that waits tries again at once.
     pub(crate) fn set(&mut self, limit: RateLimit) {
+        self.limit = limit;
         self.buckets.set(limit, Instant::now());
         if self.waits {
             self.wake_after(Duration::ZERO);

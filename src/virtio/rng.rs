@@ -31,6 +31,10 @@ impl Rng {
         Ok(Self { source, limiter, metrics: EntropyMetrics::default() })
     }
 
+    pub(crate) fn rate_limit(&self) -> RateLimit {
+        self.limiter.limit()
+    }
+
     pub(crate) fn set_rate_limit(&mut self, limit: RateLimit) {
         self.limiter.set(limit);
     }

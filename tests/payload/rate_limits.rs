@@ -86,3 +86,27 @@ fn the_limit_of_a_network_is_lifted_while_its_guest_waits() {
     assert_eq!((metrics.tx_frames, metrics.tx_bytes), (BATCH, BATCH * 100));
     assert_eq!((metrics.tx_dropped, metrics.rx_frames, metrics.link_changes), (0, 0, 0));
 }
+
+#[test]
+fn limits_that_were_changed_are_those_of_who_wakes() {
+    let scratch = Scratch::new();
+    let image = scratch.join("image");
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let (near, _far) = UnixStream::pair().unwrap();
+    let config = config(&Program::Memory)
+        .block(BlockConfig::new(&image))
+        .network(NetConfig::socket(near))
+        .entropy(true);
+    let vm = MicroVm::create(config).unwrap().start().unwrap();
+    let limit = |rate| RateLimit::default().bytes_per_second(rate);
+    vm.set_disk_rate_limit(0, limit(1_234_567_001)).unwrap();
+    vm.set_network_rate_limits(0, limit(1_234_567_002), limit(1_234_567_003)).unwrap();
+    vm.set_entropy_rate_limit(limit(1_234_567_004)).unwrap();
+    vm.pause().unwrap().snapshot(scratch.join("saved")).unwrap();
+    let state = fs::read(scratch.join("saved").join("state")).unwrap();
+    for rate in 1_234_567_001u32..=1_234_567_004 {
+        // As MessagePack has it.
+        let bytes = rate.to_be_bytes();
+        assert!(state.windows(4).any(|window| window == bytes), "{rate}");
+    }
+}

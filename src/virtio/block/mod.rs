@@ -94,6 +94,10 @@ impl Block {
         })
     }
 
+    pub(crate) fn rate_limit(&self) -> RateLimit {
+        self.limiter.limit()
+    }
+
     pub(crate) fn set_rate_limit(&mut self, limit: RateLimit) {
         self.limiter.set(limit);
     }

@@ -77,6 +77,11 @@ impl Net {
         })
     }
 
+    /// Of what it receives, and transmits.
+    pub(crate) fn rate_limits(&self) -> (RateLimit, RateLimit) {
+        (self.receive_limiter.limit(), self.transmit_limiter.limit())
+    }
+
     pub(crate) fn set_rate_limits(&mut self, receive: RateLimit, transmit: RateLimit) {
         self.receive_limiter.set(receive);
         self.transmit_limiter.set(transmit);

@@ -55,8 +55,10 @@ pub(super) enum Call {
 impl UnixPath {
     /// Makes a socket at `path`, where there must be none.
     pub(super) fn new(path: &Path) -> io::Result<Self> {
+        // So that it means the same when the process goes elsewhere.
+        let absolute = std::path::absolute(path)?;
         let listener = UnixListener::bind(path)?;
-        let file = Arc::new(SocketFile(path.to_owned()));
+        let file = Arc::new(SocketFile(absolute));
         listener.set_nonblocking(true)?;
         Ok(Self { file, listener, callers: HashMap::new() })
     }
