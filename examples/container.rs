@@ -15,7 +15,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use dormouse::{ImageCache, MicroVm, Ready, Running, TemplateOptions};
+use dormouse::{ErrorKind, ImageCache, MicroVm, Ready, Running, TemplateOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use image::{Bars, Source};
@@ -71,8 +71,11 @@ async fn ask(vm: &MicroVm<Running>, port: u16) -> Result<String, Box<dyn Error>>
     let mut stream = loop {
         match agent.connect_tcp(port).await {
             Ok(stream) => break stream,
-            Err(error) if Instant::now() > end => return Err(error.into()),
-            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            // Its server does not listen yet.
+            Err(error) if error.kind() == &ErrorKind::Refused && Instant::now() < end => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(error) => return Err(error.into()),
         }
     };
     stream.write_all(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n").await?;

@@ -1,10 +1,11 @@
 //! A guest fetches a page from a server on the host's loopback, through passt, with no rights.
 
+use std::error::Error;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::path::PathBuf;
 
-use dormouse::{Cmdline, Error, Initramfs, Kernel, MicroVm, NetConfig, UserNetwork, VmConfig};
+use dormouse::{Cmdline, Initramfs, Kernel, MicroVm, NetConfig, UserNetwork, VmConfig};
 
 /// The guest's first and only program.
 const INIT: &str = "#!/bin/busybox sh
@@ -15,7 +16,7 @@ wget -q -O - http://10.0.2.2:$port/
 poweroff -f
 ";
 
-fn main() -> Result<(), Error> {
+fn main() -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();
     std::thread::spawn(move || {
@@ -28,7 +29,7 @@ fn main() -> Result<(), Error> {
     // Where a kernel and busybox are installed: here, or where the environment says.
     let root = std::env::var_os("DORMOUSE_GUEST_ROOT").map_or("/".into(), PathBuf::from);
     let kernel = Kernel::installed_in(&root)?;
-    let modules = kernel.modules_dir().unwrap_or(&root);
+    let modules = kernel.modules_dir().ok_or("the kernel has no modules")?;
     let initramfs = Initramfs::builder()
         .host_file("bin/busybox", root.join("bin/busybox"))
         .file("init", 0o755, INIT)

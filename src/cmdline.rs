@@ -68,8 +68,8 @@ impl Cmdline {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] where either holds a space (outside double quotes), an equals sign,
-    /// or anything but printable ASCII, or does not fit.
+    /// [`ErrorKind::Config`] where either holds a space (outside double quotes) or anything but printable
+    /// ASCII, the key an equals sign, or they do not fit.
     pub fn set(self, key: &str, value: &str) -> Result<Self, Error> {
         self.insert(&format!("{key}={value}"), |cmdline| cmdline.insert(key, value))
     }

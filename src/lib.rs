@@ -34,7 +34,7 @@
 //! # #[cfg(feature = "agent")]
 //! # async fn story() -> Result<(), Error> {
 //! let files = Initramfs::builder()
-//!     .host_file("bin/busybox", "/bin/busybox")
+//!     .host_file("bin/busybox", "/bin/busybox") // a static one (Debian: busybox-static)
 //!     .symlink("bin/sh", "busybox");
 //! let config = VmConfig::new(Kernel::installed()?) // the newest under /boot
 //!     .initramfs(files.build()?)
@@ -105,8 +105,8 @@
 //! `Endpoint::serve`. All other calls need none, and block for the times that they document: those of [`MicroVm`],
 //! [`Snapshot`], [`Pool`], [`Vsock`], [`OverlayDisk`] and [`ImageCache`].
 //!
-//! Threads are named `dormouse-…`; seccomp confines them, and what of yours runs on them (see
-//! [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU threads, which have it blocked: it is
+//! Threads are named `dormouse-…`; seccomp confines those that guests reach (vCPUs, devices, disks), and what of yours
+//! runs on them (see [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU threads, which have it blocked: it is
 //! never delivered. A process that uses that signal itself must not send it to the process as a whole.
 //!
 //! # Features

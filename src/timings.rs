@@ -54,7 +54,7 @@ impl Timings {
     /// The time spent in a phase, summed over all its runs; zero where it never ran.
     pub fn duration(&self, phase: Phase) -> Duration {
         let runs = self.phases.iter().filter(|timing| timing.phase == phase);
-        Duration::from_nanos(runs.map(|timing| timing.duration_ns).sum())
+        Duration::from_nanos(runs.fold(0, |sum: u64, run| sum.saturating_add(run.duration_ns)))
     }
 
     pub(crate) fn push(&mut self, timing: Timing) {

@@ -45,6 +45,7 @@ pub struct BlockConfig {
 
 /// What a file of the host is recognised by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct FileFacts {
     pub(crate) bytes: u64,
     /// Its time of modification, in seconds and nanoseconds since 1970. None: not known or, for a

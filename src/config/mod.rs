@@ -103,6 +103,8 @@ pub(crate) enum ConfigError {
     NoVsock,
     #[error("the snapshot has no agent, whose {what} could be another")]
     NoAgent { what: &'static str },
+    #[error("addresses of {given} network interfaces, and the snapshot has some of {saved}")]
+    FewerInterfaces { given: usize, saved: usize },
     #[error("the snapshot's agent has no service {name:?}")]
     NoService { name: String },
     #[error(transparent)]
@@ -378,7 +380,8 @@ impl MachineConfig {
         let blocks = self.blocks.iter().map(BlockConfig::with_absolute_delta).collect();
         let agent = self.agent.clone();
         let agent = agent.map(|agent| AgentConfig { modules_dir: None, binary: None, ..agent });
-        Self { networks, blocks, agent, vsock: self.vsock(), ..self.clone() }
+        let vsock = self.vsock().map(VsockConfig::with_absolute_path);
+        Self { networks, blocks, agent, vsock, ..self.clone() }
     }
 
     /// Checks every value. Costs nothing.

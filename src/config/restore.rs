@@ -140,8 +140,9 @@ impl RestoreOptions {
     }
 
     /// Other addresses for the network interfaces of a clone, eth0's first, in place of all that
-    /// [`AgentConfig::interface`](crate::AgentConfig::interface) gave. The agent in it sets them before it
-    /// is ready.
+    /// [`AgentConfig::interface`](crate::AgentConfig::interface) gave, and of no fewer interfaces: one that shall
+    /// have none is an [`InterfaceConfig::new`]. The agent in it sets them before it is ready. An empty list leaves
+    /// them as they are.
     #[cfg(feature = "agent")]
     #[must_use]
     pub fn interfaces(mut self, interfaces: impl IntoIterator<Item = InterfaceConfig>) -> Self {
@@ -232,6 +233,11 @@ impl RestoreOptions {
         if !self.interfaces.is_empty() {
             let agent = config.agent.as_mut();
             let agent = agent.ok_or(ConfigError::NoAgent { what: "address" })?;
+            // One that is not named would keep the address of the guest that was saved.
+            let (given, saved) = (self.interfaces.len(), agent.interfaces.len());
+            if given < saved {
+                return Err(ConfigError::FewerInterfaces { given, saved });
+            }
             agent.interfaces.clone_from(&self.interfaces);
         }
         for (name, service) in &self.services {

@@ -65,6 +65,14 @@ fn a_written_configuration_needs_only_the_kernel() {
 }
 
 #[test]
+fn a_configuration_for_others_says_where_its_socket_is_from_anywhere() {
+    let vsock = VsockConfig::default().unix_socket("vm.sock");
+    let saved = config().vsock(vsock).machine.to_be_saved();
+    let socket = saved.vsock.unwrap().unix_socket.unwrap();
+    assert!(socket.is_absolute() && socket.ends_with("vm.sock"), "{}", socket.display());
+}
+
+#[test]
 fn a_name_that_there_is_not_is_refused_by_name() {
     let with = |name: &str| {
         let json =
@@ -79,6 +87,11 @@ fn a_name_that_there_is_not_is_refused_by_name() {
     let disk = serde_json::from_str::<BlockConfig>(r#"{"path": "/d", "readonly": true}"#);
     let error = disk.unwrap_err().to_string();
     assert!(error.starts_with("unknown field `readonly`, expected one of `path`"), "{error}");
+    let kernel = r#"{"release": "6.1", "path": "/k", "modules_dirs": "/m"}"#;
+    let error = serde_json::from_str::<crate::InstalledKernel>(kernel).unwrap_err().to_string();
+    assert!(error.starts_with("unknown field `modules_dirs`"), "{error}");
+    let facts = r#"{"bytes": 1, "modifed": null}"#;
+    assert!(serde_json::from_str::<FileFacts>(facts).is_err());
     // What is written is read.
     let json = serde_json::to_string(&config().vcpus(3).block(BlockConfig::new("/d"))).unwrap();
     assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap().machine.vcpus, 3);

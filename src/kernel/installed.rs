@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// A kernel found on a system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct InstalledKernel {
     release: String,
     path: PathBuf,

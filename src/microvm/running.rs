@@ -12,7 +12,7 @@ use crate::phase::Phase;
 
 impl MicroVm<Running> {
     /// Stops every vCPU between two instructions, in some 100 µs, or as long as a console writer
-    /// blocks.
+    /// blocks, or a request takes that a disk is at: for ever, where its file hangs.
     ///
     /// # Errors
     ///

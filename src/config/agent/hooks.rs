@@ -75,7 +75,7 @@ pub struct Hook {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum HookAction {
     /// A program and its arguments.
     Command(Vec<String>),

@@ -261,6 +261,24 @@ fn one_that_sleeps_is_the_clone_that_its_guest_does_not_know_to_be_yet() {
 }
 
 #[test]
+fn a_clone_has_addresses_of_its_own_for_all_interfaces_or_none() {
+    let one = || InterfaceConfig::new().address("10.0.0.7/24");
+    let mut golden = Golden::new();
+    golden.state.config.agent = Some(AgentConfig::new().interface(one()));
+    golden.state.config.networks = vec![NetConfig::tap("tap7"), NetConfig::tap("tap8")];
+    let agent = golden.state.config.agent.take().unwrap().interface(one());
+    golden.state.config.agent = Some(agent);
+    let config = |interfaces: Vec<InterfaceConfig>| {
+        let mut config = golden.state.config.clone();
+        RestoreOptions::new().interfaces(interfaces).apply(&mut config).map(|()| config)
+    };
+    let error = config(vec![one()]).unwrap_err().to_string();
+    assert!(error.contains("addresses of 1 network interfaces"), "{error}");
+    config(vec![one(), InterfaceConfig::new()]).unwrap();
+    assert_eq!(config(Vec::new()).unwrap().agent, golden.state.config.agent);
+}
+
+#[test]
 fn a_note_of_more_pages_than_are_worth_it_is_passed_over() {
     let golden = Golden::new();
     let noted = |runs: &[PageRun]| {
