@@ -270,7 +270,9 @@ fn a_clone_has_addresses_of_its_own_for_all_interfaces_or_none() {
     golden.state.config.agent = Some(agent);
     let config = |interfaces: Vec<InterfaceConfig>| {
         let mut config = golden.state.config.clone();
-        RestoreOptions::new().interfaces(interfaces).apply(&mut config).map(|()| config)
+        let mut options = RestoreOptions::new();
+        options.interfaces = interfaces;
+        options.apply(&mut config).map(|()| config)
     };
     let error = config(vec![one()]).unwrap_err().to_string();
     assert!(error.contains("addresses of 1 network interfaces"), "{error}");
