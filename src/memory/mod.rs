@@ -29,6 +29,8 @@ pub(crate) use self::frames::MAX_FRAME_PIECES;
 pub(crate) use self::image::{MAX_LAYERS, MemoryImage};
 use self::io::MAX_IOVECS;
 pub(crate) use self::io::{GuestBuffers, GuestBytes};
+#[cfg(test)]
+pub(crate) use self::io_queue::Workers;
 pub(crate) use self::io_queue::{FileIo, IoQueue};
 use self::mapping::Reservation;
 use self::pages::PAGE_BYTES;

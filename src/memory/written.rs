@@ -59,18 +59,10 @@ const _: () = assert!(size_of::<ScanArguments>() == 0x60 && size_of::<Found>() =
 pub(super) fn pages(regions: &[Reservation], pages: &mut PageSet) -> io::Result<()> {
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut first = 0;
-    let is_merged = is_merged();
+    let can_scan = !is_merged();
     for region in regions {
-        let scanned = match is_merged {
-            true => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
-            false => scan(&pagemap, region, first, pages),
-        };
-        match scanned {
-            // Before Linux 6.7 too.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
-                read_entries(&pagemap, region, first, pages)?;
-            }
-            scanned => scanned?,
+        if !(can_scan && scan(&pagemap, region, first, pages)?) {
+            read_entries(&pagemap, region, first, pages)?;
         }
         first += (region.len() / PAGE_BYTES) as u64;
     }
@@ -85,8 +77,9 @@ fn is_merged() -> bool {
     unsafe { libc::prctl(PR_GET_MEMORY_MERGE, 0, 0, 0, 0) == 1 }
 }
 
-/// By PAGEMAP_SCAN: its time follows the pages that were touched, not those that there are.
-fn scan(pagemap: &File, region: &Reservation, first: u64, pages: &mut PageSet) -> io::Result<()> {
+/// By PAGEMAP_SCAN: its time follows the pages that were touched, not those that there are. False before Linux 6.7,
+/// which has no such call.
+fn scan(pagemap: &File, region: &Reservation, first: u64, pages: &mut PageSet) -> io::Result<bool> {
     let base = region.address().addr() as u64;
     let mut found = [Found::default(); AT_ONCE];
     let mut arguments = ScanArguments {
@@ -109,6 +102,9 @@ fn scan(pagemap: &File, region: &Reservation, first: u64, pages: &mut PageSet) -
         let Ok(count) = usize::try_from(count) else {
             match io::Error::last_os_error() {
                 error if error.kind() == io::ErrorKind::Interrupted => continue,
+                error if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                    return Ok(false);
+                }
                 error => return Err(error),
             }
         };
@@ -122,7 +118,7 @@ fn scan(pagemap: &File, region: &Reservation, first: u64, pages: &mut PageSet) -
         }
         arguments.start = arguments.walk_end;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// By the entries of all pages, 8 bytes for each.

@@ -112,6 +112,16 @@ impl<'a> Queues<'a> {
     pub(crate) fn serve(
         &mut self,
         index: usize,
+        answer: impl FnMut(Chain<'a>) -> Answer,
+    ) -> Result<Served, QueueError> {
+        self.serve_up_to(index, MAX_BYTES, answer)
+    }
+
+    /// As [`serve`](Self::serve), for a device that takes longer for its bytes.
+    pub(crate) fn serve_up_to(
+        &mut self,
+        index: usize,
+        max_bytes: u64,
         mut answer: impl FnMut(Chain<'a>) -> Answer,
     ) -> Result<Served, QueueError> {
         let ram = self.ram;
@@ -119,14 +129,14 @@ impl<'a> Queues<'a> {
         let (mut requests, mut bytes) = (0, 0);
         let served = loop {
             queue.want_no_doorbell(ram)?;
-            let left = (MAX_REQUESTS - requests, MAX_BYTES - bytes);
+            let left = (MAX_REQUESTS - requests, max_bytes - bytes);
             let taken = queue.answer_some(ram, left, &mut answer)?;
             requests += taken.count;
-            bytes = MAX_BYTES.min(bytes + taken.bytes);
+            bytes = max_bytes.min(bytes + taken.bytes);
             if taken.put_back {
                 break Served::All;
             }
-            if requests == MAX_REQUESTS || bytes == MAX_BYTES {
+            if requests == MAX_REQUESTS || bytes == max_bytes {
                 break Served::Some;
             }
             if taken.count == 0 && !queue.wait_for_more(ram)? {

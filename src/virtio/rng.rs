@@ -55,17 +55,11 @@ impl VirtioDevice for Rng {
 
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let mut bytes = Vec::new();
-        let (mut left, mut more) = (BYTES_PER_TURN, false);
-        let served = queues.serve(index, |chain| {
-            if left == 0 {
-                more = true;
-                return Answer::PutBack;
-            }
+        queues.serve_up_to(index, BYTES_PER_TURN, |chain| {
             let room = chain.writable.len().min(MAX_BYTES);
             if !self.limiter.take(room) {
                 return Answer::PutBack;
             }
-            left = left.saturating_sub(room);
             bytes.resize(room as usize, 0);
             let given = match self.source.read_exact(&mut bytes) {
                 Ok(()) => chain.writable.copy_from(&bytes),
@@ -74,8 +68,7 @@ impl VirtioDevice for Rng {
             self.metrics.requests += 1;
             self.metrics.bytes += given as u64;
             Answer::Used(given as u32)
-        })?;
-        Ok(if more { Served::Some } else { served })
+        })
     }
 
     /// There are tokens again.

@@ -294,12 +294,18 @@ fn a_note_of_more_pages_than_are_worth_it_is_passed_over() {
     assert_eq!(noted(&vec![run(0, 0); 4097]), None);
 }
 
-#[test]
-fn what_cannot_be_opened_is_not_put_into_place_and_what_was_there_stays() {
+/// A snapshot, and what is to take its place.
+fn replaced() -> (Golden, directory::Staging) {
     let golden = Golden::new();
     golden.open().unwrap();
+    let staging = directory::Staging::begin(&golden.path).unwrap();
+    (golden, staging)
+}
+
+#[test]
+fn what_cannot_be_opened_is_not_put_into_place_and_what_was_there_stays() {
+    let (golden, staging) = replaced();
     let place = &golden.path;
-    let staging = directory::Staging::begin(place).unwrap();
     fs::write(staging.path(STATE), fs::read(place.join(STATE)).unwrap()).unwrap();
     // It has neither the memory nor the disks that its state speaks of.
     let error = save::put_into_place(staging, true).unwrap_err();
@@ -309,10 +315,8 @@ fn what_cannot_be_opened_is_not_put_into_place_and_what_was_there_stays() {
 
 #[test]
 fn a_snapshot_is_opened_where_it_is_put() {
-    let golden = Golden::new();
-    golden.open().unwrap();
+    let (golden, staging) = replaced();
     let place = &golden.path;
-    let staging = directory::Staging::begin(place).unwrap();
     for file in fs::read_dir(place).unwrap().map(|entry| entry.unwrap().file_name()) {
         fs::copy(place.join(&file), staging.path(file.to_str().unwrap())).unwrap();
     }

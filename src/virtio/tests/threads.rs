@@ -15,7 +15,7 @@ use super::driver::{TestHal, TestTransport};
 use crate::bus::BusDevice;
 use crate::config::{BlockConfig, RateLimit};
 use crate::disk::Disk;
-use crate::memory::{FileIo, GuestRam, IoQueue};
+use crate::memory::{FileIo, GuestRam, IoQueue, Workers};
 use crate::virtio::state::QueueState;
 use crate::virtio::{Answer, Block, Interrupt, MmioTransport, Queues, VirtQueue, VirtioDevice};
 
@@ -65,10 +65,19 @@ fn a_disk_that_the_host_pauses_and_changes_all_the_time_loses_nothing() {
 
 /// A disk whose operations are never done, where they have to wait: no thread works at them.
 pub(super) fn hanging(image: &Image) -> Block {
-    let (queue, _workers) = IoQueue::workers().unwrap();
-    let config = BlockConfig::new(&image.0).direct(true);
+    by_threads(image).0
+}
+
+/// A disk whose operations wait for threads that work at them, of which there is none yet.
+fn by_threads(image: &Image) -> (Block, Arc<Workers>) {
+    let (queue, workers) = IoQueue::workers().unwrap();
+    let config = past_the_cache(image);
     let io = FileIo::new(&Arc::new(queue)).unwrap();
-    Block::new(Disk::open(&config).unwrap(), io, &config).unwrap()
+    (Block::new(Disk::open(&config).unwrap(), io, &config).unwrap(), workers)
+}
+
+fn past_the_cache(image: &Image) -> BlockConfig {
+    BlockConfig::new(&image.0).direct(true)
 }
 
 #[test]
@@ -96,19 +105,15 @@ fn a_reset_does_not_wait_for_a_disk_whose_machine_is_over() {
 #[test]
 fn a_vm_that_is_over_waits_for_a_hung_disk_for_a_while_only_and_keeps_it_locked() {
     let image = Image::new("hung", 64 * 512);
-    let (queue, _workers) = IoQueue::workers().unwrap();
-    let config = BlockConfig::new(&image.0).direct(true);
-    let io = FileIo::new(&Arc::new(queue)).unwrap();
-    // An operation that has begun: nothing takes it back.
-    let (transport, handle) = TestTransport::with_handle(
-        Block::new(Disk::open(&config).unwrap(), Arc::clone(&io), &config).unwrap(),
-    );
+    let (disk, workers) = by_threads(&image);
+    let (transport, handle) = TestTransport::with_handle(disk);
     let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
     let (mut request, mut response) = (BlkReq::default(), BlkResp::default());
     let mut bytes = vec![0; 4096];
     // SAFETY: the buffers are there until the end, and the device never touches them.
     unsafe { driver.read_blocks_nb(0, &mut request, &mut bytes, &mut response) }.unwrap();
-    let begun = _workers.take_one();
+    // Nothing takes it back once it has begun.
+    let begun = workers.take_one();
     handle.give_up();
     handle.drain(Instant::now() + Duration::from_millis(20));
     let in_flight = || handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap();
@@ -116,19 +121,16 @@ fn a_vm_that_is_over_waits_for_a_hung_disk_for_a_while_only_and_keeps_it_locked(
     handle.close();
     assert_eq!(in_flight(), 0);
     // Nobody else has the disk while the operation may still come to it.
-    let error = Disk::open(&config).unwrap_err();
+    let error = Disk::open(&past_the_cache(&image)).unwrap_err();
     assert!(error.to_string().contains("in use"), "{error}");
     drop(begun);
-    Disk::open(&config).unwrap();
+    Disk::open(&past_the_cache(&image)).unwrap();
 }
 
 #[test]
 fn a_pause_does_not_wait_for_a_driver_that_says_it_is_none_any_more() {
     let image = Image::new("none", 64 * 512);
-    let (queue, workers) = IoQueue::workers().unwrap();
-    let config = BlockConfig::new(&image.0).direct(true);
-    let io = FileIo::new(&Arc::new(queue)).unwrap();
-    let disk = Block::new(Disk::open(&config).unwrap(), io, &config).unwrap();
+    let (disk, workers) = by_threads(&image);
     let (transport, handle) = TestTransport::with_handle(disk);
     let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
     let (mut request, mut response) = (BlkReq::default(), BlkResp::default());
