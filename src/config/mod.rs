@@ -95,6 +95,14 @@ pub(crate) enum ConfigError {
     RateOfNothing,
     #[error("a burst of {burst} without a rate, which it would be a burst of")]
     BurstWithoutRate { burst: u64 },
+    #[error("a rate limit of an entropy device that the VM does not have")]
+    LimitWithoutEntropy,
+    #[error("port {port} of the host is forwarded twice")]
+    ForwardedTwice { port: u16 },
+    #[error("a forwarded port 0: it takes 1 to 65535 of the host and of the guest")]
+    ForwardedNothing,
+    #[error("two {what} of one IP version in a user network: it takes one of each")]
+    TwoOfOneVersion { what: &'static str },
     #[error("a network interface with nothing at its other end")]
     NoBackend,
     #[error("there is no network interface {index}: the snapshot has {count}, counted from 0")]
@@ -115,9 +123,18 @@ pub(crate) enum ConfigError {
 
 impl From<ConfigError> for Error {
     fn from(error: ConfigError) -> Self {
-        let has_no_disk = matches!(error, ConfigError::Agent(AgentConfigError::NoDisk { .. }));
+        let fix = match &error {
+            ConfigError::Agent(AgentConfigError::NoDisk { .. }) => {
+                Some("add the disk with `VmConfig::block`")
+            }
+            ConfigError::LimitWithoutEntropy => Some("add the device with `VmConfig::entropy`"),
+            _ => None,
+        };
         let error = Error::new(ErrorKind::Config, error);
-        if has_no_disk { error.fix("add the disk with `VmConfig::block`") } else { error }
+        match fix {
+            Some(fix) => error.fix(fix),
+            None => error,
+        }
     }
 }
 
@@ -376,7 +393,7 @@ impl MachineConfig {
     /// The same for somebody else: without descriptors, which are this process's alone, and with
     /// paths that do not begin where it is. What an agent is booted from is of no use to it.
     pub(crate) fn to_be_saved(&self) -> Self {
-        let networks = self.networks.iter().map(NetConfig::without_descriptor).collect();
+        let networks = self.networks.iter().map(NetConfig::to_be_saved).collect();
         let blocks = self.blocks.iter().map(BlockConfig::with_absolute_delta).collect();
         let agent = self.agent.clone();
         let agent = agent.map(|agent| AgentConfig { modules_dir: None, binary: None, ..agent });
@@ -425,6 +442,9 @@ impl MachineConfig {
             block.check()?;
         }
         self.entropy_rate_limit.check()?;
+        if !self.entropy && !self.entropy_rate_limit.is_unlimited() {
+            return Err(ConfigError::LimitWithoutEntropy);
+        }
         if let Some(agent) = &self.agent {
             agent.check(self)?;
         }

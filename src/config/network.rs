@@ -155,11 +155,15 @@ impl NetConfig {
         matches!(self.backend, NetBackend::TapFd(_) | NetBackend::Socket(_))
     }
 
-    pub(super) fn without_descriptor(&self) -> Self {
-        match self.has_descriptor() {
-            true => Self { backend: NetBackend::Missing, ..self.clone() },
-            false => self.clone(),
+    /// The same for a process that is elsewhere.
+    pub(super) fn to_be_saved(&self) -> Self {
+        let mut config = self.clone();
+        match &mut config.backend {
+            NetBackend::TapFd(_) | NetBackend::Socket(_) => config.backend = NetBackend::Missing,
+            NetBackend::User(user) => user.make_absolute(),
+            NetBackend::Tap(_) | NetBackend::Missing => {}
         }
+        config
     }
 
     fn with(backend: NetBackend) -> Self {
@@ -173,6 +177,9 @@ impl NetConfig {
         }
         self.receive_limit.check()?;
         self.transmit_limit.check()?;
+        if let NetBackend::User(user) = &self.backend {
+            user.check()?;
+        }
         match self.mac {
             Some(mac) if !mac.is_of_a_station() => Err(ConfigError::Mac { mac }),
             _ => Ok(()),
@@ -231,14 +238,15 @@ impl UserNetwork {
         self
     }
 
-    /// Makes a TCP port of the host, on each of its addresses, one of the guest.
+    /// Makes a TCP port of the host, on each of its addresses, one of the guest: 1 to 65,535, each of
+    /// the host's once.
     #[must_use]
     pub fn forward_tcp(mut self, host: u16, guest: u16) -> Self {
         self.tcp.push((host, guest));
         self
     }
 
-    /// Makes a UDP port of the host, on each of its addresses, one of the guest.
+    /// Makes a UDP port of the host one of the guest; as [`forward_tcp`](Self::forward_tcp).
     #[must_use]
     pub fn forward_udp(mut self, host: u16, guest: u16) -> Self {
         self.udp.push((host, guest));
@@ -272,6 +280,40 @@ impl UserNetwork {
     pub fn host_loopback(mut self, on: bool) -> Self {
         self.host_loopback = on;
         self
+    }
+
+    /// Whether the program is named by a path, and is not looked for in PATH.
+    pub(crate) fn is_at_a_path(&self) -> bool {
+        self.program.components().count() > 1
+    }
+
+    fn make_absolute(&mut self) {
+        if self.is_at_a_path()
+            && let Ok(absolute) = std::path::absolute(&self.program)
+        {
+            self.program = absolute;
+        }
+    }
+
+    /// Checks what passt would refuse, which then is a link that is down.
+    fn check(&self) -> Result<(), ConfigError> {
+        for forwarded in [&self.tcp, &self.udp] {
+            if forwarded.iter().any(|&(host, guest)| host == 0 || guest == 0) {
+                return Err(ConfigError::ForwardedNothing);
+            }
+            let mut ports: Vec<_> = forwarded.iter().map(|&(host, _)| host).collect();
+            ports.sort_unstable();
+            if let Some(twice) = ports.windows(2).find(|pair| pair[0] == pair[1]) {
+                return Err(ConfigError::ForwardedTwice { port: twice[0] });
+            }
+        }
+        for (what, addresses) in [("addresses", &self.addresses), ("gateways", &self.gateways)] {
+            let of_version_4 = addresses.iter().filter(|address| address.is_ipv4()).count();
+            if of_version_4 > 1 || addresses.len() - of_version_4 > 1 {
+                return Err(ConfigError::TwoOfOneVersion { what });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -364,6 +406,34 @@ mod tests {
         for random in [[0; 6], [0xff; 6], [1, 2, 3, 4, 5, 6]] {
             NetConfig::tap("t").mac(MacAddress::local(random).0).check().unwrap();
         }
+    }
+
+    #[test]
+    fn user_networks_that_passt_would_refuse_are_refused() {
+        let check = |network| NetConfig::user(network).check();
+        let new = UserNetwork::new;
+        check(new().forward_tcp(8080, 80).forward_tcp(8081, 80).forward_udp(8080, 80)).unwrap();
+        check(new().address([10, 0, 0, 2]).address([0xfd, 0, 0, 0, 0, 0, 0, 2])).unwrap();
+        for bad in [
+            new().forward_tcp(0, 80),
+            new().forward_udp(53, 0),
+            new().forward_tcp(8080, 80).forward_tcp(1, 1).forward_tcp(8080, 81),
+            new().address([10, 0, 0, 2]).address([10, 0, 0, 3]),
+            new().gateway([0xfd, 0, 0, 0, 0, 0, 0, 2]).gateway([0xfd, 0, 0, 0, 0, 0, 0, 3]),
+        ] {
+            check(bad).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn a_program_at_a_path_is_the_same_one_from_anywhere() {
+        let saved = |program: &str| {
+            let saved = NetConfig::user(UserNetwork::new().program(program)).to_be_saved();
+            let NetBackend::User(user) = saved.backend else { panic!("{saved:?}") };
+            user.program
+        };
+        assert_eq!(saved("passt"), PathBuf::from("passt"));
+        assert_eq!(saved("./passt"), std::env::current_dir().unwrap().join("passt"));
     }
 
     #[test]

@@ -97,7 +97,8 @@ impl RestoreOptions {
     }
 
     /// The file that a disk stands on is at another place now. Disks are counted from 0. It has
-    /// to be the same file, byte for byte: its size is checked.
+    /// to be the same file, byte for byte: its size is checked. A disk that is saved whole stands on no other file,
+    /// and is refused one.
     #[must_use]
     pub fn disk_base(mut self, index: usize, path: impl Into<PathBuf>) -> Self {
         self.disks.entry(index).or_default().base = Some(path.into());
@@ -108,14 +109,15 @@ impl RestoreOptions {
     /// since it holds a later disk than the one that this VM's memory is about. Without it it goes to a file
     /// without a name in the folder for temporary files, and is gone with the VM. Where the disk stands on
     /// a copy in a snapshot, a VM that is suspended is saved with what is in the file, and goes on without it.
+    /// A read-only disk is refused one.
     #[must_use]
     pub fn disk_delta(mut self, index: usize, path: impl Into<PathBuf>) -> Self {
         self.disks.entry(index).or_default().delta = Some(path.into());
         self
     }
 
-    /// Connects a network interface otherwise: another tap, another hardware address. Interfaces
-    /// are counted from 0. A guest that runs has read its address before: it learns of a new one
+    /// Connects a network interface otherwise: another tap, another hardware address. All of the interface's
+    /// configuration is this one's, also its MTU and rate limits. Interfaces are counted from 0. A guest that runs has read its address before: it learns of a new one
     /// by an interrupt, and Linux takes it when the driver binds again.
     #[must_use]
     pub fn network(mut self, index: usize, network: NetConfig) -> Self {

@@ -1,7 +1,8 @@
 //! Why there is no endpoint, or no token.
 
-use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
+use std::{fmt, io};
 
 use thiserror::Error as ThisError;
 
@@ -14,14 +15,14 @@ pub(super) enum EndpointError {
     Open { address: SocketAddr },
     #[error("the endpoint has no keys for tokens")]
     NoKeys,
-    #[error("an endpoint with no connections, or no requests on one, serves nobody")]
-    NoConnections,
+    #[error("the endpoint's limit `{limit}` is nothing, with which it would serve nobody")]
+    LimitOfNothing { limit: &'static str },
     #[error("{domain:?} is no name of a domain")]
     Domain { domain: String },
     #[error("{prefix:?} is no prefix of paths: it begins and ends with a slash")]
     Prefix { prefix: String },
-    #[error("the endpoint cannot listen")]
-    Listen(#[source] io::Error),
+    #[error("the endpoint cannot listen at {address}")]
+    Listen { address: String, source: io::Error },
     #[error("there is no tokio runtime here")]
     NoRuntime,
     #[error("the certificate or its key cannot be used: {what}")]
@@ -34,18 +35,39 @@ pub(super) enum EndpointError {
     CurrentKey { id: String },
     #[error("{id:?} is no name of a session")]
     SessionId { id: String },
-    #[error("a token cannot be made: {0}")]
+    #[error("a token for no port")]
+    NoPorts,
+    #[error("a token that lives for {lifetime:?} would live beyond the year 9999")]
+    Lifetime { lifetime: Duration },
+    #[error("a token cannot be made: {0:?}")]
     Mint(pasetors::errors::Error),
     #[error("there is no new token")]
     Renew(#[source] UpstreamError),
+}
+
+impl EndpointError {
+    /// It cannot listen at this address, or these.
+    pub(super) fn listen(address: impl fmt::Display) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Listen { address: address.to_string(), source }
+    }
+}
+
+/// Addresses, of which one would do.
+pub(super) struct Addresses<'a>(pub(super) &'a [SocketAddr]);
+
+impl fmt::Display for Addresses<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let texts: Vec<_> = self.0.iter().map(SocketAddr::to_string).collect();
+        f.write_str(&texts.join(" or "))
+    }
 }
 
 impl From<EndpointError> for Error {
     fn from(error: EndpointError) -> Self {
         use EndpointError as E;
         let kind = match &error {
-            E::Listen(source) => ErrorKind::File(source.kind()),
-            E::Mint(_) | E::Renew(_) => ErrorKind::Token,
+            E::Listen { source, .. } => ErrorKind::File(source.kind()),
+            E::Lifetime { .. } | E::Mint(_) | E::Renew(_) => ErrorKind::Token,
             _ => ErrorKind::Config,
         };
         let fix = match &error {
@@ -56,6 +78,14 @@ impl From<EndpointError> for Error {
                 "give it some with `EndpointOptions::tokens`, or say `EndpointOptions::without_tokens`"
             }
             E::CurrentKey { .. } => "make another one current first, with `TokenKeys::rotate`",
+            E::Listen { source, .. } => match source.kind() {
+                io::ErrorKind::AddrInUse => {
+                    "choose another port (0: one that is free), or end who listens there"
+                }
+                io::ErrorKind::AddrNotAvailable => "choose an address that this machine has",
+                io::ErrorKind::PermissionDenied => "choose a port from 1024 on",
+                _ => "",
+            },
             E::NoRuntime => "call it in `#[tokio::main]`, or in a task of a runtime",
             _ => "",
         };

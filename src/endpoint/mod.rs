@@ -49,7 +49,7 @@ use std::time::Duration;
 use tokio::net::ToSocketAddrs;
 use tokio::time::timeout;
 
-use self::error::EndpointError;
+use self::error::{Addresses, EndpointError};
 use self::guest::Guests;
 use self::server::Server;
 use self::shared::Shared;
@@ -62,7 +62,9 @@ use crate::error::Error;
 /// A request names its session by its host, `<id>.localhost` (or [another domain](EndpointOptions::domain)), or by
 /// its path, `/sessions/<id>/…`. It names a port of the guest by the header `X-aws-proxy-port`, or a WebSocket by the subprotocol
 /// `lambda-microvms.port.N`; else it is 8080. It has a [`Token`] in the header `X-aws-proxy-auth`, unless the endpoint is
-/// [without](EndpointOptions::without_tokens). No header `x-aws-proxy-…` reaches the application.
+/// [without](EndpointOptions::without_tokens). A page in a browser, which can give a WebSocket no headers, sends the token as the
+/// subprotocol `lambda-microvms.authentication.TOKEN`; with `lambda-microvms` beside it, which is then chosen where the
+/// application chooses none. No header `x-aws-proxy-…` and no such subprotocol reaches the application.
 ///
 /// HTTP/1.1 and HTTP/2 are spoken on the same port, with TLS and without; WebSockets (over both), server-sent events and gRPC go
 /// through, and bodies in both directions as fast as who reads them. The application is asked by HTTP/1.1; by HTTP/2
@@ -126,16 +128,23 @@ impl Endpoint {
     /// # Errors
     ///
     /// [`ErrorKind::Config`](crate::ErrorKind::Config) where neither tokens nor their absence was asked for, where there would
-    /// be none at an address that others reach, or where a name is refused; [`ErrorKind::File`](crate::ErrorKind::File)
-    /// where it cannot listen.
+    /// be none at an address that others reach, where a name or a limit is refused, or outside of a tokio runtime;
+    /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot listen.
     pub async fn bind(
         address: impl ToSocketAddrs,
         upstreams: impl Upstreams,
         options: EndpointOptions,
     ) -> Result<Self, Error> {
-        let listener = tokio::net::TcpListener::bind(address).await;
+        if tokio::runtime::Handle::try_current().is_err() {
+            return Err(EndpointError::NoRuntime.into());
+        }
+        let addresses = tokio::net::lookup_host(address).await;
+        let addresses: Vec<_> =
+            addresses.map_err(EndpointError::listen("an address by its name"))?.collect();
+        let listener = tokio::net::TcpListener::bind(&addresses[..]).await;
         let listener = listener.and_then(tokio::net::TcpListener::into_std);
-        Self::serve(listener.map_err(EndpointError::Listen)?, upstreams, options)
+        let listener = listener.map_err(EndpointError::listen(Addresses(&addresses)))?;
+        Self::serve(listener, upstreams, options)
     }
 
     /// As [`bind`](Self::bind), with a socket that listens already: one that a service manager passes on.
@@ -151,12 +160,12 @@ impl Endpoint {
         if tokio::runtime::Handle::try_current().is_err() {
             return Err(EndpointError::NoRuntime.into());
         }
-        let address = listener.local_addr().map_err(EndpointError::Listen)?;
+        let address = listener.local_addr().map_err(EndpointError::listen("a socket"))?;
         let (keys, routes) = (options.keys(address)?, options.routes()?);
         let limits = Arc::new(options.limits.checked()?);
-        listener.set_nonblocking(true).map_err(EndpointError::Listen)?;
-        let listener =
-            tokio::net::TcpListener::from_std(listener).map_err(EndpointError::Listen)?;
+        listener.set_nonblocking(true).map_err(EndpointError::listen(address))?;
+        let listener = tokio::net::TcpListener::from_std(listener);
+        let listener = listener.map_err(EndpointError::listen(address))?;
         let (end, closing) = (Signal::default(), Signal::default());
         let guests = Tasks::new(end.clone());
         let domain = routes.domain.clone();

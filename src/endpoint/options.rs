@@ -58,8 +58,18 @@ impl EndpointLimits {
     /// Times that can be added to now, and room for somebody.
     pub(super) fn checked(&self) -> Result<Self, EndpointError> {
         const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
-        if self.connections == 0 || self.streams == 0 {
-            return Err(EndpointError::NoConnections);
+        let nothing = [
+            ("connections", self.connections == 0),
+            ("streams", self.streams == 0),
+            ("header_bytes", self.header_bytes == 0),
+            ("headers", self.headers == 0),
+            ("header_timeout", self.header_timeout.is_zero()),
+            ("session_requests", self.session_requests == 0),
+            ("connect_timeout", self.connect_timeout.is_zero()),
+            ("answer_timeout", self.answer_timeout.is_zero()),
+        ];
+        if let Some((limit, _)) = nothing.into_iter().find(|(_, is_nothing)| *is_nothing) {
+            return Err(EndpointError::LimitOfNothing { limit });
         }
         Ok(Self {
             header_timeout: self.header_timeout.min(LONGEST),
@@ -108,7 +118,7 @@ impl EndpointOptions {
     }
 
     /// Lets in everybody who reaches it: each user and program of this machine, and each page in a browser on it. It is
-    /// refused at an address that is not this machine's own.
+    /// refused at an address that is no loopback address.
     #[must_use]
     pub fn without_tokens(mut self) -> Self {
         self.tokens = Tokens::Off;

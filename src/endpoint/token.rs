@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use pasetors::Local;
 use pasetors::claims::{Claims, ClaimsValidationRules};
@@ -23,6 +23,8 @@ use crate::session::is_label;
 
 /// Whom tokens are for: a key that is used for something else too makes none that count here.
 const AUDIENCE: &str = "dormouse-endpoint";
+/// The last day of the year 9999, behind which RFC 3339 writes no time.
+const YEAR_9999: Duration = Duration::from_secs(253_402_214_400);
 /// A footer is shorter.
 const MAX_FOOTER_BYTES: usize = 128;
 
@@ -212,7 +214,7 @@ impl TokenKeys {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where `session` is no name of one;
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where `session` is no name of one, or `ports` are none;
     /// [`ErrorKind::Token`](crate::ErrorKind::Token) where it would live beyond the year 9999.
     pub fn mint(
         &self,
@@ -223,7 +225,15 @@ impl TokenKeys {
         if !is_label(session) {
             return Err(EndpointError::SessionId { id: session.to_owned() }.into());
         }
-        Ok(self.encrypt(session, ports.into(), lifetime).map_err(EndpointError::Mint)?)
+        let ports = ports.into();
+        if ports.first.max(1) > ports.last {
+            return Err(EndpointError::NoPorts.into());
+        }
+        let expires = SystemTime::now().checked_add(lifetime);
+        let expires = expires.filter(|time| *time < UNIX_EPOCH + YEAR_9999);
+        let expires = expires.ok_or(EndpointError::Lifetime { lifetime })?;
+        let text = self.encrypt(session, ports, lifetime).map_err(EndpointError::Mint)?;
+        Ok(Token { text, expires })
     }
 
     fn encrypt(
@@ -231,7 +241,7 @@ impl TokenKeys {
         session: &str,
         ports: TokenPorts,
         lifetime: Duration,
-    ) -> Result<Token, pasetors::errors::Error> {
+    ) -> Result<String, pasetors::errors::Error> {
         let invalid = || pasetors::errors::Error::InvalidClaim;
         let mut claims = Claims::new_expires_in(&lifetime)?;
         claims.audience(AUDIENCE)?;
@@ -240,9 +250,7 @@ impl TokenKeys {
         let keys = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let key = keys.all.get(&keys.current).ok_or_else(invalid)?;
         let footer = serde_json::to_vec(&Footer { kid: &keys.current }).map_err(|_| invalid())?;
-        let text = LocalToken::encrypt(key, claims.to_string()?.as_bytes(), Some(&footer), None)?;
-        let expires = SystemTime::now().checked_add(lifetime).ok_or_else(invalid)?;
-        Ok(Token { text, expires })
+        LocalToken::encrypt(key, claims.to_string()?.as_bytes(), Some(&footer), None)
     }
 
     /// Whether a token opens this port of this session now.

@@ -195,7 +195,7 @@ impl InitramfsBuilder {
     /// # Errors
     ///
     /// [`ErrorKind::Initramfs`]: a file of the host cannot be read, a module is not there, or a
-    /// path is empty, holds a NUL byte, or leads through `.` or `..`.
+    /// path is empty, holds a NUL byte, or leads through `.` or `..`, or below what is no directory.
     pub fn build(mut self) -> Result<Initramfs, Error> {
         for (dir, names) in std::mem::take(&mut self.modules) {
             for (at, module) in (0..).zip(Modules::in_directory(dir).load(&names, &[])?) {
@@ -217,7 +217,15 @@ impl InitramfsBuilder {
         for path in self.entries.keys() {
             check_path(path)?;
             for (at, _) in path.match_indices('/') {
-                all.entry(path[..at].to_owned()).or_insert(Entry::Directory { mode: 0o755 });
+                let above = all.entry(path[..at].to_owned());
+                if !matches!(
+                    above.or_insert(Entry::Directory { mode: 0o755 }),
+                    Entry::Directory { .. }
+                ) {
+                    let reason =
+                        "what is above it is no directory; behind a link, name where that leads";
+                    return Err(InitramfsError::Path { path: path.clone(), reason });
+                }
             }
         }
         Ok(all)
@@ -344,6 +352,12 @@ mod tests {
         for bad in ["", "/", "a//b", "../x", "a/./b", "a\0b"] {
             let error = Initramfs::builder().file(bad, 0o644, "").build().unwrap_err();
             assert_eq!(error.kind(), &ErrorKind::Initramfs, "{bad:?}");
+        }
+        for above in
+            [Initramfs::builder().file("a", 0o644, ""), Initramfs::builder().symlink("a", "b")]
+        {
+            let error = above.directory("b", 0o755).file("a/c/d", 0o644, "").build().unwrap_err();
+            assert!(error.to_string().contains("a/c/d"), "{error}");
         }
         let missing = Initramfs::builder().host_file("a", "/nonexistent/file").build();
         assert!(missing.unwrap_err().to_string().contains("/nonexistent/file"));

@@ -49,6 +49,10 @@ pub(crate) enum SnapshotError {
     AsItWas { what: &'static str },
     #[error("there is no disk {index}: the snapshot has {count}, counted from 0")]
     NoDisk { index: usize, count: usize },
+    #[error("disk {index} is in the snapshot, and stands on no other file that could be elsewhere")]
+    NoBase { index: usize },
+    #[error("disk {index} is read-only, and writes nothing to a delta")]
+    ReadOnly { index: usize },
     #[error("the delta {} of disk {index} has what another VM has written", path.display())]
     UsedDelta { index: usize, path: PathBuf },
     #[error("the shell was prepared for a VM with other CPUs")]
@@ -159,6 +163,8 @@ impl From<SnapshotError> for Error {
             SnapshotError::OtherShell => {
                 Some("prepare it with `prepare` of the same snapshot or VM")
             }
+            SnapshotError::NoBase { .. } => Some("leave `RestoreOptions::disk_base` out for it"),
+            SnapshotError::ReadOnly { .. } => Some("leave `RestoreOptions::disk_delta` out for it"),
             SnapshotError::UsedDelta { .. } => {
                 Some("choose a path where no file is: it is created")
             }

@@ -7,7 +7,7 @@ use super::directory::disk_name;
 use super::error::SnapshotError;
 use super::{Inner, Place, Purpose, Snapshot};
 use crate::arch::layout;
-use crate::config::{MachineConfig, NetBackend, RestoreOptions};
+use crate::config::{MachineConfig, NetBackend, RestoreOptions, Writes};
 use crate::console::Console;
 use crate::disk::is_used_delta;
 use crate::error::Error;
@@ -106,6 +106,12 @@ impl Snapshot {
             let saved = self.path(&disk_name(index));
             let delta = given.and_then(|given| given.delta.as_deref());
             let is_given = moved.is_some();
+            if is_given && disk.base().is_none() {
+                return Err(SnapshotError::NoBase { index });
+            }
+            if delta.is_some() && block.writes == Writes::Refused {
+                return Err(SnapshotError::ReadOnly { index });
+            }
             let disk = moved.as_ref().unwrap_or(disk);
             let base = disk.base().filter(|base| !is_given && !self.may_name(base, options));
             let left = disk.left_delta(block).filter(|left| !self.may_name(left, options));

@@ -249,11 +249,23 @@ fn limits_that_no_clock_reaches_are_none_and_those_that_let_nobody_in_are_refuse
         let mut sender = client::h2(address).await;
         let answer = sender.send_request(request("http://one.localhost/hello")).await;
         assert_eq!(client::read(answer.unwrap()).await.0, 200);
-        limits.connections = 0;
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let refused =
-            dormouse::Endpoint::serve(listener, crate::Guests::default(), open().limits(limits));
-        assert_eq!(refused.unwrap_err().kind(), &dormouse::ErrorKind::Config);
+        let nothing: [fn(&mut EndpointLimits); 4] = [
+            |limits| limits.connections = 0,
+            |limits| limits.session_requests = 0,
+            |limits| limits.headers = 0,
+            |limits| limits.header_timeout = Duration::ZERO,
+        ];
+        for change in nothing {
+            let mut limits = limits.clone();
+            change(&mut limits);
+            let guests = crate::Guests::default();
+            let refused =
+                dormouse::Endpoint::bind("127.0.0.1:0", guests, open().limits(limits)).await;
+            assert_eq!(refused.unwrap_err().kind(), &dormouse::ErrorKind::Config);
+        }
+        let taken = dormouse::Endpoint::bind(address, crate::Guests::default(), open()).await;
+        let taken = taken.unwrap_err().to_string();
+        assert!(taken.contains(&address.to_string()) && taken.contains("another port"), "{taken}");
     });
 }
 

@@ -186,7 +186,15 @@ fn what_makes_no_token_is_refused() {
         let error = keys.mint(session, 8080, HOUR).unwrap_err();
         assert_eq!(*error.kind(), ErrorKind::Config, "{session}");
     }
-    assert_eq!(*keys.mint("a", 8080, Duration::MAX).unwrap_err().kind(), ErrorKind::Token);
+    for lifetime in [Duration::MAX, Duration::from_millis(u64::MAX), HOUR * 24 * 366 * 8000] {
+        assert_eq!(*keys.mint("a", 8080, lifetime).unwrap_err().kind(), ErrorKind::Token);
+    }
+    keys.mint("a", 8080, HOUR * 24 * 365 * 100).unwrap();
+    #[expect(clippy::reversed_empty_ranges, reason = "a range of nothing is what is refused")]
+    let none: [dormouse::TokenPorts; 3] = [0.into(), (0..=0).into(), (3010..=3000).into()];
+    for ports in none {
+        assert_eq!(*keys.mint("a", ports, HOUR).unwrap_err().kind(), ErrorKind::Config);
+    }
     for id in ["", "a b", "a\"b", &"a".repeat(65)] {
         assert_eq!(*TokenKeys::new(id, &SECRET).unwrap_err().kind(), ErrorKind::Config, "{id}");
     }

@@ -233,6 +233,21 @@ fn an_interface_has_the_back_end_and_the_address_that_a_restore_gives_it() {
 }
 
 #[test]
+fn files_that_a_disk_has_no_use_for_are_refused() {
+    let mut golden = Golden::new();
+    golden.state.config.blocks[0] = golden.state.config.blocks[0].clone().read_only();
+    let snapshot = golden.open().unwrap();
+    let refused = |options: RestoreOptions| {
+        let options = options.disk_base(1, "/base").network(0, NetConfig::tap("tap7"));
+        snapshot.config(&options, Purpose::Clones).unwrap_err().to_string()
+    };
+    let text = refused(RestoreOptions::new().disk_base(0, "/base"));
+    assert!(text.contains("stands on no other file"), "{text}");
+    let text = refused(RestoreOptions::new().disk_delta(0, "/delta"));
+    assert!(text.contains("read-only"), "{text}");
+}
+
+#[test]
 fn one_that_sleeps_is_the_clone_that_its_guest_does_not_know_to_be_yet() {
     let mut golden = Golden::new();
     let names = CloneNames {

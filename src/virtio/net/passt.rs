@@ -50,7 +50,7 @@ impl Passt {
         network: &UserNetwork,
         mtu: Option<u16>,
     ) -> Result<(Stream, Self), PasstError> {
-        let program = find(&network.program)
+        let program = find(network)
             .ok_or_else(|| PasstError::Missing { program: network.program.clone() })?;
         let (ours, theirs) = UnixStream::pair().map_err(PasstError::Socket)?;
         let stream = Stream::new(ours).map_err(PasstError::Socket)?;
@@ -87,8 +87,9 @@ impl Drop for Passt {
 }
 
 /// The program's path, where it is one or is in PATH.
-fn find(program: &std::path::Path) -> Option<PathBuf> {
-    if program.components().count() > 1 {
+fn find(network: &UserNetwork) -> Option<PathBuf> {
+    let program = &network.program;
+    if network.is_at_a_path() {
         return program.is_file().then(|| program.to_owned());
     }
     let path = std::env::var_os("PATH")?;
