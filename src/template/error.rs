@@ -15,6 +15,10 @@ pub(super) enum TemplateError {
         "disk {index} is written to a file that stays, and would be another for each VM of the template"
     )]
     WrittenDisk { index: usize },
+    #[error("network interface {index} has a descriptor, which VMs of the template do not have")]
+    Descriptor { index: usize },
+    #[error("a template that is ready by {what}")]
+    Ready { what: &'static str },
     #[error("the template {id} was deactivated")]
     Inactive { id: String },
     #[error("{text:?} is no name of a template: 64 hexadecimal digits")]
@@ -48,8 +52,9 @@ impl From<TemplateError> for Error {
             E::NotReady { .. } => ErrorKind::Timeout,
             E::Io { source, .. } => ErrorKind::File(source.kind()),
             E::Thread => ErrorKind::Resources,
-            E::Config(_) => ErrorKind::Config,
+            E::Config(_) | E::Ready { .. } => ErrorKind::Config,
             E::NoAgent
+            | E::Descriptor { .. }
             | E::WrittenDisk { .. }
             | E::Inactive { .. }
             | E::Name { .. }
@@ -59,6 +64,9 @@ impl From<TemplateError> for Error {
             E::NoAgent => "add `.agent(AgentConfig::new())` to the VM's configuration",
             E::WrittenDisk { .. } => {
                 "make it `.read_only()`, with an overlay in the guest, or `.discard_writes()`"
+            }
+            E::Descriptor { .. } => {
+                "name a tap with `NetConfig::tap`, or use `NetConfig::user`; each VM may have another by `RestoreOptions::network`"
             }
             E::Inactive { .. } => "activate it, or build another: any change makes one",
             E::NotReady { .. } => {

@@ -11,7 +11,7 @@ use super::error::TemplateError;
 use super::ready::Ready;
 use super::store::Key;
 use crate::boot;
-use crate::config::{MachineConfig, VmConfig, Writes};
+use crate::config::{MachineConfig, NetConfig, VmConfig, Writes};
 use crate::error::Error;
 use crate::input_file::InputFile;
 use crate::kvm::{HostFacts, Kvm};
@@ -69,6 +69,10 @@ pub(super) fn of(config: &VmConfig, ready: &Ready) -> Result<Key, Error> {
     if let Some(index) = written {
         return Err(TemplateError::WrittenDisk { index }.into());
     }
+    if let Some(index) = machine.networks.iter().position(NetConfig::has_descriptor) {
+        return Err(TemplateError::Descriptor { index }.into());
+    }
+    let machine = &machine.with_absolute_paths();
     let kvm = Kvm::open(&machine.kvm_device)?;
     let disks = machine.blocks.iter().flat_map(|block| {
         std::iter::once(block.path.as_path()).chain(block.frozen.iter().map(PathBuf::as_path))

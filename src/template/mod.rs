@@ -69,13 +69,16 @@ impl Template {
     /// # Errors
     ///
     /// [`ErrorKind::Template`](crate::ErrorKind::Template) where it was deactivated, or where the
-    /// configuration cannot be one: it has no agent, or a disk whose file, or delta with a path, the guest would write;
+    /// configuration cannot be one: it has no agent, a disk whose file, or delta with a path, the guest would write, or
+    /// a network with a descriptor; [`ErrorKind::Config`](crate::ErrorKind::Config) where what it is to wait for is
+    /// nothing; [`ErrorKind::File`](crate::ErrorKind::File) where a file that it is made of is not there;
     /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout), with the console's last lines, where the
     /// application is not up in time; else as [`MicroVm::create`], [`MicroVm::agent`], what [`Ready`] waits for,
     /// and [`MicroVm::snapshot`](MicroVm::<crate::Paused>::snapshot). Where the VM that is tried fails, it is
     /// `ErrorKind::Template`, whatever the reason: a time that is over and a hook too. Nothing is kept then.
     pub async fn build(config: VmConfig, options: &TemplateOptions) -> Result<Self, Error> {
-        let store = Store::open(&options.directory)?;
+        options.ready.check()?;
+        let store = Store::create(&options.directory)?;
         let key = key::of(&config, &options.ready)?;
         build::find_or_build(config, options, store.entry(key)).await
     }
@@ -87,20 +90,20 @@ impl Template {
     /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where there is none, and
     /// [`ErrorKind::Template`](crate::ErrorKind::Template) where it was deactivated or the name is none.
     pub fn open(directory: impl AsRef<Path>, id: &str) -> Result<Self, Error> {
-        let entry = Store::open(directory.as_ref())?.entry(id.parse()?);
+        let entry = Store::at(directory.as_ref())?.entry(id.parse()?);
         if !entry.is_active() {
             return Err(TemplateError::Inactive { id: entry.id() }.into());
         }
         Self::found(entry)
     }
 
-    /// The names of all templates in a directory, those that were deactivated too.
+    /// The names of all templates in a directory, those that were deactivated too; of one that is not there, none.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be read.
     pub fn list(directory: impl AsRef<Path>) -> Result<Vec<String>, Error> {
-        Store::open(directory.as_ref())?.list()
+        Store::at(directory.as_ref())?.list()
     }
 
     fn found(entry: Entry) -> Result<Self, Error> {

@@ -9,6 +9,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
+use super::error::TemplateError;
 use crate::agent::Agent;
 use crate::config::{ConsoleOutput, HookName};
 use crate::error::{Error, ErrorKind};
@@ -33,6 +34,17 @@ pub enum Ready {
 }
 
 impl Ready {
+    /// Refuses what would never be so, or is so at once.
+    pub(super) fn check(&self) -> Result<(), TemplateError> {
+        let what = match self {
+            Self::Port(0) => "port 0, at which nobody listens",
+            Self::Log(text) if text.is_empty() => "an empty text on the console",
+            Self::Command(argv) if argv.first().is_none_or(String::is_empty) => "no command",
+            Self::Hook | Self::Port(_) | Self::Log(_) | Self::Command(_) => return Ok(()),
+        };
+        Err(TemplateError::Ready { what })
+    }
+
     /// Waits until it is so, for as long as the guest lives. A text on the console appears once, so
     /// `log` is none in a VM that has been restored.
     pub(super) async fn wait(&self, agent: &Agent, log: Option<&LogWatch>) -> Result<(), Error> {

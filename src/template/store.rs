@@ -60,15 +60,19 @@ pub(super) struct Store {
 }
 
 impl Store {
-    pub(super) fn open(directory: &Path) -> Result<Self, TemplateError> {
-        let failed = TemplateError::io("make the directory", directory);
+    /// What is in a directory, which need not be there.
+    pub(super) fn at(directory: &Path) -> Result<Self, TemplateError> {
         // Absolute, so that it means the same when the process goes elsewhere.
         let absolute = std::path::absolute(directory);
-        let made = absolute.and_then(|directory| {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-            Ok(directory)
-        });
-        Ok(Self { directory: made.map_err(failed)? })
+        Ok(Self { directory: absolute.map_err(TemplateError::io("find", directory))? })
+    }
+
+    /// The same, of one that is there from then on.
+    pub(super) fn create(directory: &Path) -> Result<Self, TemplateError> {
+        let store = Self::at(directory)?;
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&store.directory);
+        made.map_err(TemplateError::io("make the directory", directory))?;
+        Ok(store)
     }
 
     pub(super) fn entry(&self, key: Key) -> Entry {
@@ -77,7 +81,10 @@ impl Store {
 
     pub(super) fn list(&self) -> Result<Vec<String>, Error> {
         let failed = || TemplateError::io("read", &self.directory);
-        let entries = fs::read_dir(&self.directory).map_err(failed())?;
+        let entries = match fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed())?,
+        };
         let names = entries.filter_map(|entry| match entry {
             Ok(entry) => entry.file_name().into_string().ok().map(Ok),
             Err(error) => Some(Err(error)),

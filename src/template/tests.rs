@@ -87,6 +87,12 @@ fn what_cannot_be_a_template_says_why() {
         assert_eq!(kind, ErrorKind::Template);
         assert!(text.contains("disk 0") && text.contains("discard_writes"), "{text}");
     }
+    let (kind, text) = refusal(&config().network(NetConfig::pair().unwrap().0));
+    assert_eq!(kind, ErrorKind::Template);
+    assert!(text.contains("interface 0") && text.contains("NetConfig::user"), "{text}");
+    for nothing in [Ready::Port(0), Ready::Log(String::new()), Ready::Command(Vec::new())] {
+        assert_eq!(Error::from(nothing.check().unwrap_err()).kind(), &ErrorKind::Config);
+    }
     let (kind, text) = refusal(&config().block(BlockConfig::new("/no/disk").read_only()));
     assert_eq!(kind, ErrorKind::File(std::io::ErrorKind::NotFound));
     assert!(text.contains("/no/disk"), "{text}");
@@ -107,12 +113,13 @@ fn names_are_hashes_and_nothing_else() {
     fs::write(scratch.0.join("notes.txt"), "").unwrap();
     assert_eq!(Template::list(&scratch.0).unwrap(), [id]);
     assert_eq!(Template::list(scratch.0.join("new/one")).unwrap(), [""; 0]);
+    assert!(!scratch.0.join("new").exists(), "who looks makes nothing");
 }
 
 #[tokio::test]
 async fn one_at_a_time_builds_and_what_is_deactivated_is_not_built() {
     let scratch = Scratch::new("lock");
-    let store = Store::open(&scratch.0).unwrap();
+    let store = Store::create(&scratch.0).unwrap();
     let entry = store.entry(key::of(&config(), &Ready::Hook).unwrap());
     let building = entry.building(|| panic!("nobody else has it")).await.unwrap();
     let waits = std::cell::Cell::new(false);
@@ -138,7 +145,7 @@ async fn one_at_a_time_builds_and_what_is_deactivated_is_not_built() {
 #[tokio::test]
 async fn what_processes_that_ended_left_half_made_goes_and_nothing_else() {
     let scratch = Scratch::new("sweep");
-    let store = Store::open(&scratch.0).unwrap();
+    let store = Store::create(&scratch.0).unwrap();
     let ids = ["a", "b", "c"].map(|digit| digit.repeat(64));
     let [left, built, written] = ids.each_ref().map(|id| store.entry(id.parse().unwrap()));
     let half_made = [
