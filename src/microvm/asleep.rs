@@ -109,7 +109,7 @@ impl Place {
 }
 
 /// All that a machine had of the host, also what no file keeps.
-fn as_before(config: &MachineConfig) -> RestoreOptions {
+pub(super) fn as_before(config: &MachineConfig) -> RestoreOptions {
     let mut options = RestoreOptions::default()
         .console_output(config.console_writer.clone())
         .kvm_device(&config.kvm_device)

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::asleep::Asleep;
+#[cfg(feature = "session")]
+use super::asleep::as_before;
 use super::stopped::Stopped;
 use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, TransitionError};
 use crate::config::RestoreOptions;
@@ -24,7 +26,8 @@ impl MicroVm<Paused> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written; what was there stays.
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written, and
+    /// [`ErrorKind::Disk`](crate::ErrorKind::Disk) where a disk is not copied; what was there stays.
     pub fn snapshot(&self, directory: impl AsRef<Path>) -> Result<Snapshot, Error> {
         self.snapshot_with(directory, &SnapshotOptions::default())
     }
@@ -91,7 +94,8 @@ impl MicroVm<Paused> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), with the VM as it was.
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) or [`ErrorKind::Disk`](crate::ErrorKind::Disk), with the VM
+    /// as it was.
     pub fn suspend_in_memory(mut self) -> Result<MicroVm<Suspended>, TransitionError<Paused>> {
         let stopped = &self.state.stopped;
         let kept = self.recorder.timed(Phase::Save, || stopped.sleeper().keep(Purpose::Sleep));
@@ -115,8 +119,8 @@ impl MicroVm<Paused> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where the memory or a disk cannot be
-    /// shared; else those of [`Snapshot::restore_with`]. No clone is left then.
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where the memory cannot be shared,
+    /// [`ErrorKind::Disk`](crate::ErrorKind::Disk) where a disk cannot; else those of [`Snapshot::restore_with`]. No clone is left then.
     pub fn fork(&mut self, count: usize) -> Result<Vec<MicroVm<Paused>>, Error> {
         self.fork_with(count, |_| RestoreOptions::default())
     }
@@ -178,6 +182,19 @@ impl MicroVm<Paused> {
         let kept = kept.map_err(|error| self.error(Phase::Save, error))?;
         self.state.stopped.kept = Some(kept.clone());
         Ok(kept)
+    }
+
+    /// Ends the VM, which woke from this directory, and sleeps there as it did before: with what no file keeps, such
+    /// as descriptors and the console's writer.
+    ///
+    /// # Errors
+    ///
+    /// As [`MicroVm::<Suspended>::open_with`].
+    #[cfg(feature = "session")]
+    pub(crate) fn back_to_sleep(self, directory: &Path) -> Result<MicroVm<Suspended>, Error> {
+        let options = as_before(self.state.stopped.machine.config());
+        drop(self.terminate());
+        MicroVm::<Suspended>::open_with(directory, &options)
     }
 
     fn asleep(self, snapshot: Snapshot) -> MicroVm<Suspended> {

@@ -82,13 +82,15 @@ impl Sessions {
     /// started, and may not listen yet. A VM from a `Template` has its application up, as its `Ready` says.
     ///
     /// The VM's disks, and what else its configuration names of the host, stay where they are, and have to be there
-    /// when it wakes. Where the future is dropped, the session starts all the same.
+    /// when it wakes. What no file keeps goes with this process: a VM that another one wakes has no console writer, and
+    /// one whose network had a descriptor ([`NetConfig::tap_fd`](crate::NetConfig::tap_fd), `socket`, `pair`) does not
+    /// wake there. Where the future is dropped, the session starts all the same.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Session`](crate::ErrorKind::Session) where the name is taken,
-    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where it, the policy or the payload is refused: the VM is
-    /// ended. Those of starting and waking a VM, of [`MicroVm::agent`], and [`ErrorKind::Hook`](crate::ErrorKind::Hook):
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) where it, the policy or the payload is refused, or the VM is over: the
+    /// VM is ended. Those of starting and waking a VM, of [`MicroVm::agent`], and [`ErrorKind::Hook`](crate::ErrorKind::Hook):
     /// the session is over, with that as its reason.
     pub async fn start(
         &self,
@@ -99,8 +101,12 @@ impl Sessions {
         check_id(&id)?;
         options.policy.check()?;
         let payload = options.run_body(&id)?;
+        let vm = vm.into();
+        if let AnyMicroVm::Terminated(_) = vm {
+            return Err(SessionError::VmOver.into());
+        }
         let (started, has_started) = oneshot::channel();
-        let start = Start { vm: vm.into(), payload, within: options.within, started };
+        let start = Start { vm, payload, within: options.within, started };
         let sessions = self.clone();
         let begun = detached(async move {
             let (session, calls) = sessions.make(id, &options).await?;

@@ -193,8 +193,7 @@ fn back_to_sleep(shared: &Shared, vm: MicroVm<Running>) -> Asleep {
     shared.meter().settle(Some(cpu));
     let asleep = match vm.pause() {
         Ok(vm) if Snapshot::open(&place).is_ok_and(|files| files.disks_are_as_before()) => {
-            drop(vm.terminate());
-            None
+            vm.back_to_sleep(&place).map(Box::new).ok()
         }
         Ok(vm) => save_again(shared, vm, cpu),
         // It has ended by itself.
