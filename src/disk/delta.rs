@@ -53,17 +53,24 @@ impl Delta {
     /// Opens a delta of a disk with so many sectors, or creates it.
     pub(super) fn open(path: &Path, base: &Path, sectors: u64) -> Result<Self, DiskError> {
         let created = File::options().read(true).write(true).create_new(true).open(path);
+        let create = |file| {
+            Self::create(file, sectors).map_err(|source| {
+                let _ = fs::remove_file(path);
+                DiskError::CreateDelta { path: path.to_owned(), source }
+            })
+        };
         match created {
             Ok(file) => {
                 lock(&file, path, true)?;
-                Self::create(file, sectors).map_err(|source| {
-                    let _ = fs::remove_file(path);
-                    DiskError::CreateDelta { path: path.to_owned(), source }
-                })
+                create(file)
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let file = open(path, true, 0)?;
                 lock(&file, path, true)?;
+                // Whoever made it was ended before there was anything in it.
+                if file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() == 0) {
+                    return create(file);
+                }
                 Self::read(file, path, base, sectors)
             }
             Err(source) => Err(DiskError::CreateDelta { path: path.to_owned(), source }),

@@ -280,6 +280,18 @@ fn a_disk_that_is_left_where_it_is_is_synced_where_that_is_asked_for() {
 }
 
 #[test]
+fn a_delta_whose_maker_was_ended_before_there_was_anything_in_it_is_made() {
+    let folder = Folder::new();
+    let (base, content_below) = folder.base();
+    let delta = folder.path("delta");
+    File::create_new(&delta).unwrap();
+    let config = BlockConfig::new(&base).delta(&delta);
+    assert!(content(&Disk::open(&config).unwrap()) == content_below);
+    fs::write(&delta, [0; 19]).unwrap();
+    assert!(matches!(Disk::open(&config), Err(DiskError::NotADelta { .. })));
+}
+
+#[test]
 fn a_delta_that_was_left_and_is_gone_is_not_asked_for_elsewhere() {
     let folder = Folder::new();
     let (base, _) = folder.base();
