@@ -114,7 +114,8 @@ impl Command {
         self
     }
 
-    /// Leaves the standard input open: [`Process::stdin`] writes to it.
+    /// Leaves the standard input open: [`Process::stdin`] of what is [spawned](Self::spawn) writes to it. Where
+    /// nobody can, in [`output`](Self::output) and [`status`](Self::status), it is at its end.
     pub fn stdin_piped(mut self) -> Self {
         self.exec.stdin = true;
         self.input = None;
@@ -196,6 +197,8 @@ impl Command {
     pub async fn output(self) -> Result<Output, Error> {
         let (program, limit, cut) = (self.name(), self.output_limit, self.truncates);
         let mut process = self.spawn().await?;
+        // Nobody will write to it: a program that reads it comes to its end.
+        drop(process.stdin.take());
         let streams = (process.stdout.take(), process.stderr.take());
         let (stdout, stderr) = read_all(streams, limit, cut).await?;
         let status = process.wait().await?;
@@ -210,7 +213,7 @@ impl Command {
     /// As [`spawn`](Self::spawn).
     pub async fn status(self) -> Result<ProcessStatus, Error> {
         let mut process = self.spawn().await?;
-        drop((process.stdout.take(), process.stderr.take()));
+        drop((process.stdin.take(), process.stdout.take(), process.stderr.take()));
         process.wait().await
     }
 
