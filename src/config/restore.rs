@@ -30,7 +30,7 @@ pub struct RestoreOptions {
     pub(crate) interfaces: Vec<InterfaceConfig>,
     pub(crate) services: BTreeMap<String, HostService>,
     pub(crate) seccomp: Option<bool>,
-    kvm_device: Option<PathBuf>,
+    pub(crate) kvm_device: Option<PathBuf>,
     pub(crate) clock: Clock,
     pub(crate) populate: bool,
     pub(crate) outside_paths: bool,
@@ -84,7 +84,8 @@ impl RestoreOptions {
     }
 
     /// Copies the console's output to a writer, as
-    /// [`VmConfig::console`](crate::VmConfig::console) does.
+    /// [`VmConfig::console`](crate::VmConfig::console) does; VMs that are made with clones of these options share it, as
+    /// do those of a [`Pool`](crate::Pool).
     #[must_use]
     pub fn console(mut self, writer: impl Write + Send + 'static) -> Self {
         self.console = Some(ConsoleOutput(Arc::new(Mutex::new(writer))));
@@ -194,7 +195,8 @@ impl RestoreOptions {
         self
     }
 
-    /// The KVM device node, where it is not `/dev/kvm`.
+    /// The KVM device node. Unless set it is `/dev/kvm`, also where the saved VM had another; a snapshot in memory is
+    /// this process's own, and its VMs have the one that it had.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
         self.kvm_device = Some(path.into());
@@ -218,11 +220,9 @@ impl RestoreOptions {
         if let Some(on) = self.seccomp {
             config.seccomp = on;
         }
-        // Whoever wrote the snapshot does not choose the device.
-        config.kvm_device = match &self.kvm_device {
-            Some(path) => path.clone(),
-            None => MachineConfig::default().kvm_device,
-        };
+        if let Some(path) = &self.kvm_device {
+            config.kvm_device.clone_from(path);
+        }
         Ok(())
     }
 

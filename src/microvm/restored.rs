@@ -38,8 +38,16 @@ impl Snapshot {
     ///
     /// As [`restore_with`](Self::restore_with).
     pub fn prepare(&self) -> Result<PreparedShell, Error> {
-        let options = RestoreOptions::default();
-        let shell = self.shell(&options, &mut Recorder::new())?;
+        self.prepare_with(&RestoreOptions::default())
+    }
+
+    /// As [`prepare`](Self::prepare), with the KVM device and the confinement that these options say.
+    ///
+    /// # Errors
+    ///
+    /// As that one.
+    pub fn prepare_with(&self, options: &RestoreOptions) -> Result<PreparedShell, Error> {
+        let shell = self.shell(options, &mut Recorder::new())?;
         Ok(PreparedShell { shell })
     }
 

@@ -142,7 +142,7 @@ impl Snapshot {
         Ok(config)
     }
 
-    /// Changes the saved configuration as the caller says. Whether vCPU threads are confined is
+    /// Changes the saved configuration as the caller says. The KVM device, and whether vCPU threads are confined, are
     /// this host's to say as well, not whoever's wrote the snapshot.
     fn apply(
         &self,
@@ -150,6 +150,9 @@ impl Snapshot {
         config: &mut MachineConfig,
     ) -> Result<(), SnapshotError> {
         options.apply(config)?;
+        if options.kvm_device.is_none() && matches!(self.0.place, Place::Directory(_)) {
+            config.kvm_device = MachineConfig::default().kvm_device;
+        }
         config.seccomp |= options.seccomp.is_none() && !self.is_trusted(options);
         Ok(())
     }

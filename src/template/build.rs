@@ -1,6 +1,7 @@
 //! From a configuration to a snapshot that was tried.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
@@ -30,10 +31,11 @@ pub(super) async fn find_or_build(
         return Ok(found);
     }
     entry.sweep();
+    let kvm_device = config.parts().3.kvm_device.clone();
     let vm = up(config, options).await?;
     let (building, snapshot) = save(vm, building, options).await?;
     options.begin(TemplateStage::Validate);
-    validate(&snapshot, options).await?;
+    validate(&snapshot, &kvm_device, options).await?;
     drop(snapshot);
     let snapshot = building.commit()?;
     Ok(Template { entry, snapshot, was_built: true })
@@ -116,8 +118,13 @@ async fn save(
 }
 
 /// Tries a VM of the snapshot: it has to be up, and what it writes first is noted when it is paused.
-async fn validate(snapshot: &Snapshot, options: &TemplateOptions) -> Result<(), Error> {
-    let vm = resumed(snapshot, RestoreOptions::new().outside_paths(true)).await;
+async fn validate(
+    snapshot: &Snapshot,
+    kvm_device: &Path,
+    options: &TemplateOptions,
+) -> Result<(), Error> {
+    let given = RestoreOptions::new().outside_paths(true).kvm_device(kvm_device);
+    let vm = resumed(snapshot, given).await;
     let vm = vm.map_err(TemplateError::Invalid)?;
     let tried = within(options.timeout, async {
         let agent = vm.agent().await?;
