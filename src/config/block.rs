@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::make_absolute;
 use super::{ConfigError, RateLimit};
 
 /// A disk of a guest: a file, or a block device of the host.
@@ -154,15 +155,13 @@ impl BlockConfig {
         self
     }
 
-    /// The same, found from whatever directory a process is in.
-    pub(super) fn with_absolute_delta(&self) -> Self {
-        let mut config = self.clone();
-        if let Writes::ToDelta(delta) = &mut config.writes
-            && let Ok(absolute) = std::path::absolute(&*delta)
-        {
-            *delta = absolute;
+    /// Has its files found from whatever directory a process is in.
+    pub(super) fn make_absolute(&mut self) {
+        make_absolute(&mut self.path);
+        self.frozen.iter_mut().for_each(make_absolute);
+        if let Writes::ToDelta(delta) = &mut self.writes {
+            make_absolute(delta);
         }
-        config
     }
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {

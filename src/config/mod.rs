@@ -231,7 +231,8 @@ impl VmConfig {
     }
 
     /// Copies the console's output to a writer as it comes, a byte or a few at a time. It runs
-    /// on the vCPU's thread: one that blocks stops that vCPU, one that fails is not called again.
+    /// on the vCPU's thread: one that blocks stops that vCPU, one that fails is not called again. The VMs of a
+    /// configuration that is cloned share the writer, one call at a time: give each one of its own.
     #[must_use]
     pub fn console(mut self, writer: impl Write + Send + 'static) -> Self {
         self.machine.console_writer = Some(ConsoleOutput(Arc::new(Mutex::new(writer))));
@@ -390,15 +391,23 @@ impl Default for MachineConfig {
 }
 
 impl MachineConfig {
-    /// The same for somebody else: without descriptors, which are this process's alone, and with
-    /// paths that do not begin where it is. What an agent is booted from is of no use to it.
+    /// The same for somebody else: without descriptors, which are this process's alone. What an agent is booted
+    /// from is of no use to it.
     pub(crate) fn to_be_saved(&self) -> Self {
-        let networks = self.networks.iter().map(NetConfig::to_be_saved).collect();
-        let blocks = self.blocks.iter().map(BlockConfig::with_absolute_delta).collect();
+        let networks = self.networks.iter().map(NetConfig::without_descriptor).collect();
         let agent = self.agent.clone();
         let agent = agent.map(|agent| AgentConfig { modules_dir: None, binary: None, ..agent });
-        let vsock = self.vsock().map(VsockConfig::with_absolute_path);
-        Self { networks, blocks, agent, vsock, ..self.clone() }
+        Self { networks, agent, vsock: self.vsock(), ..self.clone() }
+    }
+
+    /// The same with paths that do not begin where the process is now, which may be elsewhere later.
+    pub(crate) fn with_absolute_paths(&self) -> Self {
+        let mut config = self.clone();
+        config.blocks.iter_mut().for_each(BlockConfig::make_absolute);
+        config.networks.iter_mut().for_each(NetConfig::make_absolute);
+        config.vsock.iter_mut().flat_map(|vsock| &mut vsock.unix_socket).for_each(make_absolute);
+        make_absolute(&mut config.kvm_device);
+        config
     }
 
     /// Checks every value. Costs nothing.
@@ -452,6 +461,13 @@ impl MachineConfig {
             return Err(ConfigError::ConsoleTail { bytes: self.console_tail_bytes });
         }
         Ok(())
+    }
+}
+
+/// A path that is empty, or begins in a directory that is gone, stays what it is: whoever opens it says so.
+fn make_absolute(path: &mut PathBuf) {
+    if let Ok(absolute) = std::path::absolute(&*path) {
+        *path = absolute;
     }
 }
 

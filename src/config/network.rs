@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, RateLimit};
+use super::{ConfigError, RateLimit, make_absolute};
 use crate::error::{Error, ErrorKind};
 
 /// The smallest MTU of IPv4 (RFC 791), and the greatest that a virtio device can name.
@@ -155,15 +155,20 @@ impl NetConfig {
         matches!(self.backend, NetBackend::TapFd(_) | NetBackend::Socket(_))
     }
 
-    /// The same for a process that is elsewhere.
-    pub(super) fn to_be_saved(&self) -> Self {
-        let mut config = self.clone();
-        match &mut config.backend {
-            NetBackend::TapFd(_) | NetBackend::Socket(_) => config.backend = NetBackend::Missing,
-            NetBackend::User(user) => user.make_absolute(),
-            NetBackend::Tap(_) | NetBackend::Missing => {}
+    pub(super) fn without_descriptor(&self) -> Self {
+        match self.has_descriptor() {
+            true => Self { backend: NetBackend::Missing, ..self.clone() },
+            false => self.clone(),
         }
-        config
+    }
+
+    /// Has its program found from whatever directory a process is in.
+    pub(super) fn make_absolute(&mut self) {
+        if let NetBackend::User(user) = &mut self.backend
+            && user.is_at_a_path()
+        {
+            make_absolute(&mut user.program);
+        }
     }
 
     fn with(backend: NetBackend) -> Self {
@@ -285,14 +290,6 @@ impl UserNetwork {
     /// Whether the program is named by a path, and is not looked for in PATH.
     pub(crate) fn is_at_a_path(&self) -> bool {
         self.program.components().count() > 1
-    }
-
-    fn make_absolute(&mut self) {
-        if self.is_at_a_path()
-            && let Ok(absolute) = std::path::absolute(&self.program)
-        {
-            self.program = absolute;
-        }
     }
 
     /// Checks what passt would refuse, which then is a link that is down.
@@ -427,13 +424,14 @@ mod tests {
 
     #[test]
     fn a_program_at_a_path_is_the_same_one_from_anywhere() {
-        let saved = |program: &str| {
-            let saved = NetConfig::user(UserNetwork::new().program(program)).to_be_saved();
-            let NetBackend::User(user) = saved.backend else { panic!("{saved:?}") };
+        let absolute = |program: &str| {
+            let mut config = NetConfig::user(UserNetwork::new().program(program));
+            config.make_absolute();
+            let NetBackend::User(user) = config.backend else { panic!("{config:?}") };
             user.program
         };
-        assert_eq!(saved("passt"), PathBuf::from("passt"));
-        assert_eq!(saved("./passt"), std::env::current_dir().unwrap().join("passt"));
+        assert_eq!(absolute("passt"), PathBuf::from("passt"));
+        assert_eq!(absolute("./passt"), std::env::current_dir().unwrap().join("passt"));
     }
 
     #[test]

@@ -1,3 +1,4 @@
+use super::block::Writes;
 use super::*;
 
 fn config() -> VmConfig {
@@ -65,11 +66,16 @@ fn a_written_configuration_needs_only_the_kernel() {
 }
 
 #[test]
-fn a_configuration_for_others_says_where_its_socket_is_from_anywhere() {
+fn a_configuration_may_say_where_its_files_are_from_anywhere() {
     let vsock = VsockConfig::default().unix_socket("vm.sock");
-    let saved = config().vsock(vsock).machine.to_be_saved();
-    let socket = saved.vsock.unwrap().unix_socket.unwrap();
-    assert!(socket.is_absolute() && socket.ends_with("vm.sock"), "{}", socket.display());
+    let block = BlockConfig::new("disk").over("frozen").delta("delta");
+    let absolute = config().vsock(vsock).block(block).machine.with_absolute_paths();
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(absolute.vsock.unwrap().unix_socket.unwrap(), here.join("vm.sock"));
+    let [block] = &absolute.blocks[..] else { panic!("{:?}", absolute.blocks) };
+    assert_eq!((&block.path, &block.frozen[..]), (&here.join("disk"), &[here.join("frozen")][..]));
+    assert_eq!(block.writes, Writes::ToDelta(here.join("delta")));
+    assert_eq!(absolute.kvm_device, PathBuf::from("/dev/kvm"));
 }
 
 #[test]

@@ -32,12 +32,6 @@ impl Default for VsockConfig {
 }
 
 impl VsockConfig {
-    /// The same for a process that is elsewhere.
-    pub(super) fn with_absolute_path(mut self) -> Self {
-        self.unix_socket = self.unix_socket.map(|path| std::path::absolute(&path).unwrap_or(path));
-        self
-    }
-
     /// The guest's address: 3 (unless set) to 4,294,967,294. VMs may share one: each has a host of
     /// its own.
     #[must_use]

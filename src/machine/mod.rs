@@ -65,16 +65,29 @@ pub(crate) enum MachineError {
 
 impl From<MachineError> for Error {
     fn from(error: MachineError) -> Self {
-        if let MachineError::Vsock { path: Some(path), .. } = &error {
-            let fix = format!("choose a path where nothing is, or remove {}", path.display());
-            return Error::new(ErrorKind::Config, error).fix(fix);
+        let fix = match &error {
+            MachineError::NoAgent => {
+                Some("add `.agent(AgentConfig::new())` to the VM's configuration")
+            }
+            MachineError::Vsock { path: Some(_), source } => match source.kind() {
+                io::ErrorKind::AddrInUse => Some(
+                    "choose a path where nothing is; what is there may be another VM's, and can be removed where \
+                     nobody listens at it any more",
+                ),
+                io::ErrorKind::NotFound => Some("make the directory first, or choose another"),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                    Some("choose a directory that this user may write to")
+                }
+                io::ErrorKind::InvalidInput => Some("choose a path of up to 107 bytes"),
+                _ => None,
+            },
+            _ => None,
+        };
+        match fix {
+            Some(fix) => Error::new(ErrorKind::Config, error).fix(fix),
+            None => Error::new(ErrorKind::Resources, error)
+                .fix("raise the limits of open files and processes (ulimit -n, ulimit -u)"),
         }
-        if let MachineError::NoAgent = error {
-            return Error::new(ErrorKind::Config, error)
-                .fix("add `.agent(AgentConfig::new())` to the VM's configuration");
-        }
-        Error::new(ErrorKind::Resources, error)
-            .fix("raise the limits of open files and processes (ulimit -n, ulimit -u)")
     }
 }
 
@@ -132,6 +145,7 @@ impl Machine {
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
         shell.threads.rouse();
+        let config = config.with_absolute_paths();
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = match console {
@@ -140,12 +154,11 @@ impl Machine {
         };
         let sink = ConsoleSink::new(console.clone(), writer);
         let Devices { bus, serial_input, generation, virtio, vsock, agent_calls, controls } =
-            recorder.run(Phase::Devices, || Devices::new(config, &shell.vm, &exit, sink))?;
+            recorder.run(Phase::Devices, || Devices::new(&config, &shell.vm, &exit, sink))?;
         let Shell { vcpus, cpuid, vm, threads } = shell;
         let generation = Arc::new(generation);
         let first_run = Arc::clone(recorder.first_run());
         let threads = threads.attach(bus, Arc::clone(&exit), first_run, Arc::clone(&generation));
-        let config = config.clone();
         let machine = Self {
             exit,
             console,
