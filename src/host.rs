@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::kernel::InstalledKernel;
-use crate::kvm::Kvm;
+use crate::kvm::{Kvm, emulates_ring_0};
 
 /// What this machine offers to VMs. Plain data: print it, log it, send it along with a report.
 ///
@@ -210,9 +210,8 @@ impl KvmStatus {
 
 /// What the CPU's flags and the loaded modules say.
 fn virtualization(flags: &str, modules: &Path) -> Virtualization {
-    let loaded = |module: &str| modules.join(module).exists();
     let flag = |name: &str| flags.split_whitespace().any(|flag| flag == name);
-    if loaded("kvm_pvm") {
+    if emulates_ring_0(modules) {
         Virtualization::Emulated
     } else if flag("vmx") {
         Virtualization::Vmx

@@ -65,7 +65,7 @@ impl Routes {
         let is_ours = host.is_none_or(|host| host == self.domain || is_address(host));
         match &self.prefix {
             Some(prefix) if is_ours => by_path(prefix, authority, &path),
-            _ => Err(nobody()),
+            _ => Err(unnamed()),
         }
     }
 
@@ -77,6 +77,12 @@ impl Routes {
 
 fn nobody() -> Fault {
     Fault::no_route("there is no session of this name")
+}
+
+fn unnamed() -> Fault {
+    Fault::no_route(
+        "the request names no session, neither by its host, <session>.<domain>, nor by its path",
+    )
 }
 
 fn is_address(host: &str) -> bool {
@@ -129,7 +135,7 @@ fn by_path(
     authority: Option<Authority>,
     path: &PathAndQuery,
 ) -> Result<Target, Fault> {
-    let rest = path.as_str().strip_prefix(prefix).ok_or_else(nobody)?;
+    let rest = path.as_str().strip_prefix(prefix).ok_or_else(unnamed)?;
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (id, rest) = rest.split_at(end);
     // An id that is written with escapes is none.

@@ -35,6 +35,11 @@ use thiserror::Error as ThisError;
 
 use crate::error::{Error, ErrorKind};
 
+/// Whether the KVM of a kernel with these modules (/sys/module) emulates all of ring 0: no stock kernel boots there.
+pub(crate) fn emulates_ring_0(modules: &Path) -> bool {
+    modules.join("kvm_pvm").exists()
+}
+
 /// Why KVM cannot be used, or what it refused.
 #[derive(Debug, ThisError)]
 pub(crate) enum KvmError {

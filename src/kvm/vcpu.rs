@@ -231,7 +231,7 @@ fn internal_error(run: *const kvm_run) -> String {
     match suberror {
         kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => {
             "KVM could not emulate an instruction; where /dev/kvm emulates all of ring 0, as that \
-             of kvm_pvm does, no stock kernel runs"
+             of kvm_pvm does, no stock kernel runs: use a machine whose CPU shows vmx or svm"
                 .to_owned()
         }
         kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => {

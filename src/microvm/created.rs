@@ -5,6 +5,7 @@ use super::{Created, MicroVm, Running, TransitionError};
 use crate::boot::{Boot, archive};
 use crate::config::VmConfig;
 use crate::error::Error;
+use crate::kvm::emulates_ring_0;
 use crate::machine::Machine;
 use crate::phase::Phase;
 use crate::timings::Recorder;
@@ -46,6 +47,11 @@ impl MicroVm<Created> {
         let mut recorder = Recorder::new();
         let (kernel, initramfs, cmdline, machine_config) = config.parts();
         recorder.run(Phase::Config, || machine_config.check())?;
+        if machine_config.agent.is_some() && emulates_ring_0("/sys/module".as_ref()) {
+            tracing::warn!(
+                "this KVM emulates ring 0, so stock Linux kernels do not boot: after a minute or so they end as crashed"
+            );
+        }
         let vmlinux = recorder.run(Phase::Kernel, || kernel.load())?;
         let archive =
             recorder.run(Phase::Initramfs, || archive(kernel, initramfs, machine_config))?;
