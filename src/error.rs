@@ -28,7 +28,7 @@ pub enum ErrorKind {
     Kernel,
     /// The initramfs cannot be read, built or placed.
     Initramfs,
-    /// A disk cannot be opened.
+    /// A disk cannot be opened, copied into a snapshot, or found as it was.
     Disk,
     /// A network interface cannot be made: no tap, no right to it, or no passt.
     Network,
@@ -38,7 +38,8 @@ pub enum ErrorKind {
     Image,
     /// The caller's own progress ended it.
     Interrupted,
-    /// The host could not give the memory, threads or descriptors that were asked for.
+    /// The host could not give the memory, threads or descriptors that were asked for; or a limit of the call was
+    /// reached, as of a program's output.
     Resources,
     /// The guest has ended, or this VM was suspended or dropped, so it cannot do what was asked.
     GuestEnded(ExitStatus),

@@ -99,15 +99,53 @@
 //!
 //! The library installs no signal handler, touches no terminal, writes to no standard stream,
 //! never exits or aborts, and keeps nothing behind: descriptors, mappings and threads of a VM are
-//! gone within milliseconds of its drop.
+//! gone within milliseconds of its drop. One thing ends the process: a file of a [`Snapshot`] that somebody cuts short
+//! while VMs stand on it (SIGBUS, as for every file that is mapped).
 //!
 //! What is async comes with a feature, and is to be called in a tokio runtime with I/O and time; so is
-//! `Endpoint::serve`. All other calls need none, and block for the times that they document: those of [`MicroVm`],
-//! [`Snapshot`], [`Pool`], [`Vsock`], [`OverlayDisk`] and [`ImageCache`].
+//! `Endpoint::serve`. All other calls need none, and block: microseconds to some milliseconds, but for those that move
+//! a guest's memory or disks, unpack a kernel, or wait, which say so. In async code they belong in `spawn_blocking`: calls of
+//! [`MicroVm`], [`Snapshot`], [`Pool`] (its drop too), [`Vsock`], [`Kernel`], [`Initramfs`], [`OverlayDisk`], `ImageCache` and
+//! `Template`.
+//!
+//! A child of `fork` that executes no other program can use no VM, of its parent or of its own.
 //!
 //! Threads are named `dormouse-…`; seccomp confines those that guests reach (vCPUs, devices, disks), and what of yours
 //! runs on them (see [`VmConfig::seccomp`]), but no other thread. SIGSTKFLT is sent to vCPU threads, which have it blocked: it is
 //! never delivered. A process that uses that signal itself must not send it to the process as a whole.
+//!
+//! # Running what you do not trust
+//!
+//! A guest is taken for hostile, its kernel and root included: whatever it does to devices, queues and sockets is bounded in
+//! memory and time, and harms no other VM. What is between it and this process is KVM, devices in safe Rust nearly
+//! throughout, and seccomp on the threads that it reaches. There is no process of its own to jail, as Firecracker has: whoever
+//! breaks out of a guest is this process. So run it as a user, and in a cgroup, that may little more than it has to.
+//!
+//! - A guest has what it is given. Without [`VmConfig::network`] it reaches no network; by vsock nothing of the host but what
+//!   listens there, and the services that its agent was given.
+//! - Memory is bounded by the configuration, disks by their size, and processor time by nothing but the cgroup, and by how
+//!   long it is let run.
+//! - What the agent says is the guest's word: root in it can make up an exit code or an output. It cannot make the host
+//!   keep more than the limits of the call.
+//! - A deadline is the host's to keep, as a guest's clock is the guest's, and children of a program may go on. Drop the
+//!   call, and the VM:
+//!
+//! ```no_run
+//! # #[cfg(feature = "agent")]
+//! # mod example {
+//! # use std::time::Duration;
+//! # use dormouse::{Error, MicroVm, Output, Running};
+//! /// Runs a script as nobody, for ten seconds at most; `None` where that did not suffice.
+//! async fn sandboxed(vm: MicroVm<Running>, script: &str) -> Result<Option<Output>, Error> {
+//!     let agent = vm.agent_timeout(Duration::from_secs(10)).await?;
+//!     let command = agent.command("sh").arg("-c").arg(script).user("65534:65534");
+//!     let command = command.output_limit(64 << 10).truncate_output(true);
+//!     let output = tokio::time::timeout(Duration::from_secs(10), command.output()).await;
+//!     drop(vm); // ends the guest, whatever goes on in it
+//!     output.ok().transpose()
+//! }
+//! # }
+//! ```
 //!
 //! # Features
 //!

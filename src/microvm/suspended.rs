@@ -18,7 +18,8 @@ impl MicroVm<Suspended> {
     ///
     /// It wakes with what its files name of this host: disks that the guest writes, taps, paths of
     /// sockets, services of its agent. So they are to be files that this program, or one that it trusts, wrote;
-    /// [`open_with`](Self::open_with) takes nothing of the host unasked.
+    /// [`open_with`](Self::open_with) takes nothing of the host unasked. They stay what they are while the VM is
+    /// awake, see [`Snapshot`](crate::Snapshot).
     ///
     /// # Errors
     ///

@@ -45,6 +45,9 @@ use crate::memory::{MemoryImage, PageRun, SavedMemory};
 /// memory, and one for the directory. Where another snapshot takes the directory's place, the
 /// handle still is the one that was opened: it serves as long as it needs no disk out of there.
 ///
+/// Its files are mapped, and have to stay what they are while VMs stand on them: where one is cut short, the process that
+/// looks at what is gone ends (SIGBUS).
+///
 /// ```no_run
 /// use dormouse::Snapshot;
 ///
@@ -210,8 +213,8 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), which names what differs, or says that
-    /// another snapshot has its place.
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot), of a disk [`ErrorKind::Disk`](crate::ErrorKind::Disk), which
+    /// name what differs; or `Snapshot` where another one has its place.
     pub fn verify(&self) -> Result<(), Error> {
         let Some(directory) = self.directory() else { return Ok(()) };
         let verified = self.0.image.verify(&|_| ControlFlow::Continue(()));
@@ -244,7 +247,8 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written.
+    /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it cannot be written, and
+    /// [`ErrorKind::Disk`](crate::ErrorKind::Disk) where a disk cannot.
     pub fn merge(&self, directory: impl AsRef<Path>) -> Result<Self, Error> {
         self.merge_with(directory, &SnapshotOptions::default())
     }

@@ -57,8 +57,8 @@ impl SnapshotOptions {
     }
 
     /// Writes all of the memory, not only what changed since the snapshot that the VM came from.
-    /// Such a snapshot shares no file with another; and a restore of one layer is faster than of
-    /// many, which are 16 at most.
+    /// Such a snapshot shares no memory with another, only the whole disks that others stand on too; and a restore of
+    /// one layer is faster than of many, which are 16 at most.
     #[must_use]
     pub fn full(mut self, on: bool) -> Self {
         self.full = on;

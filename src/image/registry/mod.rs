@@ -129,7 +129,9 @@ impl Work {
                     let stage = ImageStage::Download(group * AT_ONCE + at);
                     let client = client.clone();
                     let bring = move || self.layer(client, descriptor, stage, runtime);
-                    thread::Builder::new().spawn_scoped(scope, bring)
+                    thread::Builder::new()
+                        .name("dormouse-image".to_owned())
+                        .spawn_scoped(scope, bring)
                 });
                 // All have ended before one's error is told.
                 let threads: Vec<_> = threads.collect();
