@@ -1,74 +1,83 @@
-//! The ways in for the fuzz targets `snapshot_state`, all of a restore that needs no KVM, and
-//! `snapshot_archive`.
+//! The ways in for the fuzz targets `snapshot_archive`, which a test takes too, and `snapshot_state`.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "what a fuzz target finds is a panic")]
+#![cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "fuzz targets reach it"))]
 
-use std::fs::{self, File};
+#[cfg(fuzzing)]
+mod state;
+
+use std::fs;
 use std::ops::ControlFlow;
-use std::sync::{Arc, OnceLock};
+use std::sync::LazyLock;
 
-use vmm_sys_util::eventfd::EventFd;
+use serde::Deserialize;
+use serde_json::json;
 
-use super::directory::{OpenDirectory, STATE, WRITTEN, disk_name, memory_name};
+use super::directory::{STATE, WRITTEN, remove_snapshot};
 use super::options::SnapshotOptions;
-use super::restore::lies_in;
-use super::{Inner, Place, Purpose, Snapshot, State, Temporary, format};
-use crate::arch::layout;
-use crate::config::{MachineConfig, NetBackend, RestoreOptions, Writes};
-use crate::console::{Console, ConsoleSink};
-use crate::devices::Serial;
-use crate::machine::MachineState;
-use crate::memory::{GuestRam, MemoryImage};
-use crate::virtio::fuzzing::saved_state;
+use super::{Snapshot, State, Temporary, format};
+use crate::disk::SavedDisk;
+use crate::error::Error;
+use crate::memory::SavedMemory;
+
+#[cfg(fuzzing)]
+pub use self::state::snapshot_state;
 
 /// The state of a snapshot, but for its header and checksum.
 const GOLDEN: &[u8] = include_bytes!("../../fuzz/corpus/snapshot_state/golden_map");
 
-/// Guest RAM is mapped up to this size: more takes longer, and does nothing else.
-const MAX_MAPPED_BYTES: u64 = 64 << 20;
+/// How long the memory and the disks in the archive are: as short as memory may be, and zeros, so
+/// that an entry of a few bytes, a sparse one, is such a file.
+const FILE_BYTES: u64 = 2 << 20;
 
-/// The file `state`, whole, or but for its header and checksum, which no fuzzer guesses.
-pub fn snapshot_state(bytes: &[u8]) {
-    let whole = format::decode::<State>(bytes);
-    let Ok(state) = whole.or_else(|_| format::decode(&format::framed(bytes.to_vec()))) else {
-        return;
-    };
-    let written = format::encode(&state).expect("what was read can be written");
-    let again: State = format::decode(&written).expect("what was written can be read");
-    assert_eq!(format::encode(&again).expect("the same again"), written);
-    if state.check().is_err() {
-        return;
-    }
-    devices(&state.machine);
-    let temporary = Temporary::new().expect("a directory");
-    let Some(image) = image(&state, &temporary) else { return };
-    let open = OpenDirectory::open(&temporary.path).expect("a directory");
-    let (written, fresh) = (OnceLock::new(), OnceLock::new());
-    let inner = Inner { place: Place::Directory(open), state, image, written, fresh };
-    let snapshot = Snapshot(Arc::new(inner));
-    let facts = snapshot.facts();
-    assert_eq!(usize::from(facts.vcpus), snapshot.0.state.host.cpuid().expect("tables").len());
-    let options = RestoreOptions::new();
-    if let Ok(config) = snapshot.config(&options, Purpose::Clones)
-        && config.check().is_ok()
-    {
-        chooses_nothing(&config, &temporary);
-    }
-    let trusting = options.outside_paths(true);
-    for purpose in [Purpose::Clones, Purpose::Sleep] {
-        let _ = snapshot.config(&trusting, purpose);
-    }
+/// More than this is not written.
+const MAX_UNPACKED_BYTES: u64 = 64 << 20;
+
+/// The file `state` of the golden snapshot, with files of that kind.
+static GOOD_STATE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let golden = format::decode(&format::framed(GOLDEN.to_vec()));
+    let mut state: State = golden.expect("a golden state");
+    let pages = FILE_BYTES / 4096;
+    let memory = json!({
+        "pages": pages, "present_pages": 0, "complete": true, "runs": [], "checksums": []
+    });
+    let disk = json!({"raw": {"data": {"bytes": FILE_BYTES, "chunks": []}}});
+    state.config.memory_bytes = FILE_BYTES;
+    state.memory = vec![SavedMemory::deserialize(memory).expect("memory")];
+    state.disks.fill_with(|| SavedDisk::deserialize(&disk).expect("a disk"));
+    format::encode(&state).expect("a state")
+});
+
+/// An archive that anybody may have written is unpacked and verified, or leaves nothing.
+pub fn snapshot_archive(bytes: &[u8]) {
+    let _ = unpacked(bytes);
+}
+
+/// Why the archive that the bytes make is none, or is not what its state says.
+fn unpacked(bytes: &[u8]) -> Result<(), Error> {
+    let outside = Temporary::new().expect("a directory");
+    let (file, target) = (outside.path.join(WRITTEN), outside.path.join("target"));
+    let packed = zstd::encode_all(&archive(bytes)[..], 1).expect("memory");
+    fs::write(&file, packed).expect("a file");
+    let options =
+        SnapshotOptions::new().progress(|progress| match progress.bytes > MAX_UNPACKED_BYTES {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        });
+    let snapshot = Snapshot::unpack_with(&file, &target, &options);
+    assert_eq!(snapshot.is_ok(), target.exists(), "what is refused leaves nothing");
+    let verified = snapshot.and_then(|snapshot| snapshot.verify());
+    remove_snapshot(&target);
+    let left: Vec<_> = fs::read_dir(&outside.path).expect("a directory").flatten().collect();
+    assert_eq!(left.len(), 1, "beside the archive there is {left:?}");
+    verified
 }
 
 /// An archive whose `state` is good. What follows is made of the bytes: entries of some names,
 /// kinds and lengths, with what is left of the bytes behind them as it is.
-pub fn snapshot_archive(bytes: &[u8]) {
-    let outside = Temporary::new().expect("a directory");
-    let (file, target) = (outside.path.join(WRITTEN), outside.path.join("target"));
+fn archive(mut bytes: &[u8]) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
-    let state = format::framed(GOLDEN.to_vec());
-    append(&mut tar, STATE, b'0', state.len() as u64, &state);
-    let mut bytes = bytes;
+    append(&mut tar, STATE, b'0', GOOD_STATE.len() as u64, &GOOD_STATE);
     while let [name, kind, size, rest @ ..] = bytes
         && *name < 0xc0
     {
@@ -80,88 +89,51 @@ pub fn snapshot_archive(bytes: &[u8]) {
         let kind = *b"01235SgxLK".get(usize::from(*kind) % 10).expect("ten");
         let content = &rest[..rest.len().min(usize::from(*size))];
         bytes = &rest[content.len()..];
-        let sizes = [content.len() as u64, 1 << 12, 32 << 20, u64::MAX >> 8];
+        let sizes = [content.len() as u64, 1 << 12, FILE_BYTES, u64::MAX >> 8];
         append(&mut tar, name, kind, sizes[usize::from(*size) % 4], content);
     }
     let mut archive = tar.into_inner().expect("memory");
     archive.extend_from_slice(bytes);
-    fs::write(&file, zstd::encode_all(&archive[..], 1).expect("memory")).expect("a file");
-    let options =
-        SnapshotOptions::new().progress(|progress| match progress.bytes > MAX_MAPPED_BYTES {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        });
-    if let Ok(snapshot) = Snapshot::unpack_with(&file, &target, &options) {
-        let _ = snapshot.verify();
-    } else {
-        assert!(!target.exists(), "something is left");
-    }
-    super::directory::remove_snapshot(&target);
-    let left: Vec<_> = fs::read_dir(&outside.path).expect("a directory").flatten().collect();
-    assert_eq!(left.len(), 1, "beside the archive there is {left:?}");
+    archive
 }
 
-/// One entry, whose header may lie.
+/// One entry, whose header may lie; that of a sparse file has the content at its beginning, and
+/// nothing up to `size`.
 fn append(tar: &mut tar::Builder<Vec<u8>>, name: &str, kind: u8, size: u64, content: &[u8]) {
     let mut header = tar::Header::new_gnu();
     header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
     header.set_entry_type(tar::EntryType::new(kind));
     header.set_size(size);
+    if kind == b'S' {
+        header.set_size(content.len() as u64);
+        let gnu = header.as_gnu_mut().expect("a header of GNU tar");
+        gnu.set_real_size(size);
+        gnu.sparse[0].set_offset(0);
+        gnu.sparse[0].set_length(content.len() as u64);
+        gnu.sparse[1].set_offset(size);
+        gnu.sparse[1].set_length(0);
+    }
     header.set_cksum();
     tar.append(&header, content).expect("memory");
 }
 
-/// A configuration has nothing of the host but what is in the snapshot's directory.
-fn chooses_nothing(config: &MachineConfig, temporary: &Temporary) {
-    for block in &config.blocks {
-        for path in block.frozen.iter().chain([&block.path]) {
-            assert!(lies_in(path, &temporary.path), "{}", path.display());
-        }
-        let writes = &block.writes;
-        assert!(matches!(writes, Writes::Discarded | Writes::Refused), "{writes:?}");
-    }
-    for network in &config.networks {
-        let backend = &network.backend;
-        assert!(!matches!(backend, NetBackend::Tap(_) | NetBackend::User(_)), "{backend:?}");
-    }
-    let socket = config.vsock.as_ref().and_then(|vsock| vsock.unix_socket.as_ref());
-    assert!(socket.is_none_or(|socket| lies_in(socket, &temporary.path)), "{socket:?}");
-    let services = config.agent.as_ref().map_or(0, |agent| agent.services.len());
-    assert_eq!(services, 0, "a snapshot connects its guest to the host");
-    assert!(config.seccomp, "a snapshot lifts the confinement");
-    assert_eq!(config.kvm_device, MachineConfig::default().kvm_device);
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The memory, whose files have the length that they should.
-fn image(state: &State, temporary: &Temporary) -> Option<MemoryImage> {
-    let mut layers = Vec::new();
-    for (index, saved) in state.memory.iter().enumerate().take(20) {
-        let file = File::create_new(temporary.path.join(memory_name(index))).expect("a file");
-        // Some file systems have no files of such a length.
-        file.set_len(saved.file_bytes()).ok()?;
-        layers.push((file, saved.clone()));
-    }
-    for index in 0..state.disks.len() {
-        fs::write(temporary.path.join(disk_name(index)), []).expect("a file");
-    }
-    let ranges = layout::ram_ranges(state.config.memory_bytes);
-    let image = MemoryImage::open(&ranges, layers).ok()?;
-    if state.config.memory_bytes <= MAX_MAPPED_BYTES {
-        let ram = GuestRam::reserve(&ranges).expect("addresses");
-        ram.map_image(&image).expect("an image that was checked");
-    }
-    Some(image)
-}
+    /// Of the corpus: three sparse files, which the state speaks of.
+    const WHOLE: &[u8] = include_bytes!("../../fuzz/corpus/snapshot_archive/whole");
 
-/// The devices on some RAM of their own.
-fn devices(machine: &MachineState) {
-    let interrupt = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).expect("an eventfd");
-    let serial = Serial::new(interrupt, ConsoleSink::new(Console::new(0), None)).input();
-    if serial.restore(&machine.devices().legacy().serial).is_ok() {
-        let taken = serial.state();
-        assert!(serial.restore(&taken).is_ok(), "{taken:?} is refused");
-    }
-    for device in machine.devices().virtio().iter().take(20) {
-        saved_state(device);
+    #[test]
+    fn some_bytes_are_a_whole_archive_which_is_unpacked_and_verified() {
+        unpacked(WHOLE).unwrap();
+        snapshot_archive(WHOLE);
+        // Without its last file, and with memory that is not zeros.
+        let text = format!("{:?}", unpacked(&WHOLE[..10]).unwrap_err());
+        assert!(text.contains("disk-1"), "{text}");
+        let mut damaged = WHOLE.to_vec();
+        damaged[3] = 7;
+        let text = format!("{:?}", unpacked(&damaged).unwrap_err());
+        assert!(text.contains("damaged in the MiB at 0"), "{text}");
     }
 }

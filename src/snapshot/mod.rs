@@ -7,7 +7,7 @@ mod archive;
 mod directory;
 mod error;
 mod format;
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod options;
 mod restore;
