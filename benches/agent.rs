@@ -163,7 +163,7 @@ async fn copy(guest: &Guest) -> [Metric; 2] {
     let content = vec![7; COPY_MIB << 20];
     for round in 0..=ROUNDS {
         let wrote = time(guest.agent.write("/tmp/file", &content)).await;
-        let mut read = Vec::new();
+        let mut read = Vec::with_capacity(content.len());
         let took = time(async {
             use tokio::io::AsyncReadExt;
             let mut file = guest.agent.open("/tmp/file").await?;
@@ -172,24 +172,8 @@ async fn copy(guest: &Guest) -> [Metric; 2] {
         })
         .await;
         assert!(read == content);
-        // A program that copies what comes to a file of memory, and the file back.
-        let mut sink = guest.tool(&["vsock-cat", "5000", ">/tmp/raw"]).await;
-        let raw_to = tokio::task::block_in_place(|| {
-            let begin = Instant::now();
-            sink.write_all(&content).expect("written");
-            sink.shutdown(std::net::Shutdown::Write).expect("shut down");
-            sink.read_to_end(&mut Vec::new()).expect("its end");
-            begin.elapsed()
-        });
-        let mut source = guest.tool(&["vsock-cat", "5000", "</tmp/raw"]).await;
-        let raw_from = tokio::task::block_in_place(|| {
-            let mut read = Vec::with_capacity(content.len());
-            let begin = Instant::now();
-            source.shutdown(std::net::Shutdown::Write).expect("shut down");
-            source.read_to_end(&mut read).expect("read");
-            assert!(read == content);
-            begin.elapsed()
-        });
+        let raw_to = raw_to(guest, &content).await;
+        let raw_from = raw_from(guest, &content).await;
         if round > 0 {
             let speed = |time: Duration| COPY_MIB as f64 / time.as_secs_f64();
             to.ours.push(speed(wrote));
@@ -199,6 +183,33 @@ async fn copy(guest: &Guest) -> [Metric; 2] {
         }
     }
     [to, from]
+}
+
+/// A program there writes what comes to a file of memory, and then says that it is whole.
+async fn raw_to(guest: &Guest, content: &[u8]) -> Duration {
+    let mut sink = guest.tool(&["vsock-sink", "5000", "/tmp/raw"]).await;
+    tokio::task::block_in_place(|| {
+        let begin = Instant::now();
+        sink.write_all(content).expect("written");
+        sink.shutdown(std::net::Shutdown::Write).expect("shut down");
+        sink.read_to_end(&mut Vec::new()).expect("its end");
+        begin.elapsed()
+    })
+}
+
+/// A program there sends the file back. It waits for a byte: what it has sent before the clock runs would count as nothing.
+async fn raw_from(guest: &Guest, content: &[u8]) -> Duration {
+    let mut source = guest.tool(&["vsock-source", "5000", "/tmp/raw"]).await;
+    tokio::task::block_in_place(|| {
+        let mut read = Vec::with_capacity(content.len());
+        let begin = Instant::now();
+        source.write_all(b"x").expect("told");
+        source.shutdown(std::net::Shutdown::Write).expect("shut down");
+        source.read_to_end(&mut read).expect("read");
+        let took = begin.elapsed();
+        assert!(read == content);
+        took
+    })
 }
 
 /// The first command of a VM that was restored, beside the restore.

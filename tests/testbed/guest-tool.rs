@@ -8,6 +8,10 @@
 //! guest-tool vsock-run PORT PROGRAM        connects to the host's port, and runs a program whose
 //!                                          input and output that connection is
 //! guest-tool vsock-cat PORT                connects to the host's port; its input and output
+//! guest-tool vsock-sink PORT FILE          connects to the host's port, and writes what comes to
+//!                                          a file; its end says that the file is whole
+//! guest-tool vsock-source PORT FILE        connects to the host's port, waits for a byte, and
+//!                                          sends a file
 //! guest-tool set-xattr FILE NAME HEX       gives a file an extended attribute
 //! guest-tool xattrs DIRECTORY SKIP…        lists the extended attributes of all files below a
 //!                                          directory, but those below the names SKIP in it
@@ -76,6 +80,8 @@ fn main() -> ExitCode {
         ["vsock-connect", port, count] => vsock_connect(number(port), number(count)),
         ["vsock-run", port, program] => vsock_run(number(port), program),
         ["vsock-cat", port] => vsock_cat(number(port)),
+        ["vsock-sink", port, file] => vsock_sink(number(port), file),
+        ["vsock-source", port, file] => vsock_source(number(port), file),
         ["set-xattr", file, name, hex] => set_xattr(file, name, hex),
         ["xattrs", directory, ref skip @ ..] => xattrs(Path::new(directory), skip),
         ["random"] => random(),
@@ -186,6 +192,30 @@ fn vsock_cat(port: u32) -> io::Result<()> {
     })?;
     io::copy(&mut stream, &mut io::stdout())?;
     join(vec![writing])
+}
+
+fn vsock_sink(port: u32, file: &str) -> io::Result<()> {
+    let stream = vsock_to_host(port)?;
+    copy_pieces(&stream, &File::create(file)?)?;
+    check(unsafe { shutdown(stream.as_raw_fd(), SHUT_WR) }).map(|_| ())
+}
+
+fn vsock_source(port: u32, file: &str) -> io::Result<()> {
+    let stream = vsock_to_host(port)?;
+    (&stream).read_exact(&mut [0])?;
+    copy_pieces(&File::open(file)?, &stream)?;
+    check(unsafe { shutdown(stream.as_raw_fd(), SHUT_WR) }).map(|_| ())
+}
+
+/// Copies all that comes, in pieces as large as the agent's frames. `io::copy` would let the kernel do it.
+fn copy_pieces(mut from: &File, mut to: &File) -> io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            len => to.write_all(&buffer[..len])?,
+        }
+    }
 }
 
 fn random() -> io::Result<()> {
