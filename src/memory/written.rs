@@ -175,17 +175,19 @@ mod tests {
             }
         }
         let pagemap = File::open("/proc/self/pagemap").unwrap();
+        // Entries do not tell the page of zeros, nor does a scan where it is a huge one; and before Linux 6.7 both are
+        // the same.
+        let but_for_fresh = |mut pages: PageSet| {
+            pages.remove(PageRun { first: 2501, count: 499 });
+            pages.remove(PageRun { first: 2000, count: 500 });
+            pages
+        };
         let mut entries = PageSet::new(PAGES);
         read_entries(&pagemap, &region, 0, &mut entries).unwrap();
-        // It cannot tell the page of zeros.
-        entries.remove(PageRun { first: 2501, count: 499 });
-        entries.remove(PageRun { first: 2000, count: 500 });
-        assert_eq!(entries, expected);
+        assert_eq!(but_for_fresh(entries), expected);
         let mut scanned = PageSet::new(PAGES);
         pages(std::slice::from_ref(&region), &mut scanned).unwrap();
-        // As above, where the kernel is older than 6.7.
-        scanned.intersect(&entries);
-        assert_eq!(scanned, expected);
+        assert_eq!(but_for_fresh(scanned), expected);
         drop(region);
     }
 }
