@@ -22,6 +22,16 @@ use crate::virtio::{Answer, Block, Interrupt, MmioTransport, Queues, VirtQueue, 
 /// Only a failing test waits so long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Sets a flag when it goes, also where an assertion fails: else the threads that wait for the flag, and the scope that
+/// waits for them, would go on for ever.
+pub(super) struct SetAtEnd<'a>(pub(super) &'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 #[test]
 fn a_disk_that_the_host_pauses_and_changes_all_the_time_loses_nothing() {
     let image = Image::new("busy", 64 * 512);
@@ -30,6 +40,7 @@ fn a_disk_that_the_host_pauses_and_changes_all_the_time_loses_nothing() {
     let (transport, handle) = TestTransport::with_handle(block(&config));
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _end = SetAtEnd(&over);
         let host = |act: &'static (dyn Fn(&crate::virtio::DeviceHandle<_>) + Sync)| {
             let (handle, over) = (&handle, &over);
             scope.spawn(move || {
@@ -58,7 +69,6 @@ fn a_disk_that_the_host_pauses_and_changes_all_the_time_loses_nothing() {
                 driver.flush().unwrap();
             }
         }
-        over.store(true, Ordering::Relaxed);
     });
     assert_eq!(handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap(), 0);
 }

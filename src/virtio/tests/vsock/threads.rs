@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use super::super::threads::SetAtEnd;
 use super::*;
 use crate::error::ErrorKind;
 
@@ -25,6 +26,7 @@ fn threads_connect_listen_and_drop_while_the_device_works() {
                                 continue;
                             }
                             let mut stream = connecting.finish_timeout(PATIENCE).unwrap();
+                            stream.set_read_timeout(Some(PATIENCE)).unwrap();
                             stream.write_all(&round.to_le_bytes()).unwrap();
                             let mut echo = [0; 4];
                             stream.read_exact(&mut echo).unwrap();
@@ -55,13 +57,12 @@ fn threads_connect_listen_and_drop_while_the_device_works() {
             .collect();
         let (done, handle) = (&done, &handle);
         scope.spawn(move || {
+            let _end = SetAtEnd(done);
             for thread in threads {
                 if let Err(panic) = thread.join() {
-                    done.store(true, Ordering::SeqCst);
                     std::panic::resume_unwind(panic);
                 }
             }
-            done.store(true, Ordering::SeqCst);
         });
         let mut port = 0;
         while !done.load(Ordering::SeqCst) {
