@@ -34,14 +34,17 @@ pub fn metric() -> Metric {
     let before = switches();
     sleep(Duration::from_secs(2));
     let after = switches();
-    let rate = (after.count - before.count) as f64 / begin.elapsed().as_secs_f64();
-    // A zero that was read from no threads would be none: a vCPU's each, and the device thread.
-    assert_eq!((before.threads, after.threads), (VMS + 1, VMS + 1));
-    assert!(before.count > 0);
+    let rate = after.count.saturating_sub(before.count) as f64 / begin.elapsed().as_secs_f64();
     drop(vms);
     let _ = fs::remove_file(&disk);
+    // A zero that was read from no threads would be none: a vCPU's each, and the device thread.
+    let (seen, expected) = (before.threads.min(after.threads), VMS + 1);
+    let seen = match seen == expected && before.count > 0 {
+        true => String::new(),
+        false => format!(" ({seen} threads of {expected} were seen)"),
+    };
     Metric {
-        name: format!("wake-ups of {VMS} idle VMs with disk, network, vsock and entropy"),
+        name: format!("wake-ups of {VMS} idle VMs with disk, network, vsock and entropy{seen}"),
         unit: Unit::PerSecond,
         ours: vec![rate],
         floor: Vec::new(),
@@ -49,9 +52,10 @@ pub fn metric() -> Metric {
     }
 }
 
-/// How often so many threads were switched from so far.
+/// How often threads were switched from so far.
 #[derive(Default)]
 struct Switches {
+    /// Those of vCPUs and devices. Where io_uring is forbidden, there are some of disks too.
     threads: usize,
     count: u64,
 }
@@ -66,7 +70,8 @@ fn switches() -> Switches {
             let counts = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
             let counts = counts.map(|(_, count)| count.trim().parse::<u64>().expect("a count"));
             all.count += counts.sum::<u64>();
-            all.threads += 1;
+            let name = status.trim_start_matches("Name:\tdormouse-");
+            all.threads += usize::from(name.starts_with("vcpu") || name.starts_with("device"));
         }
     }
     all

@@ -137,6 +137,8 @@ fn read_frames(socket: &mut UnixStream, bytes: u32, count: u64) {
     let mut left = count * u64::from(4 + bytes);
     while left > 0 {
         let most = left.min(buffer.len() as u64) as usize;
-        left -= socket.read(&mut buffer[..most]).expect("frames") as u64;
+        let read = socket.read(&mut buffer[..most]).expect("frames");
+        assert!(read > 0, "the stream ended");
+        left -= read as u64;
     }
 }

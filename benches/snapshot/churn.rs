@@ -88,7 +88,7 @@ fn run(time: Duration, one: &(impl Fn() + Sync)) -> f64 {
 fn held() -> (f64, f64) {
     thread::sleep(Duration::from_secs(1));
     let descriptors = fs::read_dir("/proc/self/fd").expect("/proc").count();
-    (descriptors as f64, kib("/proc/self/status", "VmRSS:"))
+    (descriptors as f64, kib("/proc/self/status", "VmRSS:").expect("VmRSS"))
 }
 
 /// What follows `--seconds`.
