@@ -77,15 +77,14 @@ impl Metric {
         Some(self.percentile(&self.ours, 50)? / self.percentile(&self.floor, 50)?)
     }
 
-    /// What so many percent of the samples are not worse than.
+    /// What so many percent of the samples, or more, are not worse than: of ten, the 99th percentile is the worst.
     pub fn percentile(&self, samples: &[f64], percent: usize) -> Option<f64> {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
         if self.unit.many_are_good() {
             sorted.reverse();
         }
-        let last = sorted.len().checked_sub(1)?;
-        Some(sorted[last * percent / 100])
+        sorted.get(nearest_rank(sorted.len(), percent)).copied()
     }
 
     /// Whether the bar is met.
@@ -111,6 +110,16 @@ impl Metric {
         })
     }
 }
+
+/// Where that percentile is among so many samples, from the best one.
+const fn nearest_rank(count: usize, percent: usize) -> usize {
+    (count * percent).div_ceil(100).saturating_sub(1)
+}
+
+const _: () = {
+    assert!(nearest_rank(10, 99) == 9 && nearest_rank(2, 99) == 1 && nearest_rank(1, 99) == 0);
+    assert!(nearest_rank(200, 99) == 197 && nearest_rank(10, 50) == 4 && nearest_rank(10, 0) == 0);
+};
 
 impl Unit {
     fn many_are_good(self) -> bool {
