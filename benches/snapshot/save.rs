@@ -41,7 +41,8 @@ fn pause() -> Metric {
     })
 }
 
-/// A snapshot of all that is there, beside a write of as many bytes to a new file.
+/// A snapshot of all that is there, beside a write of as many bytes to a new file by one thread; a save
+/// takes up to four.
 fn snapshot(scratch: &Scratch, size: &str, memory_mib: u32) -> Metric {
     let vm = Guest::boot(memory_mib, PRESENT_MIB).pause();
     let bytes = vec![0xa5u8; usize::from(PRESENT_MIB) << 20];
@@ -59,7 +60,8 @@ fn snapshot(scratch: &Scratch, size: &str, memory_mib: u32) -> Metric {
         fs::remove_file(path).expect("it is there");
         elapsed
     };
-    let name = format!("snapshot of {size} with {PRESENT_MIB} MiB present (floor: their copy)");
+    let name =
+        format!("snapshot of {size} with {PRESENT_MIB} MiB present (floor: one thread's copy)");
     in_turn(name, Some(BAR), ours, floor)
 }
 
