@@ -85,8 +85,13 @@ pub(crate) fn code(ran: &Ran) -> i32 {
     }
 }
 
-fn is_alive(pid: &str) -> bool {
-    let status = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+/// The process whose number was written.
+fn child(ran: &Ran) -> u32 {
+    str::from_utf8(&ran.stdout).unwrap().trim().parse().unwrap()
+}
+
+fn is_alive(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     status.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z"))
 }
 
@@ -187,10 +192,7 @@ fn what_cannot_be_run_is_told_apart() {
 fn a_program_runs_as_the_user_that_is_asked_for() {
     let mut exec = exec(&["id"]);
     exec.program.user = Some("12345:54321".into());
-    let ran = match run_if_root(exec) {
-        Some(ran) => ran,
-        None => return,
-    };
+    let Some(ran) = run_if_root(exec) else { return };
     assert_eq!(String::from_utf8(ran.stdout).unwrap(), "uid=12345 gid=54321 groups=54321\n");
 }
 
@@ -274,25 +276,25 @@ fn a_program_that_waits_for_its_reader_can_be_killed() {
 #[test]
 fn a_background_process_that_holds_the_output_delays_no_end_and_may_go_on_writing() {
     let dir = Scratch::new();
-    let path = dir.path("done");
+    let (waits, path) = (dir.shell_waits_on("held"), dir.path("done"));
     let script = format!(
-        "(sleep 0.3; head -c 300000 /dev/zero && echo yes > {}) & echo begun",
+        "({waits}; head -c 300000 /dev/zero && echo yes > {}) & echo begun",
         path.display()
     );
     let ran = run(sh(&script));
     assert_eq!((&ran.stdout[..], code(&ran)), (&b"begun\n"[..], 0));
-    assert!(!path.exists());
+    fs::remove_file(dir.path("held")).unwrap();
     wait_until("the background process ends", || path.exists());
 }
 
 #[test]
 fn a_timeout_kills_the_whole_group() {
     let mut exec = sh("sleep 1000 & echo $!; sleep 1000");
-    exec.timeout_ms = Some(300);
+    exec.timeout_ms = Some(3000);
     let ran = run(exec);
     assert_eq!(ran.exit, Some(Exit { status: ExitCode::Signal(9), timed_out: true }));
-    let child = String::from_utf8(ran.stdout).unwrap();
-    wait_until("the other process of the group ends", || !is_alive(&child));
+    let child = child(&ran);
+    wait_until("the other process of the group ends", || !is_alive(child));
 }
 
 #[test]
@@ -301,15 +303,15 @@ fn a_host_that_closes_ends_the_group() {
         let (mut connection, pid) = begin(sh("sleep 1000 & echo $!; wait"));
         let mut ran = Ran::default();
         take(&mut connection, &mut ran, true);
-        let child = String::from_utf8(ran.stdout).unwrap();
-        assert!(is_alive(&child));
+        let child = child(&ran);
+        assert!(is_alive(child));
         let stream = connection.into_stream();
         if shut_down {
             stream.shutdown(Shutdown::Write).unwrap();
-            wait_until("the group ends", || !is_alive(&child));
+            wait_until("the group ends", || !is_alive(child));
         }
         drop(stream);
-        wait_until("the group ends", || !is_alive(&child) && !is_alive(&pid.to_string()));
+        wait_until("the group ends", || !is_alive(child) && !is_alive(pid));
     }
 }
 
@@ -393,17 +395,14 @@ fn the_end_of_a_terminals_input_is_one_in_the_middle_of_a_line_too() {
         shows(&mut connection, &mut ran, b"ready\r\n");
         crate::host::data(&mut connection, input);
         let ran = ends(&mut connection);
-        assert_eq!(
-            ran.exit,
-            Some(Exit { status: ExitCode::Code(0), timed_out: false }),
-            "{input:?}"
-        );
+        assert_eq!(code(&ran), 0, "{input:?}");
     }
 }
 
 #[test]
 fn a_process_that_keeps_a_terminal_delays_no_end() {
-    let mut exec = sh("trap '' HUP; sleep 2 & echo begun");
+    let dir = Scratch::new();
+    let mut exec = sh(&format!("trap '' HUP; {} & echo begun", dir.shell_waits_on("held")));
     exec.terminal = Some(WindowSize { rows: 24, columns: 80 });
     let ran = run(exec);
     assert_eq!((&ran.stdout[..], code(&ran)), (&b"begun\r\n"[..], 0));
@@ -481,7 +480,7 @@ fn a_stream_ends_also_where_its_program_goes_on() {
     while ran.ends < 2 {
         take(&mut connection, &mut ran, false);
     }
-    assert!(is_alive(&pid.to_string()));
+    assert!(is_alive(pid));
     connection.send(&Control::Signal(9)).unwrap();
     let ran = finish(&mut connection);
     assert_eq!(ran.exit, Some(Exit { status: ExitCode::Signal(9), timed_out: false }));

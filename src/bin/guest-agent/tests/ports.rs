@@ -162,9 +162,10 @@ fn a_program_that_has_said_all_is_waited_for_while_the_host_is_there_and_not_lon
 
 #[test]
 fn nobody_at_a_port_is_said_so_and_ipv6_is_tried() {
-    let unused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let port = unused.local_addr().unwrap().port();
-    drop(unused);
+    // The port of one that does not listen: nobody else gets it meanwhile.
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let connected = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let port = connected.local_addr().unwrap().port();
     let refused = failure(call(&Call::Connect(port)).receive_message().unwrap());
     assert_eq!(refused.kind, FailureKind::Refused);
     let Ok(listener) = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)) else { return };
