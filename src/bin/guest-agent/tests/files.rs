@@ -1,7 +1,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -135,27 +135,39 @@ fn a_full_disk_is_said_so_and_leaves_the_old_file() {
     assert_eq!(write(Path::new("/dev/null"), &[1; 200_000]), Reply::Done);
     // A file system of two pages, if a namespace of mounts can be had.
     let dir = Scratch::new();
-    let mount = format!(
-        "mount -t tmpfs -o size=8192 none {0} && echo ok > {0}/a && exec sleep 1000",
-        dir.path("").display()
-    );
-    let spawned = process::Command::new("unshare").args(["-m", "sh", "-c", &mount]).spawn();
-    let Ok(holder) = spawned else { return };
-    let path = PathBuf::from(format!("/proc/{}/root", holder.id()))
+    let Some(holder) = SmallDisk::at(&dir.path("")) else {
+        return eprintln!("a full disk is not tested, which takes the right to mount one");
+    };
+    let path = PathBuf::from(format!("/proc/{}/root", holder.0.id()))
         .join(dir.path("a").strip_prefix("/").unwrap());
-    for _ in 0..500 {
-        if path.exists() {
-            break;
-        }
-        thread::sleep(Duration::from_millis(10));
+    assert_eq!(fs::read(&path).unwrap(), b"ok\n");
+    assert_eq!(failure(write(&path, &[1; 200_000])).kind, FailureKind::Full);
+    assert_eq!(fs::read(&path).unwrap(), b"ok\n");
+    assert_eq!(names(path.parent().unwrap()), ["a"]);
+}
+
+/// A process that has a file system of two pages, with a file `a`, and is killed with the test.
+struct SmallDisk(process::Child);
+
+impl SmallDisk {
+    fn at(place: &Path) -> Option<Self> {
+        let mount = format!(
+            "mount -t tmpfs -o size=8192 none {0} && echo ok > {0}/a && echo made && exec sleep 1000",
+            place.display()
+        );
+        let mut unshare = process::Command::new("unshare");
+        unshare.args(["-m", "sh", "-c", &mount]).stdout(process::Stdio::piped());
+        let mut disk = Self(unshare.spawn().ok()?);
+        let mut said = [0; 5];
+        disk.0.stdout.take()?.read_exact(&mut said).is_ok().then_some(disk)
     }
-    if path.exists() {
-        assert_eq!(failure(write(&path, &[1; 200_000])).kind, FailureKind::Full);
-        assert_eq!(fs::read(&path).unwrap(), b"ok\n");
-        assert_eq!(names(path.parent().unwrap()), ["a"]);
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
-    // Whatever it is: the reaper takes its status.
-    let _ = process::Command::new("kill").arg(holder.id().to_string()).spawn();
 }
 
 #[test]
