@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_drivers::device::blk::{BlkReq, BlkResp, VirtIOBlk};
 
 use super::driver::{TestHal, TestTransport, assert_nothing_was_written_too_late};
+use super::net::until;
 use crate::config::{BlockConfig, RateLimit};
 use crate::disk::Disk;
 use crate::machine::disk_io;
 use crate::memory::FileIo;
-use crate::virtio::Block;
+use crate::virtio::{Block, VirtioDevice};
 
 /// A disk of a configuration, whose requests wait as those of a machine do.
 pub(super) fn block(config: &BlockConfig) -> Block {
@@ -407,5 +408,31 @@ fn a_limited_disk_does_all_its_requests_each_when_its_time_comes() {
         let mut read = vec![0; 4 * 512];
         disk.driver.read_blocks(sector, &mut read).unwrap();
         assert_eq!(read, content[sector * 512..(sector + 4) * 512]);
+    }
+}
+
+#[test]
+fn a_disk_over_its_limit_answers_no_more_until_that_is_lifted() {
+    let image = Image::new("slow", 64 * 512);
+    let slow = RateLimit::default().bytes_per_second(1);
+    let config = BlockConfig::new(&image.0).read_only().rate_limit(slow);
+    let (transport, handle) = TestTransport::with_handle(block(&config));
+    let mut driver = VirtIOBlk::<TestHal, _>::new(transport).unwrap();
+    let mut model = image.content();
+    let read = |slot: usize| Outstanding::new(slot * 8, vec![0; 4096], false);
+    let mut reads: Vec<_> = (0..4).map(read).collect();
+    reads.iter_mut().for_each(|read| read.submit(&mut driver));
+    handle.serve(0);
+    // The first takes the burst, and an hour to be paid for. No other one has begun when it is answered.
+    until("the first is answered", || driver.peek_used() == Some(reads[0].token));
+    reads[0].complete(&mut driver, &mut model);
+    let in_flight = handle.call(|disk, _| Ok(VirtioDevice::in_flight(disk))).unwrap();
+    assert_eq!((in_flight, driver.peek_used()), (0, None));
+    handle.with(|disk| disk.set_rate_limit(RateLimit::default()));
+    for _ in 1..reads.len() {
+        until("the others are answered", || driver.peek_used().is_some());
+        let token = driver.peek_used();
+        let read = reads.iter_mut().find(|read| !read.done && Some(read.token) == token);
+        read.unwrap().complete(&mut driver, &mut model);
     }
 }

@@ -393,8 +393,7 @@ fn a_limited_interface_passes_all_frames_each_when_its_time_comes() {
         .burst_operations(2);
     let config = NetConfig::tap("").receive_rate_limit(limit).transmit_rate_limit(limit);
     let net = Net::new(Backend::Stream(Stream::new(near).unwrap()), &config).unwrap();
-    let (transport, handle) = TestTransport::with_handle(net);
-    let mut driver = Driver::new(transport).unwrap();
+    let mut driver = Driver::new(TestTransport::new(net)).unwrap();
     let mut peer = Peer(far);
     for number in 0..30 {
         let frame = frame(number, 1500);
@@ -405,15 +404,42 @@ fn a_limited_interface_passes_all_frames_each_when_its_time_comes() {
         driver.receive_wait(&mut packet).unwrap();
         assert_eq!(packet[HEADER..HEADER + 1500], frame);
     }
-    // A limit that is lifted is lifted for what waits.
+}
+
+/// Offers a packet, header and frame, and waits for nothing.
+fn offer(driver: &mut Driver, packet: &[u8]) -> u16 {
+    // SAFETY: the test completes it before its buffer goes.
+    unsafe { driver.transmit_begin(packet).unwrap() }
+}
+
+#[test]
+fn a_limit_that_is_lifted_is_lifted_for_what_waits() {
+    let (net, mut peer) = cable(Some(MAC));
+    let (transport, handle) = TestTransport::with_handle(net);
+    let mut driver = Driver::new(transport).unwrap();
     let slow = RateLimit::default().bytes_per_second(1);
     handle.with(|net| net.set_rate_limits(slow, slow));
+    let sent = [1, 2].map(|number| [vec![0; HEADER], frame(number, 1500)].concat());
+    let mut received = [vec![0; 2048], vec![0; 2048]];
     peer.send(&frame(1, 1500));
     peer.send(&frame(2, 1500));
-    let mut packet = vec![0; 2048];
+    let sending = sent.each_ref().map(|packet| offer(&mut driver, packet));
+    let receiving = received.each_mut().map(|buffer| give(&mut driver, buffer));
+    // All that may pass has passed after this: a frame each way, of which a second one would be paid for in 25 minutes.
+    for queue in 0..2 {
+        handle.serve(queue);
+    }
+    let NetMetrics { rx_frames, tx_frames, .. } = counters(&handle);
+    assert_eq!((rx_frames, tx_frames), (1, 1));
     handle.with(|net| net.set_rate_limits(RateLimit::default(), RateLimit::default()));
-    for number in [1, 2] {
-        driver.receive_wait(&mut packet).unwrap();
-        assert_eq!(packet[HEADER..HEADER + 1500], frame(number, 1500));
+    let receiving = receiving.into_iter().zip(&mut received);
+    let sending = sending.into_iter().zip(&sent);
+    for (number, ((receives, buffer), (sends, packet))) in (1..).zip(receiving.zip(sending)) {
+        let frame = frame(number, 1500);
+        assert_eq!(take(&mut driver, receives, buffer)[HEADER..], frame);
+        assert_eq!(peer.receive(), frame);
+        until("the frame is sent", || driver.poll_transmit() == Some(sends));
+        // SAFETY: the packet is the one that was offered for this token.
+        unsafe { driver.transmit_complete(sends, packet) }.unwrap();
     }
 }
