@@ -87,8 +87,14 @@ fn the_golden_snapshot_is_opened_and_gives_a_configuration() {
 
 #[test]
 fn sizes_and_counts_that_no_machine_has_are_refused() {
-    for bytes in [0, 1, 64 << 20, (32 << 20) + 4096, 1 << 50, u64::MAX, u64::MAX - 4095] {
-        refusal(|state| state.config.memory_bytes = bytes);
+    for bytes in [0, 1, (2 << 20) - 4096, (32 << 20) + 1, 1 << 50, u64::MAX, u64::MAX - 4095] {
+        let text = refusal(|state| state.config.memory_bytes = bytes);
+        assert!(text.contains(&format!("{bytes} bytes of memory")), "{text}");
+    }
+    // What a machine may have, but not this one.
+    for bytes in [64 << 20, (32 << 20) + 4096] {
+        let text = refusal(|state| state.config.memory_bytes = bytes);
+        assert!(text.contains("more or less memory"), "{text}");
     }
     for count in [0, 2, 33, 255] {
         let text = refusal(|state| state.config.vcpus = count);
