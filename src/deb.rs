@@ -118,15 +118,17 @@ fn visit_tar(data: impl Read, visit: &mut Visit<'_>) -> Result<(), DebError> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use vmm_sys_util::tempfile::TempFile;
+
     use super::*;
 
-    /// A package with these files, and its data packed by `pack` as `member`. Its caller removes it.
+    /// A package with these files, and its data packed by `pack` as `member`.
     pub(crate) fn package(
         name: &str,
         member: &str,
         files: &[(&str, &[u8])],
         pack: impl Fn(Vec<u8>) -> Vec<u8>,
-    ) -> PathBuf {
+    ) -> TempFile {
         let mut tar = tar::Builder::new(Vec::new());
         for (path, content) in files {
             let mut header = tar::Header::new_gnu();
@@ -149,10 +151,12 @@ pub(crate) mod tests {
         format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{size:<10}`\n", 0, 0, 0, 100_644).into_bytes()
     }
 
-    pub(crate) fn scratch(name: &str, content: &[u8]) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("dormouse-{}-{name}", std::process::id()));
-        std::fs::write(&path, content).unwrap();
-        path
+    /// A file with `name` in its own, which goes with the test.
+    pub(crate) fn scratch(name: &str, content: &[u8]) -> TempFile {
+        let prefix = std::env::temp_dir().join(format!("dormouse-{name}-"));
+        let file = TempFile::new_with_prefix(prefix).unwrap();
+        std::fs::write(file.as_path(), content).unwrap();
+        file
     }
 
     fn names(package: &Path) -> Result<Vec<String>, DebError> {
@@ -168,22 +172,21 @@ pub(crate) mod tests {
     fn names_of_any_length_up_to_that_of_a_path_are_found_whole() {
         let long = format!("./{}/file", vec!["directory"; 20].join("/"));
         let files = [("./short", &b"x"[..]), (&long, b"y"), ("./after", b"z")];
-        let path = package("long-names", "data.tar", &files, |tar| tar);
-        assert_eq!(names(&path).unwrap(), ["short", &long[2..], "after"]);
-        std::fs::remove_file(path).unwrap();
+        let file = package("long-names", "data.tar", &files, |tar| tar);
+        assert_eq!(names(file.as_path()).unwrap(), ["short", &long[2..], "after"]);
 
         let endless = format!("./{}", vec!["directory"; 500].join("/"));
-        let path = package("endless-name", "data.tar", &[(&endless, b"")], |tar| tar);
-        assert!(names(&path).unwrap_err().to_string().contains("longer than 4096 bytes"));
-        std::fs::remove_file(path).unwrap();
+        let file = package("endless-name", "data.tar", &[(&endless, b"")], |tar| tar);
+        let error = names(file.as_path()).unwrap_err();
+        assert!(error.to_string().contains("longer than 4096 bytes"), "{error}");
     }
 
     #[test]
     fn a_visitor_that_has_enough_sees_no_more() {
         let files = [("./a", &b"1"[..]), ("./b", b"2")];
-        let path = package("enough", "data.tar", &files, |tar| tar);
+        let file = package("enough", "data.tar", &files, |tar| tar);
         let mut seen = Vec::new();
-        visit_files(&path, |path, content| {
+        visit_files(file.as_path(), |path, content| {
             content.read_to_end(&mut seen)?;
             Ok(if path == Path::new("a") {
                 ControlFlow::Break(())
@@ -193,6 +196,5 @@ pub(crate) mod tests {
         })
         .unwrap();
         assert_eq!(seen, b"1");
-        std::fs::remove_file(path).unwrap();
     }
 }

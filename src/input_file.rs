@@ -38,6 +38,8 @@ pub(crate) fn read_bounded(reader: impl Read, max_bytes: u64) -> io::Result<Opti
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::tempdir::TempDir;
+
     use super::*;
 
     #[test]
@@ -45,11 +47,11 @@ mod tests {
         let refusal = |path: &str| open(Path::new(path)).unwrap_err().to_string();
         assert_eq!(refusal("/dev/zero"), "not a regular file");
         assert!(refusal("/tmp").contains("Is a directory"));
-        let fifo = std::env::temp_dir().join(format!("dormouse-fifo-{}", std::process::id()));
+        let dir = TempDir::new().unwrap();
+        let fifo = dir.as_path().join("fifo");
         let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
         assert!(made.success());
         assert_eq!(refusal(fifo.to_str().unwrap()), "not a regular file");
-        std::fs::remove_file(fifo).unwrap();
     }
 
     #[test]

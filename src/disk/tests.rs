@@ -5,30 +5,26 @@ use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::*;
 use crate::error::Error;
 use crate::memory::GuestRam;
 use vm_memory::GuestAddress;
+use vmm_sys_util::tempdir::TempDir;
 
 const SECTORS: usize = 8192 + 100;
 const BYTES: usize = SECTORS * 512;
 
 /// A folder for a test, gone with it.
-struct Folder(PathBuf);
+struct Folder(TempDir);
 
 impl Folder {
     fn new() -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let unique = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(format!("dormouse-saved-{}-{}", unique.0, unique.1));
-        fs::create_dir(&path).unwrap();
-        Self(path)
+        Self(TempDir::new().unwrap())
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.0.as_path().join(name)
     }
 
     /// A disk with some data, a large hole, and some more.
@@ -43,12 +39,6 @@ impl Folder {
         file.write_all_at(&content[..100_000], 0).unwrap();
         file.write_all_at(&content[BYTES - 5000..], BYTES as u64 - 5000).unwrap();
         (path, content)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -433,7 +423,7 @@ fn a_copy_that_cannot_be_linked_is_copied_and_a_save_of_it_that_fails_leaves_not
     let next = folder.path("next");
     let broken = disk.save(&next, saved.whole(), &mut |_| ControlFlow::Break(())).unwrap_err();
     assert!(matches!(broken, DiskError::Interrupted));
-    assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 1, "what is left beside the base");
+    assert_eq!(fs::read_dir(folder.0.as_path()).unwrap().count(), 1, "what is left beside the base");
     let again = disk.save(&next, saved.whole(), &mut go_on).unwrap();
     drop(disk);
     again.verify(&next, &mut go_on).unwrap();

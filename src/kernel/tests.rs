@@ -173,10 +173,12 @@ fn bzimages_that_cannot_be_unpacked_say_why() {
 }
 
 mod deb {
+    use vmm_sys_util::tempfile::TempFile;
+
     use super::*;
     use crate::deb::tests::{ar_header, scratch};
 
-    fn package(member: &str, pack: impl Fn(Vec<u8>) -> Vec<u8>, file: &str) -> PathBuf {
+    fn package(member: &str, pack: impl Fn(Vec<u8>) -> Vec<u8>, file: &str) -> TempFile {
         let content = elf();
         let files = [("./usr/share/doc/copyright", &content[..]), (file, &content)];
         crate::deb::tests::package(member, member, &files, pack)
@@ -188,10 +190,9 @@ mod deb {
         let outside = [&b"!<arch>\n"[..], &ar_header("//", 0), &ar_header("/4096", 0)].concat();
         let number = [&b"!<arch>\n"[..], &[b'x'; 60]].concat();
         for (name, archive) in [("table", table), ("outside", outside), ("number", number)] {
-            let path = scratch(name, &archive);
-            let error = Kernel::deb(&path).check().unwrap_err();
+            let file = scratch(name, &archive);
+            let error = Kernel::deb(file.as_path()).check().unwrap_err();
             assert!(error.to_string().contains("not a Debian package"), "{name}: {error}");
-            std::fs::remove_file(path).unwrap();
         }
     }
 
@@ -210,19 +211,18 @@ mod deb {
             package("data.tar.xz", xz, kernel),
             package("data.tar.zst", zstd, kernel),
         ];
-        for path in packages {
-            assert_eq!(Kernel::deb(&path).vmlinux().unwrap(), elf(), "{}", path.display());
-            std::fs::remove_file(path).unwrap();
+        for path in packages.iter().map(TempFile::as_path) {
+            assert_eq!(Kernel::deb(path).vmlinux().unwrap(), elf(), "{}", path.display());
         }
     }
 
     #[test]
     fn packages_without_a_kernel_or_cut_short_are_refused() {
         let none = package("data.tar.none", |bytes| bytes, "./boot/vmlinuz-6.1");
-        assert!(Kernel::deb(&none).check().unwrap_err().to_string().contains("compressed as"));
-        std::fs::remove_file(none).unwrap();
+        let error = Kernel::deb(none.as_path()).check().unwrap_err();
+        assert!(error.to_string().contains("compressed as"), "{error}");
 
-        let path = package(
+        let file = package(
             "data.tar.gz",
             |bytes| {
                 let mut encoder = flate2::write::GzEncoder::new(Vec::new(), Default::default());
@@ -231,13 +231,13 @@ mod deb {
             },
             "./boot/config-6.1",
         );
-        let error = Kernel::deb(&path).check().unwrap_err();
+        let path = file.as_path();
+        let error = Kernel::deb(path).check().unwrap_err();
         assert!(error.to_string().contains("holds no boot/vmlinuz-*"), "{error}");
-        let whole = std::fs::read(&path).unwrap();
+        let whole = std::fs::read(path).unwrap();
         for len in 0..whole.len() {
-            std::fs::write(&path, &whole[..len]).unwrap();
-            assert!(Kernel::deb(&path).check().is_err());
+            std::fs::write(path, &whole[..len]).unwrap();
+            assert!(Kernel::deb(path).check().is_err());
         }
-        std::fs::remove_file(path).unwrap();
     }
 }

@@ -111,6 +111,7 @@ mod package {
     use super::*;
     use crate::deb::tests::package;
     use std::io::Write;
+    use vmm_sys_util::tempfile::TempFile;
 
     fn xz(bytes: &[u8]) -> Vec<u8> {
         let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 1);
@@ -118,7 +119,7 @@ mod package {
         encoder.finish().unwrap()
     }
 
-    fn built(name: &str, dir: &str, modules: &[(&str, &[u8])]) -> PathBuf {
+    fn built(name: &str, dir: &str, modules: &[(&str, &[u8])]) -> TempFile {
         let packed: Vec<_> = modules
             .iter()
             .map(|(file, content)| (format!("{dir}/kernel/{file}.xz"), xz(content)))
@@ -135,13 +136,13 @@ mod package {
     fn modules_are_found_in_packages_as_in_directories() {
         let long = format!("./usr/lib/modules/{}", "6.12".repeat(25));
         for (name, dir) in [("old", "./lib/modules/6.1"), ("new", &long)] {
-            let path = built(&format!("package-{name}"), dir, TREE);
-            let mut modules = Modules::in_package(&path);
+            let file = built(&format!("package-{name}"), dir, TREE);
+            let mut modules = Modules::in_package(file.as_path());
             let order = ["d", "b_c", "a", "sum_generic", "soft"];
             let loaded = load(&mut modules, &["a", "soft", "built_in"], &["nothing"]);
             assert_eq!(loaded.unwrap(), order, "{dir}");
             assert!(load(&mut modules, &["nothing"], &[]).unwrap_err().contains("nothing"));
-            fs::remove_file(path).unwrap();
+            drop(file);
             // Kept, and not looked for.
             assert_eq!(
                 load(&mut modules, &["soft"], &["other"]).unwrap(),
@@ -157,38 +158,36 @@ mod package {
             ("net_failover.ko", b"\x7fELF\0depends=failover\0"),
             ("failover.ko", b"\x7fELF\0depends=\0"),
         ];
-        let path = built("package-companions", "./lib/modules/6.1", modules);
-        let mut modules = Modules::in_package(&path);
+        let file = built("package-companions", "./lib/modules/6.1", modules);
+        let mut modules = Modules::in_package(file.as_path());
         let net = ["failover", "net_failover", "virtio_net"];
         assert_eq!(load(&mut modules, &["virtio_net"], &[]).unwrap(), net);
-        fs::remove_file(path).unwrap();
     }
 
     #[test]
     fn a_package_without_modules_has_a_kernel_that_needs_none() {
         let kernel: &[(&str, &[u8])] = &[("./boot/vmlinuz-6.1", b"\x7fELF")];
-        let path = package("package-none", "data.tar", kernel, |tar| tar);
-        assert_eq!(load(&mut Modules::in_package(&path), &["a"], &["b"]).unwrap(), [""; 0]);
-        fs::remove_file(path).unwrap();
+        let file = package("package-none", "data.tar", kernel, |tar| tar);
+        let mut modules = Modules::in_package(file.as_path());
+        assert_eq!(load(&mut modules, &["a"], &["b"]).unwrap(), [""; 0]);
     }
 
     #[test]
     fn packages_cut_short_are_refused() {
-        let path = built("package-cut", "./lib/modules/6.1", TREE);
-        let whole = fs::read(&path).unwrap();
+        let file = built("package-cut", "./lib/modules/6.1", TREE);
+        let path = file.as_path();
+        let whole = fs::read(path).unwrap();
         for len in (0..whole.len() - 64).step_by(7) {
-            fs::write(&path, &whole[..len]).unwrap();
-            load(&mut Modules::in_package(&path), &["a"], &[]).unwrap_err();
+            fs::write(path, &whole[..len]).unwrap();
+            load(&mut Modules::in_package(path), &["a"], &[]).unwrap_err();
         }
-        fs::remove_file(path).unwrap();
     }
 
     #[test]
     fn a_module_that_unpacks_to_something_else_is_named() {
         let modules: &[(&str, &[u8])] = &[("a.ko", b"\x7fELF\0license=GPL\0")];
-        let path = built("package-damaged", "./lib/modules/6.1", modules);
-        let error = load(&mut Modules::in_package(&path), &["a"], &[]).unwrap_err();
+        let file = built("package-damaged", "./lib/modules/6.1", modules);
+        let error = load(&mut Modules::in_package(file.as_path()), &["a"], &[]).unwrap_err();
         assert!(error.contains("a.ko is no kernel module"), "{error}");
-        fs::remove_file(path).unwrap();
     }
 }

@@ -249,13 +249,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::fs;
 
+    use vmm_sys_util::tempdir::TempDir;
+
     use super::*;
     use crate::session::metering::Counts;
 
     #[test]
     fn what_a_session_has_come_to_is_written_later_where_it_cannot_be_now() {
-        let path = std::env::temp_dir().join(format!("dormouse-{}-shared", std::process::id()));
-        let home = Arc::new(Home::open(&path).unwrap());
+        let dir = TempDir::new().unwrap();
+        let home = Arc::new(Home::open(dir.as_path()).unwrap());
         home.make("one").unwrap();
         let event = SessionEvent {
             session: "one".to_owned(),
@@ -293,6 +295,5 @@ mod tests {
         fs::remove_dir(&obstacle).unwrap();
         shared.metering();
         assert_eq!(written(), (SessionState::Suspended, Some([9; 16])));
-        fs::remove_dir_all(path).unwrap();
     }
 }

@@ -278,13 +278,15 @@ fn written(directory: &Path, before: &BTreeSet<(u64, u64)>) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::tempdir::TempDir;
+
     use super::*;
 
     #[test]
     fn a_layer_that_a_template_has_too_was_not_written_for_the_session() {
-        let scratch = std::env::temp_dir().join(format!("dormouse-written-{}", std::process::id()));
-        let (template, asleep) = (scratch.join("template"), scratch.join("asleep"));
-        fs::create_dir_all(&template).unwrap();
+        let dir = TempDir::new().unwrap();
+        let [template, asleep] = ["template", "asleep"].map(|name| dir.as_path().join(name));
+        fs::create_dir(&template).unwrap();
         fs::create_dir(&asleep).unwrap();
         fs::write(template.join("memory-0"), [7; 1 << 16]).unwrap();
         fs::hard_link(template.join("memory-0"), asleep.join("memory-0")).unwrap();
@@ -292,6 +294,5 @@ mod tests {
         fs::write(asleep.join("memory-1"), [7; 8192]).unwrap();
         assert_eq!(written(&asleep, &BTreeSet::new()), 8192);
         assert_eq!(written(&asleep, &files(&asleep).unwrap()), 0);
-        fs::remove_dir_all(scratch).unwrap();
     }
 }

@@ -1,6 +1,8 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream as StdStream};
 
+use vmm_sys_util::tempdir::TempDir;
+
 use super::*;
 use crate::agent::tests::{calls, heard, pair};
 use crate::error::ErrorKind;
@@ -135,9 +137,11 @@ async fn what_answers_nonsense_is_closed_and_an_agent_may_come_after_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_is_what_the_configuration_names_and_nothing_else() {
-    // A port that was free a moment ago.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let config = AgentConfig::new().service("web", 80, HostService::Tcp(free));
+    // The port of one that does not listen: nobody else gets it meanwhile.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let connected = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let refused = HostService::Tcp(connected.local_addr().unwrap());
+    let config = AgentConfig::new().service("web", 80, refused);
     let (host, _link) = host(config);
     let (_greeting, _guest) = greet(&host, hello(VERSION, None), &done());
     for (name, kind) in [("web", FailureKind::Refused), ("127.0.0.1:22", FailureKind::NotAllowed)] {
@@ -151,10 +155,11 @@ async fn a_service_is_what_the_configuration_names_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_reaches_services_when_it_is_another_and_not_before() {
-    let path = std::env::temp_dir().join(format!("dormouse-service-{}", std::process::id()));
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("service");
     let services = UnixListener::bind(&path).unwrap();
     services.set_nonblocking(true).unwrap();
-    let config = AgentConfig::new().service("db", 5432, HostService::Unix(path.clone()));
+    let config = AgentConfig::new().service("db", 5432, HostService::Unix(path));
     let renewal = Renewal { machine_id: [7; 16], hostname: None, interfaces: Vec::new() };
     let failure = Failure { kind: FailureKind::Full, errno: 28, what: "write".into() };
     for (answer, is_another) in [(done(), true), (Frame::message(&Reply::Failed(failure)), false)] {
@@ -183,5 +188,4 @@ async fn a_clone_reaches_services_when_it_is_another_and_not_before() {
         drop(service);
         served.await.unwrap();
     }
-    std::fs::remove_file(path).unwrap();
 }

@@ -237,13 +237,14 @@ fn a_packaged_kernel_brings_its_modules() {
     let files: Vec<_> = files.iter().map(|(path, module)| (path.as_str(), &module[..])).collect();
     let package = crate::deb::tests::package("agent-packaged", "data.tar", &files, |tar| tar);
     let config = machine(AgentConfig::new().binary(folder.0.join("agent")));
-    let made = archive(&Kernel::deb(&package), None, &config).unwrap().unwrap();
+    let kernel = Kernel::deb(package.as_path());
+    let made = archive(&kernel, None, &config).unwrap().unwrap();
     assert_eq!(module_names(&made).len(), ALWAYS.len());
     // Whoever wants what it has not is told where it was looked for.
     let config = machine(config.agent.unwrap().module("nothing"));
-    let error = archive(&Kernel::deb(&package), None, &config).unwrap_err().to_string();
+    let kernel = Kernel::deb(package.as_path());
+    let error = archive(&kernel, None, &config).unwrap_err().to_string();
     assert!(error.contains("no module nothing in") && error.contains("agent-packaged"), "{error}");
-    fs::remove_file(package).unwrap();
 }
 
 #[test]

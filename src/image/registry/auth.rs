@@ -185,6 +185,8 @@ pub(super) fn escaped(value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::tempfile::TempFile;
+
     use super::*;
 
     #[test]
@@ -212,20 +214,20 @@ mod tests {
 
     #[test]
     fn logins_of_docker_are_found_by_host() {
-        let path = std::env::temp_dir().join(format!("dormouse-logins-{}", std::process::id()));
+        let file = TempFile::new().unwrap();
+        let path = file.as_path();
         let login = STANDARD.encode("me:secret");
         let text = format!(
             r#"{{"auths": {{"https://index.docker.io/v1/": {{"auth": "{login}"}}, "r.example:5000": {{"auth": "{login}"}},
                 "bad.example": {{"auth": "%%"}}}}, "credsStore": "desktop"}}"#
         );
-        std::fs::write(&path, text).unwrap();
-        let of = |text: &str| Credentials::of_docker(&Reference::parse(text).unwrap(), Some(&path));
+        std::fs::write(path, text).unwrap();
+        let of = |text: &str| Credentials::of_docker(&Reference::parse(text).unwrap(), Some(path));
         for known in ["busybox", "r.example:5000/app"] {
             assert_eq!(of(known).unwrap(), Credentials::login("me", "secret"), "{known}");
         }
         assert_eq!(of("r.example/app").unwrap(), Credentials::default());
         assert!(of("bad.example/app").is_err());
         assert!(!format!("{:?}", of("busybox").unwrap()).contains(&login));
-        std::fs::remove_file(path).unwrap();
     }
 }

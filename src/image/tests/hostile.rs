@@ -2,6 +2,7 @@
 
 use super::tar::Tar;
 use super::*;
+use crate::random::random;
 
 #[test]
 fn names_that_climb_out_are_refused() {
@@ -19,9 +20,11 @@ fn names_that_climb_out_are_refused() {
 
 #[test]
 fn links_lead_nowhere_but_into_the_root() {
+    // A name that nothing in /tmp has yet.
+    let name = format!("dormouse-{:032x}", u128::from_ne_bytes(random().unwrap()));
     let layer = Tar::new()
         .symlink("out", "../../../../../../tmp")
-        .file("out/dormouse-climbed-out", "in the root")
+        .file(&format!("out/{name}"), "in the root")
         .symlink("etc", "/../../etc")
         .symlink("swap", "a")
         .dir("a")
@@ -29,9 +32,9 @@ fn links_lead_nowhere_but_into_the_root() {
         .symlink("swap", "b")
         .file("swap/2", "2");
     let root = unpack(&[layer.end()]).unwrap();
-    assert_eq!(root.text("tmp/dormouse-climbed-out"), "in the root");
+    assert_eq!(root.text(&format!("tmp/{name}")), "in the root");
     assert_eq!((root.text("a/1"), root.text("b/2")), ("1", "2"));
-    assert!(!std::path::Path::new("/tmp/dormouse-climbed-out").exists());
+    assert!(!std::path::Path::new("/tmp").join(name).exists());
 }
 
 #[test]

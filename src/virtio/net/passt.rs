@@ -128,6 +128,7 @@ mod tests {
     use super::super::backend::Backend;
     use super::super::moved::Room;
     use super::*;
+    use vmm_sys_util::tempdir::TempDir;
 
     #[test]
     fn options_are_those_of_the_manual() {
@@ -147,15 +148,15 @@ mod tests {
         }
     }
 
-    /// A program that does `script` in passt's place.
-    fn stand_in(name: &str, script: &str) -> (PathBuf, UserNetwork) {
+    /// A program that does `script` in passt's place, in a directory that goes with the test.
+    fn stand_in(script: &str) -> (TempDir, UserNetwork) {
         use std::os::unix::fs::PermissionsExt;
-        let name = format!("dormouse-{}-{name}", std::process::id());
-        let path = std::env::temp_dir().join(name);
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("passt");
         std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         let network = UserNetwork::new().program(&path);
-        (path, network)
+        (dir, network)
     }
 
     fn parts(backend: &mut Backend) -> (&mut Stream, u32) {
@@ -173,7 +174,7 @@ mod tests {
     fn the_process_has_the_socket_and_ends_with_the_vm() {
         // A frame of 14 bytes, then nothing for a long time.
         let script = r#"printf '\000\000\000\016abcdefghijklmn' >&"$5"; exec sleep 1000"#;
-        let (path, network) = stand_in("passt-sends", script);
+        let (_dir, network) = stand_in(script);
         let mut backend = Backend::passt(&network, None).unwrap();
         let (_, pid) = parts(&mut backend);
         let begin = std::time::Instant::now();
@@ -183,12 +184,11 @@ mod tests {
         assert!(exists(pid));
         drop(backend);
         assert!(!exists(pid), "it lives, or is a zombie");
-        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
     fn a_process_that_ends_by_itself_takes_the_link_down_and_is_no_zombie() {
-        let (path, network) = stand_in("passt-ends", "exit 1");
+        let (_dir, network) = stand_in("exit 1");
         let mut backend = Backend::passt(&network, None).unwrap();
         let (_, pid) = parts(&mut backend);
         let begin = std::time::Instant::now();
@@ -197,6 +197,5 @@ mod tests {
         }
         assert!(!backend.is_up());
         assert!(!exists(pid), "it is a zombie");
-        std::fs::remove_file(path).unwrap();
     }
 }

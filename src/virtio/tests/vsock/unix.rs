@@ -2,23 +2,28 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use vmm_sys_util::tempdir::TempDir;
 
 use super::*;
 
-fn path(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("dormouse-{}-{name}.sock", std::process::id()))
+/// A path for a socket, in a directory that goes with the test.
+fn place() -> (TempDir, PathBuf) {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("socket");
+    (dir, path)
 }
 
-fn guest(name: &str) -> (RawGuest, PathBuf, DeviceHandle<virtio::Vsock>) {
-    let path = path(name);
-    let (transport, handle, _) = device(&VsockConfig::default().unix_socket(&path));
-    (RawGuest::new(transport), path, handle)
+fn guest(path: &Path) -> (RawGuest, DeviceHandle<virtio::Vsock>) {
+    let (transport, handle, _) = device(&VsockConfig::default().unix_socket(path));
+    (RawGuest::new(transport), handle)
 }
 
 #[test]
 fn another_program_connects_by_the_path_and_reads_ok() {
-    let (mut guest, path, handle) = guest("connect");
+    let (_dir, path) = place();
+    let (mut guest, handle) = guest(&path);
     let mut stream = UnixStream::connect(&path).unwrap();
     // What follows the line at once is the guest's.
     stream.write_all(b"CONN").unwrap();
@@ -45,7 +50,7 @@ fn another_program_connects_by_the_path_and_reads_ok() {
 
 #[test]
 fn the_path_goes_with_the_device_also_after_the_guests_own_end() {
-    let path = path("ended");
+    let (_dir, path) = place();
     let (_transport, handle, _, exit) =
         device_and_latch(&VsockConfig::default().unix_socket(&path));
     exit.report(crate::exit::ExitStatus::PoweredOff);
@@ -57,7 +62,8 @@ fn the_path_goes_with_the_device_also_after_the_guests_own_end() {
 
 #[test]
 fn callers_who_are_refused_or_talk_nonsense_are_closed() {
-    let (mut guest, path, _handle) = guest("nonsense");
+    let (_dir, path) = place();
+    let (mut guest, _handle) = guest(&path);
     let mut stream = UnixStream::connect(&path).unwrap();
     stream.write_all(b"CONNECT 52\n").unwrap();
     let request = guest.expect(REQUEST);
@@ -85,7 +91,8 @@ fn callers_who_are_refused_or_talk_nonsense_are_closed() {
 
 #[test]
 fn a_guest_reaches_who_listens_beside_the_path() {
-    let (mut guest, path, handle) = guest("beside");
+    let (_dir, path) = place();
+    let (mut guest, handle) = guest(&path);
     let beside = PathBuf::from(format!("{}_77", path.display()));
     guest.send(&Packet::of_guest(1, 77, REQUEST));
     guest.expect(RST);
@@ -105,16 +112,14 @@ fn a_guest_reaches_who_listens_beside_the_path() {
         refused += u32::from(guest.receive().op == RST);
     }
     assert!(refused >= 10, "{refused}");
-    std::fs::remove_file(&beside).unwrap();
     assert_eq!(metrics(&handle).refused, u64::from(refused) + 1);
 }
 
 #[test]
 fn a_path_where_something_is_already_is_refused_and_left_alone() {
-    let path = path("taken");
+    let (_dir, path) = place();
     std::fs::write(&path, "mine").unwrap();
     let ended = ExitLatch::default().descriptor().unwrap();
     virtio::Vsock::new(&VsockConfig::default().unix_socket(&path), ended).unwrap_err();
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
-    std::fs::remove_file(&path).unwrap();
 }
