@@ -7,7 +7,7 @@ mod threads;
 mod turns;
 mod unix;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use virtio_drivers::device::socket::VMADDR_CID_HOST;
@@ -50,6 +50,24 @@ fn device_and_latch(
     let (transport, handle) = TestTransport::with_handle(device);
     let vsock = Vsock::new(handle.downgrade(), Arc::clone(&exit), Console::new(0));
     (transport, handle, vsock, exit)
+}
+
+/// For so many connections at once, of two descriptors each, beside those of tests that run meanwhile. The limit is the
+/// process's, and stays.
+fn raise_the_limit_of_open_files(connections: usize) {
+    static RAISED: OnceLock<u64> = OnceLock::new();
+    let limit = RAISED.get_or_init(|| {
+        // SAFETY: the calls read and write the one struct.
+        unsafe {
+            let mut limit = std::mem::zeroed::<libc::rlimit>();
+            libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
+            limit.rlim_cur = 16384.min(limit.rlim_max).max(limit.rlim_cur);
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+            limit.rlim_cur
+        }
+    });
+    let needed = 2 * connections as u64 + 400;
+    assert!(*limit >= needed, "the limit of open files (ulimit -Hn) is {limit}, not {needed}");
 }
 
 fn metrics(handle: &DeviceHandle<virtio::Vsock>) -> VsockMetrics {

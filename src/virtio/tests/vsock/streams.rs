@@ -97,6 +97,7 @@ fn the_host_connects_and_bytes_go_both_ways_unchanged() {
 #[test]
 fn hundreds_of_connections_at_once_each_get_their_own_bytes() {
     const COUNT: usize = 300;
+    raise_the_limit_of_open_files(COUNT);
     let (mut guest, handle, vsock) = guest();
     guest.listen(1234);
     let host = thread::spawn(move || {
@@ -116,23 +117,10 @@ fn hundreds_of_connections_at_once_each_get_their_own_bytes() {
     assert_eq!(metrics(&handle).active, 0);
 }
 
-/// Two descriptors a connection, beside those of tests that run meanwhile.
-fn raise_the_limit_of_open_files() {
-    // SAFETY: the calls read and write the one struct.
-    let limit = unsafe {
-        let mut limit = std::mem::zeroed::<libc::rlimit>();
-        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
-        limit.rlim_cur = 16384.min(limit.rlim_max).max(limit.rlim_cur);
-        libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
-        limit.rlim_cur
-    };
-    assert!(limit > 6000, "the limit of open files (ulimit -Hn) is {limit}");
-}
-
 #[test]
 fn thousands_of_connections_are_open_at_once_and_none_is_forgotten() {
     const COUNT: usize = 2500;
-    raise_the_limit_of_open_files();
+    raise_the_limit_of_open_files(COUNT);
     let (transport, handle, vsock) = device(&VsockConfig::default());
     let mut guest = RawGuest::new(transport);
     let streams = thread::spawn(move || {
