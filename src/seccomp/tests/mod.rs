@@ -44,9 +44,20 @@ fn a_confined_thread_computes_and_writes_but_opens_nothing() {
     assert_eq!(status("Seccomp_filters:"), before, "the caller's thread stays as it was");
 }
 
+/// Sends signal 0, which is none, to a thread: 0 where another one might be sent.
+fn signal(process: i32, thread: i32) -> i64 {
+    // SAFETY: the call has no memory arguments.
+    unsafe { libc::syscall(libc::SYS_tgkill, process, thread, 0) }
+}
+
 #[test]
 fn no_memory_becomes_code_and_no_other_process_gets_a_signal() {
-    confined(Confinement::Vcpu, || {
+    use std::process::{Command, Stdio};
+    // It ends when its input does: with this test.
+    let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+    let other = child.id() as i32;
+    assert_eq!(signal(other, other), 0);
+    confined(Confinement::Vcpu, move || {
         let (read, code) = (libc::PROT_READ, libc::PROT_READ | libc::PROT_EXEC);
         let map = |protection| {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -60,14 +71,13 @@ fn no_memory_becomes_code_and_no_other_process_gets_a_signal() {
         assert_eq!(unsafe { libc::mprotect(page, 4096, code) }, -1);
         // SAFETY: as above, and not used any more.
         assert_eq!(unsafe { libc::munmap(page, 4096) }, 0);
-        // SAFETY: signal 0 is none; the call has no memory arguments.
-        let signal = |process: i32, thread: i32| unsafe {
-            libc::syscall(libc::SYS_tgkill, process, thread, 0)
-        };
         // SAFETY: the calls have no arguments.
         let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
-        assert_eq!((signal(process, thread), signal(1, 1)), (0, -1));
+        assert_eq!(signal(process, thread), 0);
+        assert_eq!(signal(other, other), -1);
+        assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EPERM));
     });
+    child.wait().unwrap();
 }
 
 #[test]
