@@ -50,7 +50,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let ended = clone.wait();
         let tail = ended.console().tail();
         let result = tail.lines().find(|line| line.starts_with("result: "));
-        println!("clone {number}: {}", result.unwrap_or("it said nothing"));
+        let result = result.ok_or_else(|| format!("clone {number} said nothing:\n{tail}"))?;
+        println!("clone {number}: {result}");
     }
     Ok(())
 }

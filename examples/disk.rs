@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 use dormouse::{BlockConfig, Cmdline, Initramfs, Kernel, MicroVm, VmConfig};
+use vmm_sys_util::tempdir::TempDir;
 
 /// The guest notes each of its starts on its disk.
 const INIT: &str = r#"#!/bin/busybox sh
@@ -35,19 +36,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .cmdline(Cmdline::default().push("quiet")?)
         .console(io::stdout());
 
-    let dir = env::temp_dir().join(format!("dormouse-disk-{}", std::process::id()));
-    fs::create_dir_all(&dir)?;
-    let base = dir.join("base.img");
+    // Nobody else's, and removed at the end.
+    let dir = TempDir::new_with_prefix(env::temp_dir().join("dormouse-disk-"))?;
+    let base = dir.as_path().join("base.img");
     fs::File::create(&base)?.set_len(64 << 20)?;
     for (name, delta) in [("alice", "alice.delta"), ("bob", "bob.delta"), ("alice", "alice.delta")]
     {
         println!("--- {name}'s VM, whose writes go to {delta}; it boots in a moment");
-        let disk = BlockConfig::new(&base).delta(dir.join(delta));
+        let delta = dir.as_path().join(delta);
+        let disk = BlockConfig::new(&base).delta(&delta);
         let vm = MicroVm::create(config.clone().block(disk))?.start()?.wait();
-        println!("    {}; the delta takes {} KiB", vm.exit_status(), kib_used(&dir.join(delta))?);
+        println!("    {}; the delta takes {} KiB", vm.exit_status(), kib_used(&delta)?);
     }
     println!("--- the disk itself takes {} KiB: nobody wrote to it", kib_used(&base)?);
-    Ok(fs::remove_dir_all(dir)?)
+    Ok(())
 }
 
 fn kib_used(path: &Path) -> io::Result<u64> {

@@ -17,8 +17,8 @@ poweroff -f
 ";
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let port = listener.local_addr().expect("an address").port();
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
     std::thread::spawn(move || {
         for mut guest in listener.incoming().flatten() {
             let _ = guest.read(&mut [0; 1024]);

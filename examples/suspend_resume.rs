@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use std::{env, fs, io, thread};
+use std::{env, io, thread};
 
 use dormouse::{Cmdline, Initramfs, Kernel, MicroVm, RestoreOptions, Suspended, VmConfig};
+use vmm_sys_util::tempdir::TempDir;
 
 const INIT: &str = r#"#!/bin/busybox sh
 n=0
@@ -19,11 +20,12 @@ fn main() -> Result {
     if let Some(directory) = env::args_os().nth(1) {
         return go_on(Path::new(&directory));
     }
-    let directory = env::temp_dir().join(format!("dormouse-asleep-{}", std::process::id()));
+    // Nobody else's, and removed at the end.
+    let scratch = TempDir::new_with_prefix(env::temp_dir().join("dormouse-"))?;
+    let directory = scratch.as_path().join("asleep");
     fall_asleep(&directory)?;
     // This very program again, which knows of the guest what the directory says.
     let status = Command::new(env::current_exe()?).arg(&directory).status()?;
-    fs::remove_dir_all(directory)?;
     if status.success() { Ok(()) } else { Err("the second process failed".into()) }
 }
 
