@@ -152,13 +152,13 @@ struct SmallDisk(process::Child);
 impl SmallDisk {
     fn at(place: &Path) -> Option<Self> {
         let mount = format!(
-            "mount -t tmpfs -o size=8192 none {0} && echo ok > {0}/a && echo made && exec sleep 1000",
+            "mount -t tmpfs -o size=8192 none {0} && echo ok > {0}/a && echo up && exec sleep 1000",
             place.display()
         );
         let mut unshare = process::Command::new("unshare");
         unshare.args(["-m", "sh", "-c", &mount]).stdout(process::Stdio::piped());
         let mut disk = Self(unshare.spawn().ok()?);
-        let mut said = [0; 5];
+        let mut said = [0; 3];
         disk.0.stdout.take()?.read_exact(&mut said).is_ok().then_some(disk)
     }
 }
