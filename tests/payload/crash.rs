@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use dormouse::{BlockConfig, ErrorKind, Snapshot};
 
-use crate::snapshot::{Guest, MOUNT, Scratch};
+use crate::scratch::{MOUNT, Scratch};
+use crate::snapshot::Guest;
 
 const DIRECTORY: &str = "DORMOUSE_TEST_CRASH";
 

@@ -5,7 +5,7 @@ use std::fs;
 use dormouse::{BlockConfig, MicroVm};
 
 use crate::guest::Program;
-use crate::snapshot::Scratch;
+use crate::scratch::Scratch;
 use crate::virtio_guest::{Driver, Order, REGISTERS, Work};
 use crate::{config, output};
 

@@ -17,9 +17,9 @@ use dormouse::{
 };
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
-use crate::{config, output};
+use crate::output;
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 
 const FILES: [&str; 4] = ["state", "memory-0", "disk-0", "disk-1"];
 const DISK_BYTES: usize = 128 << 10;
@@ -37,18 +37,15 @@ fn disk(scratch: &Scratch, number: u8) -> PathBuf {
 
 /// A guest with every kind of device, that is in the midst of its work.
 fn guest(scratch: &Scratch) -> MicroVm<Paused> {
-    let (writer, output) = output();
-    let config = config(&Program::Memory)
-        .block(BlockConfig::new(disk(scratch, 1)))
-        .block(BlockConfig::new(disk(scratch, 2)).delta(scratch.join("delta")))
-        .network(NetConfig::pair().unwrap().0)
-        .entropy(true)
-        .balloon(BalloonConfig::default().deflate_on_oom(true))
-        .vsock(VsockConfig::default())
-        .console(writer);
-    let vm = MicroVm::create(config).unwrap().start().unwrap();
-    assert_eq!([output.next(), output.next()], *b"B>");
-    let guest = Guest { vm, output };
+    let guest = Guest::boot_with(|config| {
+        config
+            .block(BlockConfig::new(disk(scratch, 1)))
+            .block(BlockConfig::new(disk(scratch, 2)).delta(scratch.join("delta")))
+            .network(NetConfig::pair().unwrap().0)
+            .entropy(true)
+            .balloon(BalloonConfig::default().deflate_on_oom(true))
+            .vsock(VsockConfig::default())
+    });
     guest.write(40, 3);
     guest.pause().0
 }

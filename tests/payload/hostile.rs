@@ -12,25 +12,15 @@ use dormouse::{
     UserNetwork, VmConfig, VsockConfig,
 };
 
-use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
-use crate::{Output, PATIENCE, config, output};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
+use crate::{Output, PATIENCE};
 
 /// A guest in its tenth page of these values, with what a test adds to its configuration.
 fn guest(value: u8, with: impl FnOnce(VmConfig) -> VmConfig) -> (MicroVm<Paused>, Output) {
-    let (writer, output) = output();
-    let config = with(config(&Program::Memory).console(writer));
-    let vm = MicroVm::create(config).unwrap().start().unwrap();
-    assert_eq!([output.next(), output.next()], *b"B>");
-    let guest = Guest { vm, output };
+    let guest = Guest::boot_with(with);
     guest.write(10, value);
     guest.pause()
-}
-
-fn disk(scratch: &Scratch, name: &str) -> std::path::PathBuf {
-    let path = scratch.join(name);
-    fs::write(&path, vec![1; 64 << 10]).unwrap();
-    path
 }
 
 fn refusal<T>(result: Result<T, dormouse::Error>) -> String {
@@ -43,7 +33,7 @@ fn refusal<T>(result: Result<T, dormouse::Error>) -> String {
 fn links_in_a_snapshot_lead_nowhere() {
     let scratch = Scratch::new();
     let base = scratch.join("base");
-    let image = disk(&scratch, "image");
+    let image = scratch.disk("image");
     drop(guest(1, |config| config.block(BlockConfig::new(&image))).0.snapshot(&base).unwrap());
     drop(Snapshot::open(&base).unwrap().restore().unwrap());
     for name in ["state", "memory-0", "disk-0"] {
@@ -130,7 +120,7 @@ fn a_suspended_vm_wakes_from_its_own_files_only_and_removes_no_others() {
 #[test]
 fn a_snapshot_that_was_replaced_is_itself_or_is_refused() {
     let scratch = Scratch::new();
-    let (place, image) = (scratch.join("place"), disk(&scratch, "image"));
+    let (place, image) = (scratch.join("place"), scratch.disk("image"));
     let (vm, _output) = guest(1, |config| config);
     let old = vm.snapshot(&place).unwrap();
     let (vm, _output) = guest(2, |config| config.block(BlockConfig::new(&image)));
@@ -167,7 +157,7 @@ fn a_snapshot_is_opened_whole_while_others_take_its_place() {
 #[test]
 fn a_disk_that_changed_while_its_guest_slept_is_refused() {
     let scratch = Scratch::new();
-    let (image, delta) = (disk(&scratch, "image"), scratch.join("delta"));
+    let (image, delta) = (scratch.disk("image"), scratch.join("delta"));
     let block = BlockConfig::new(&image).delta(&delta);
     let (vm, _output) = guest(1, |config| config.block(block));
     let asleep = vm.suspend(scratch.join("asleep")).unwrap();

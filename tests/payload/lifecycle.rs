@@ -204,7 +204,7 @@ fn vms_of_any_state_live_in_one_collection() {
 
 #[test]
 fn a_guest_that_has_ended_does_not_run_on_where_it_cannot_be_suspended() {
-    let scratch = crate::snapshot::Scratch::new();
+    let scratch = crate::scratch::Scratch::new();
     // It spins after its last word, which says that it is off.
     let (vm, _output) = create(&Program::Script(vec![(0x600, 0x34)]));
     let vm = vm.start().unwrap();

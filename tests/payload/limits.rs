@@ -145,13 +145,13 @@ fn a_drop_does_not_wait_for_a_console_writer_that_blocks() {
 
 #[test]
 fn the_process_keeps_its_signal_handlers_and_its_mask() {
-    let before = signals();
+    let before = resources::signals();
     let (vm, output) = create(&Program::Heartbeat);
     let vm = vm.start().unwrap();
     output.next();
     let ended = vm.pause().unwrap().resume().unwrap().terminate();
     assert_eq!(ended.exit_status(), &ExitStatus::Terminated);
-    assert_eq!(signals(), before);
+    assert_eq!(resources::signals(), before);
 }
 
 #[test]
@@ -241,12 +241,4 @@ fn a_guest_that_has_ended_is_never_reported_as_a_timeout() {
             }
         }
     }
-}
-
-/// Blocked, ignored and caught signals of this thread and process.
-fn signals() -> Vec<String> {
-    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
-    let fields = ["SigBlk", "SigIgn", "SigCgt"];
-    let lines = status.lines().filter(|line| fields.iter().any(|field| line.starts_with(field)));
-    lines.map(str::to_owned).collect()
 }

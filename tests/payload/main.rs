@@ -19,6 +19,7 @@ mod process;
 mod rate_limits;
 mod resources;
 mod saving;
+mod scratch;
 mod seccomp;
 #[cfg(feature = "session")]
 mod session;

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use dormouse::{MicroVm, Paused, RestoreOptions, Snapshot};
 
 use crate::resources::{self, Resources, alone};
-use crate::snapshot::{Guest, Scratch};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 
 /// KiB of a snapshot's memory that this process has present: all, and of its own.
 fn present(snapshot: &Snapshot) -> (u64, u64) {

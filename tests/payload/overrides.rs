@@ -7,7 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use dormouse::{BlockConfig, MicroVm, NetConfig, Paused, RestoreOptions, VmConfig, VsockConfig};
 
 use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 use crate::virtio_guest::{Driver, Order, Work};
 use crate::{config, output, vsock_guest};
 

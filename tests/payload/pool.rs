@@ -7,7 +7,8 @@ use std::time::Duration;
 use dormouse::{ErrorKind, Pool, PoolOptions, RestoreOptions};
 
 use crate::resources::{self, alone};
-use crate::snapshot::{Guest, Scratch};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 use crate::{PATIENCE, output};
 
 #[test]

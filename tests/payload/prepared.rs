@@ -2,17 +2,13 @@
 
 use dormouse::{ErrorKind, MicroVm, Phase, RestoreOptions, Running, Snapshot};
 
-use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
-use crate::{config, output};
+use crate::output;
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 
 /// A guest that answers, of a VM with so much memory and so many vCPUs.
 fn guest(memory_mib: u32, vcpus: u8) -> Guest {
-    let (writer, output) = output();
-    let config = config(&Program::Memory).memory_mib(memory_mib).vcpus(vcpus).console(writer);
-    let vm = MicroVm::create(config).unwrap().start().unwrap();
-    assert_eq!([output.next(), output.next()], *b"B>");
-    Guest { vm, output }
+    Guest::boot_with(|config| config.memory_mib(memory_mib).vcpus(vcpus))
 }
 
 fn populated(vm: &MicroVm<Running>) -> bool {

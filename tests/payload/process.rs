@@ -9,37 +9,22 @@ use std::process::{Command, Stdio};
 
 use dormouse::{BlockConfig, MicroVm, Snapshot, Suspended, VsockConfig};
 
-use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
+use crate::resources::{self, signals};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 use crate::tracer::{Call, Trace, trace};
-use crate::{config, output, resources};
 
 /// Set for the process that is traced: where its files may be.
 const TRACED: &str = "DORMOUSE_TEST_TRACED";
 const BEGIN: &str = "/nowhere/the-first-vm-is-next";
 const END: &str = "/nowhere/the-last-vm-is-gone";
 
-/// What the kernel says of signals: those with a handler, those ignored, those blocked.
-fn signals() -> Vec<String> {
-    let status = fs::read_to_string("/proc/thread-self/status").unwrap();
-    let masks = ["SigBlk:", "SigIgn:", "SigCgt:"];
-    let is_mask = |line: &&str| masks.iter().any(|mask| line.starts_with(mask));
-    status.lines().filter(is_mask).map(str::to_owned).collect()
-}
-
 /// A VM's whole life: booted, paused, saved, cloned, asleep in memory and in files, awake, over.
 fn story(directory: &Path) {
-    let disk = directory.join("disk");
-    let (writer, output) = output();
-    let config = config(&Program::Memory)
-        .vcpus(2)
-        .entropy(true)
-        .block(BlockConfig::new(&disk))
-        .vsock(VsockConfig::default())
-        .console(writer);
-    let vm = MicroVm::create(config).unwrap().start().unwrap();
-    assert_eq!([output.next(), output.next()], *b"B>");
-    let guest = Guest { vm, output };
+    let disk = BlockConfig::new(directory.join("disk"));
+    let guest = Guest::boot_with(|config| {
+        config.vcpus(2).entropy(true).block(disk).vsock(VsockConfig::default())
+    });
     guest.write(10, 1);
     let (mut vm, output) = guest.pause();
     let snapshot = vm.snapshot(directory.join("snapshot")).unwrap();

@@ -9,7 +9,7 @@ use dormouse::{
 };
 
 use crate::guest::Program;
-use crate::snapshot::Scratch;
+use crate::scratch::Scratch;
 use crate::virtio_guest::{Driver, Order, Work};
 use crate::{Output, config, output};
 

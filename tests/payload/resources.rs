@@ -58,6 +58,14 @@ pub fn assert_back_to(before: &Resources) {
     }
 }
 
+/// What the kernel says of signals to this thread and process: those blocked, ignored, caught.
+pub fn signals() -> Vec<String> {
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap();
+    let masks = ["SigBlk:", "SigIgn:", "SigCgt:"];
+    let is_mask = |line: &&str| masks.iter().any(|mask| line.starts_with(mask));
+    status.lines().filter(is_mask).map(str::to_owned).collect()
+}
+
 /// Whether this process runs the named test alone. The first time it does not: then the test is
 /// run again in a process of its own, and its end is checked here.
 pub fn alone(test: &str) -> bool {

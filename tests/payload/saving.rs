@@ -10,24 +10,19 @@ use std::sync::{Arc, Mutex};
 
 use dormouse::{BlockConfig, ErrorKind, MicroVm, Paused, SaveStage, Snapshot, SnapshotOptions};
 
-use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 use crate::tracer::{Call, trace};
-use crate::{Output, config, output, resources};
+use crate::{Output, resources};
 
 /// A guest in its tenth page of threes, with a disk of its own and one under a delta.
 fn guest(directory: &Path) -> (MicroVm<Paused>, Output) {
     for name in ["own", "base"] {
         fs::write(directory.join(name), vec![1; 3 << 20]).unwrap();
     }
-    let (writer, output) = output();
-    let config = config(&Program::Memory)
-        .block(BlockConfig::new(directory.join("own")))
-        .block(BlockConfig::new(directory.join("base")).delta(directory.join("delta")))
-        .console(writer);
-    let vm = MicroVm::create(config).unwrap().start().unwrap();
-    assert_eq!([output.next(), output.next()], *b"B>");
-    let guest = Guest { vm, output };
+    let own = BlockConfig::new(directory.join("own"));
+    let base = BlockConfig::new(directory.join("base")).delta(directory.join("delta"));
+    let guest = Guest::boot_with(|config| config.block(own).block(base));
     guest.write(10, 3);
     guest.pause()
 }

@@ -17,7 +17,7 @@ use dormouse::{
 };
 
 use crate::guest::Program;
-use crate::snapshot::Scratch;
+use crate::scratch::Scratch;
 use crate::{PATIENCE, config, output};
 
 /// A time that is over at once for a test, and not for a guest.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use dormouse::{
@@ -11,26 +11,17 @@ use dormouse::{
 };
 
 use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 use crate::{Output, config, output};
 
 const DIRECTORY: &str = "DORMOUSE_TEST_SLEEPER";
 
 /// A guest in its tenth page of ones, with what a test adds to its configuration.
 fn guest(with: impl FnOnce(VmConfig) -> VmConfig) -> (MicroVm<Paused>, Output) {
-    let (writer, output) = output();
-    let config = with(config(&Program::Memory).console(writer));
-    let vm = MicroVm::create(config).unwrap().start().unwrap();
-    assert_eq!([output.next(), output.next()], *b"B>");
-    let guest = Guest { vm, output };
+    let guest = Guest::boot_with(with);
     guest.write(10, 1);
     guest.pause()
-}
-
-fn disk(scratch: &Scratch, name: &str) -> PathBuf {
-    let path = scratch.join(name);
-    fs::write(&path, vec![1; 64 << 10]).unwrap();
-    path
 }
 
 fn open(directory: &Path) -> Result<MicroVm<Suspended>, Error> {
@@ -84,7 +75,7 @@ fn a_vm_that_sleeps_is_found_and_woken_by_others_but_by_one_at_a_time() {
         return other_process(Path::new(&directory));
     }
     let scratch = Scratch::new();
-    let (place, image) = (scratch.join("asleep"), disk(&scratch, "image"));
+    let (place, image) = (scratch.join("asleep"), scratch.disk("image"));
     let (vm, _output) = guest(|config| config.block(BlockConfig::new(&image)));
     let before = vm.suspend(&place).unwrap();
 
@@ -114,7 +105,7 @@ fn a_vm_that_sleeps_is_found_and_woken_by_others_but_by_one_at_a_time() {
 #[test]
 fn files_wake_a_vm_again_when_it_is_over_until_a_disk_has_changed() {
     let scratch = Scratch::new();
-    let (place, image) = (scratch.join("asleep"), disk(&scratch, "image"));
+    let (place, image) = (scratch.join("asleep"), scratch.disk("image"));
     let (vm, output) = guest(|config| config.block(BlockConfig::new(&image)));
     let asleep = vm.suspend(&place).unwrap();
     let one = Guest { vm: asleep.resume().unwrap(), output };
@@ -164,7 +155,7 @@ fn a_snapshot_and_a_copy_of_one_that_sleeps_are_nobody() {
 #[test]
 fn one_that_wakes_is_given_what_no_file_keeps_and_chooses_nothing_unasked() {
     let scratch = Scratch::new();
-    let (place, image) = (scratch.join("asleep"), disk(&scratch, "image"));
+    let (place, image) = (scratch.join("asleep"), scratch.disk("image"));
     let (one, _other) = NetConfig::pair().unwrap();
     let (vm, _output) = guest(|config| config.block(BlockConfig::new(&image)).network(one));
     drop(vm.suspend(&place).unwrap());

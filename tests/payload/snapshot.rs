@@ -1,11 +1,9 @@
 //! Snapshots, suspended VMs and clones of a guest that does what it is told with its memory.
 
 use std::fs;
-use std::io;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -16,55 +14,8 @@ use dormouse::{
 
 use crate::guest::Program;
 use crate::resources::{self, alone};
+use crate::scratch::Scratch;
 use crate::{Output, PATIENCE, config, output};
-
-/// Where in its directory a test mounts a file system, if it does.
-pub const MOUNT: &str = "small";
-
-/// A directory that goes with the test.
-pub struct Scratch(pub PathBuf);
-
-impl Scratch {
-    pub fn new() -> Self {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir();
-        let path = path.join(format!("dormouse-snapshot-{}-{count}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    pub fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-
-    pub fn names(&self) -> Vec<String> {
-        let entries = fs::read_dir(&self.0).unwrap();
-        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let mut names: Vec<_> = names.collect();
-        names.sort();
-        names
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        for _ in 0..100 {
-            match fs::remove_dir_all(&self.0) {
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    let mount = self.join(MOUNT);
-                    let _ = Command::new("umount").arg("--lazy").arg(mount).status();
-                }
-                // The tasks of sessions that nobody has any more may be writing.
-                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                    sleep(Duration::from_millis(10));
-                }
-                _ => return,
-            }
-        }
-    }
-}
 
 /// A guest that runs, and what it says.
 pub struct Guest {

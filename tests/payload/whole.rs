@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use dormouse::{BlockConfig, MicroVm, Paused, RestoreOptions, Snapshot, Suspended};
 
 use crate::guest::Program;
-use crate::snapshot::{Guest, Scratch};
+use crate::scratch::Scratch;
+use crate::snapshot::Guest;
 use crate::virtio_guest::{Driver, Order, Work};
 use crate::{Output, config, output};
 

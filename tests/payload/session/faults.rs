@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use super::*;
-use crate::snapshot::MOUNT;
+use crate::scratch::MOUNT;
 
 #[test]
 fn a_guest_that_ends_by_itself_ends_its_session_and_says_how() {
