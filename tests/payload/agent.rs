@@ -15,6 +15,7 @@ use dormouse::{
 };
 
 use crate::guest::Program;
+use crate::scratch::Scratch;
 use crate::{PATIENCE, config, resources};
 
 /// The port of the host at which agents call.
@@ -107,16 +108,14 @@ fn a_snapshot_of_somebody_else_does_not_connect_its_guest_to_the_host() {
     let agent = agent.service("ssh", 22, HostService::Tcp(([127, 0, 0, 1], 22).into()));
     let vm = MicroVm::create(config(&Program::Heartbeat).agent(agent)).unwrap();
     let vm = vm.start().unwrap().pause().unwrap();
-    let directory = std::env::temp_dir().join(format!("dormouse-{}-services", std::process::id()));
-    let snapshot = vm.snapshot(&directory).unwrap();
+    let scratch = Scratch::new();
+    let snapshot = vm.snapshot(scratch.join("services")).unwrap();
     let error = snapshot.restore().unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Snapshot);
     assert!(error.how_to_fix().unwrap().contains("RestoreOptions::service"), "{error}");
     drop(snapshot.restore_with(&RestoreOptions::new().outside_paths(true)).unwrap());
     let own = RestoreOptions::new().service("ssh", HostService::Unix("/run/ssh".into()));
     drop(snapshot.restore_with(&own).unwrap());
-    drop((vm, snapshot));
-    fs::remove_dir_all(directory).unwrap();
 }
 
 #[test]

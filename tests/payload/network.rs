@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use dormouse::{DeviceMetrics, ErrorKind, MicroVm, NetConfig, UserNetwork};
 
 use crate::guest::Program;
+use crate::scratch::Scratch;
 use crate::{config, resources};
 
 /// The child processes of this one, zombies too.
@@ -20,7 +21,8 @@ fn interfaces_of_every_kind_leave_nothing_behind() {
     if !resources::alone("interfaces_of_every_kind_leave_nothing_behind") {
         return;
     }
-    let passt = std::env::temp_dir().join(format!("dormouse-{}-stand-in", std::process::id()));
+    let scratch = Scratch::new();
+    let passt = scratch.join("stand-in");
     fs::write(&passt, "#!/bin/sh\nexec sleep 1000\n").unwrap();
     fs::set_permissions(&passt, fs::Permissions::from_mode(0o755)).unwrap();
     let round = || {
@@ -51,7 +53,6 @@ fn interfaces_of_every_kind_leave_nothing_behind() {
         wait();
     }
     resources::assert_back_to(&before);
-    fs::remove_file(passt).unwrap();
 }
 
 #[test]

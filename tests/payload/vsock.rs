@@ -6,6 +6,7 @@ use std::time::Duration;
 use dormouse::{ErrorKind, ExitStatus, MicroVm, Vsock, VsockConfig};
 
 use crate::guest::Program;
+use crate::scratch::Scratch;
 use crate::{PATIENCE, config, resources};
 
 fn waiters(vsock: &Vsock) -> [thread::JoinHandle<dormouse::Error>; 2] {
@@ -49,14 +50,14 @@ fn without_a_vsock_device_the_error_says_how_to_have_one() {
 
 #[test]
 fn a_unix_socket_that_cannot_be_made_is_named_with_what_to_do() {
-    let path = std::env::temp_dir().join(format!("dormouse-{}-taken", std::process::id()));
+    let scratch = Scratch::new();
+    let path = scratch.join("taken");
     std::fs::write(&path, "").unwrap();
     let config = config(&Program::Halt).vsock(VsockConfig::default().unix_socket(&path));
     let error = MicroVm::create(config).unwrap_err();
     assert_eq!(error.kind(), &ErrorKind::Config);
     let text = error.to_string();
     assert!(text.contains(path.to_str().unwrap()) && text.contains("remove"), "{text}");
-    std::fs::remove_file(&path).unwrap();
 }
 
 #[test]
@@ -64,7 +65,8 @@ fn vms_with_vsock_leave_nothing_behind() {
     if !resources::alone("vms_with_vsock_leave_nothing_behind") {
         return;
     }
-    let path = std::env::temp_dir().join(format!("dormouse-{}-vsock", std::process::id()));
+    let scratch = Scratch::new();
+    let path = scratch.join("vsock");
     let round = || {
         let vsock = VsockConfig::default().unix_socket(&path);
         let vm = MicroVm::create(config(&Program::Heartbeat).vsock(vsock)).unwrap();
