@@ -1,12 +1,8 @@
 //! VMs that are configured with an agent, as far as they can be without one that runs.
 
 use std::fs;
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -14,6 +10,7 @@ use dormouse::{
     AgentConfig, ErrorKind, ExitStatus, HostService, MicroVm, RestoreOptions, VmConfig, VsockConfig,
 };
 
+use crate::blocking::blocking;
 use crate::guest::Program;
 use crate::scratch::Scratch;
 use crate::{PATIENCE, config, resources};
@@ -142,42 +139,18 @@ fn vms_with_agents_leave_nothing_behind() {
 
 #[test]
 fn the_end_of_a_shutdown_holds_up_no_thread_of_its_runtime() {
-    /// Says that it has begun, and waits until it is let go, which it notes.
-    struct Waits {
-        begun: Sender<()>,
-        go: Arc<Mutex<Receiver<()>>>,
-        was_let_go: Arc<AtomicBool>,
-    }
-    impl Write for Waits {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let _ = self.begun.send(());
-            let told = self.go.lock().unwrap().recv_timeout(PATIENCE);
-            if told.is_ok() {
-                self.was_let_go.store(true, Ordering::Release);
-            }
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let (begun, has_begun) = channel();
-    let (let_go, go) = channel();
-    let was_let_go = Arc::new(AtomicBool::new(false));
-    let writer = Waits { begun, go: Arc::new(Mutex::new(go)), was_let_go: Arc::clone(&was_let_go) };
+    let (writer, mut gate) = blocking();
     let vm = MicroVm::create(config(&Program::Heartbeat).console(writer)).unwrap().start().unwrap();
-    has_begun.recv_timeout(PATIENCE).unwrap();
+    gate.until_begun();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     // The end waits for the console's writer, and that for another task of the only thread.
     let ended = runtime.block_on(async {
         let other = async {
             tokio::time::sleep(Duration::from_millis(50)).await;
-            for _ in 0..1000 {
-                let _ = let_go.send(());
-            }
+            gate.open();
         };
         tokio::join!(vm.shutdown(Duration::ZERO), other).0
     });
     assert_eq!(ended.exit_status(), &ExitStatus::Terminated);
-    assert!(was_let_go.load(Ordering::Acquire));
+    assert_eq!(gate.was_let_go(), Some(true));
 }

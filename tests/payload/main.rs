@@ -3,6 +3,7 @@
 #[cfg(feature = "agent")]
 mod agent;
 mod bad_input;
+mod blocking;
 mod crash;
 mod doorbells;
 mod golden;
