@@ -99,10 +99,8 @@ fn check(call: &Call, directory: &Path) {
         libc::SYS_ioctl => {
             assert!(!is_of_terminals(call.args[1]), "a call of terminals: {call:?}");
         }
-        libc::SYS_fork | libc::SYS_vfork | libc::SYS_execve | libc::SYS_execveat => {
-            panic!("another process: {call:?}");
-        }
-        _ => {}
+        libc::SYS_execve | libc::SYS_execveat => panic!("another program: {call:?}"),
+        _ => assert!(!call.is_fork(), "another process: {call:?}"),
     }
     if let Some(path) = &call.path {
         let is_own = path.starts_with(directory);

@@ -21,9 +21,20 @@ pub struct Call {
     pub number: i64,
     pub args: [u64; 6],
     pub path: Option<PathBuf>,
+    /// What a clone shares with whoever makes it: none where it is not known, as of any other call.
+    clone_flags: u64,
 }
 
 impl Call {
+    /// Whether it makes a process, and not a thread of its own. The C library's fork is a clone.
+    pub fn is_fork(&self) -> bool {
+        match self.number {
+            libc::SYS_fork | libc::SYS_vfork => true,
+            libc::SYS_clone | libc::SYS_clone3 => self.clone_flags & libc::CLONE_THREAD as u64 == 0,
+            _ => false,
+        }
+    }
+
     /// Whether it opens a file to read it, and for nothing else.
     pub fn is_read_only(&self) -> bool {
         let flags = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
@@ -125,7 +136,13 @@ fn entered(thread: pid_t) -> Option<Call> {
         };
         fs::read_link(link).unwrap_or_default().join(name)
     });
-    Some(Call { number, args: entry.args, path })
+    let clone_flags = match number {
+        libc::SYS_clone => entry.args[0],
+        // The first field of what it points to.
+        libc::SYS_clone3 => word(thread, entry.args[0]).unwrap_or_default(),
+        _ => 0,
+    };
+    Some(Call { number, args: entry.args, path, clone_flags })
 }
 
 /// Which arguments of a call that opens, makes, moves or removes files are a directory and a path in it.
@@ -152,10 +169,22 @@ fn path_args(number: i64) -> Option<(Option<usize>, usize)> {
     }
 }
 
+/// What a thread sees as its memory.
+fn memory(thread: pid_t) -> io::Result<File> {
+    File::open(Path::new("/proc").join(thread.to_string()).join("mem"))
+}
+
+/// The eight bytes at an address of a thread.
+fn word(thread: pid_t, address: u64) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    memory(thread)?.read_exact_at(&mut bytes, address)?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
 /// The bytes at an address of a thread up to the next NUL.
 fn text(thread: pid_t, address: u64) -> io::Result<PathBuf> {
     use std::os::unix::ffi::OsStringExt;
-    let memory = File::open(Path::new("/proc").join(thread.to_string()).join("mem"))?;
+    let memory = memory(thread)?;
     let (mut bytes, mut byte) = (Vec::new(), [0]);
     loop {
         memory.read_exact_at(&mut byte, address + bytes.len() as u64)?;
