@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use dormouse::{MicroVm, Paused, RestoreOptions, Snapshot};
 
-use crate::resources::{self, Resources, alone};
+use crate::resources::{self, MEMORY, Resources, alone, mapped};
 use crate::scratch::Scratch;
 use crate::snapshot::Guest;
 
@@ -57,13 +57,16 @@ fn a_vm_that_sleeps_in_memory_is_a_sealed_file_and_nothing_else() {
     let before = resources::settled();
     let guest = Guest::boot();
     guest.write(30, 5);
+    assert_ne!(mapped(MEMORY), [""; 0]);
     let (vm, output) = guest.pause();
     let asleep = vm.suspend_in_memory().unwrap();
     let file = Resources { descriptors: before.descriptors + 1, ..before.clone() };
     resources::assert_back_to(&file);
+    // The memory went with the last of the threads.
+    assert_eq!(mapped(MEMORY), [""; 0]);
     let is_memory = |path: &PathBuf| {
         let target = fs::read_link(path).unwrap_or_default();
-        target.to_string_lossy().starts_with("/memfd:dormouse-memory")
+        target.to_string_lossy().starts_with(MEMORY)
     };
     let entries = fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
     let memory: Vec<_> = entries.filter(is_memory).collect();

@@ -58,6 +58,15 @@ pub fn assert_back_to(before: &Resources) {
     }
 }
 
+/// The memory of VMs, by the name that it has in `/proc`.
+pub const MEMORY: &str = "/memfd:dormouse-memory";
+
+/// The mappings of this process of files with this in their names.
+pub fn mapped(name: &str) -> Vec<String> {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains(name)).map(str::to_owned).collect()
+}
+
 /// What the kernel says of signals to this thread and process: those blocked, ignored, caught.
 pub fn signals() -> Vec<String> {
     let status = fs::read_to_string("/proc/thread-self/status").unwrap();

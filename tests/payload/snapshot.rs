@@ -13,7 +13,7 @@ use dormouse::{
 };
 
 use crate::guest::Program;
-use crate::resources::{self, alone};
+use crate::resources::{self, MEMORY, alone, mapped};
 use crate::scratch::Scratch;
 use crate::{Output, PATIENCE, config, output};
 
@@ -178,11 +178,17 @@ fn a_suspended_vm_is_files_only_and_wakes_as_it_was() {
     let before = resources::settled();
     let guest = Guest::boot();
     guest.write(30, 5);
+    assert_ne!(mapped(MEMORY), [""; 0]);
     let suspended = guest.vm.suspend(scratch.join("asleep")).unwrap();
     resources::assert_back_to(&before);
+    // Neither the memory of before, which went with the last of the threads, nor that in the files.
+    let files = fs::canonicalize(scratch.join("asleep")).unwrap();
+    let files = files.to_str().unwrap();
+    assert_eq!([mapped(MEMORY), mapped(files)].concat(), [""; 0]);
     let vm = suspended.resume().unwrap();
     let guest = Guest { vm, output: guest.output };
     assert_eq!(guest.sum(30), 150);
+    assert_ne!(mapped(files), [""; 0]);
     guest.off();
     resources::assert_back_to(&before);
     assert_eq!(scratch.names(), ["asleep"]);
