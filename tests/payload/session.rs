@@ -229,6 +229,8 @@ fn a_vm_of_any_state_becomes_a_session_but_one_that_is_over() {
 
 #[test]
 fn a_hundred_that_want_it_at_once_make_one_resume() {
+    use SessionReason::{Requested, Traffic};
+    use SessionState::{Running, Suspended, Suspending};
     block_on(async {
         let house = House::new().await;
         let session = house.halted(SessionPolicy::new()).await;
@@ -238,7 +240,7 @@ fn a_hundred_that_want_it_at_once_make_one_resume() {
             let session = session.clone();
             async move { session.suspend().await }
         });
-        until(&session, SessionState::Suspending).await;
+        assert_eq!(told(&mut events, 1).await, [(Suspending, Requested)]);
         let wakes: Vec<_> = (0..100)
             .map(|_| {
                 let session = session.clone();
@@ -247,11 +249,10 @@ fn a_hundred_that_want_it_at_once_make_one_resume() {
             .collect();
         for wake in wakes {
             drop(wake.await.unwrap().unwrap());
-            assert_eq!(session.state(), SessionState::Running);
+            assert_eq!(session.state(), Running);
         }
         suspending.await.unwrap().unwrap();
-        let seen = told(&mut events, 3).await;
-        assert_eq!(seen[2], (SessionState::Running, SessionReason::Traffic));
+        assert_eq!(told(&mut events, 2).await, [(Suspended, Requested), (Running, Traffic)]);
         let others = (0..100).map(|_| {
             let session = session.clone();
             tokio::spawn(async move { session.suspend().await })
