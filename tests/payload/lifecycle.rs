@@ -156,13 +156,15 @@ fn a_string_instruction_writes_each_of_its_bytes() {
 }
 
 #[test]
-fn timings_name_every_phase_once_in_order() {
+fn timings_name_every_phase_once_in_the_order_of_their_ends() {
     let (vm, output) = create(&Program::Heartbeat);
     let vm = vm.start().unwrap();
     output.next();
     output.next();
     let ended = vm.pause().unwrap().resume().unwrap().terminate();
     let timings = ended.timings();
+    let ends = timings.iter().map(|timing| timing.start_ns + timing.duration_ns);
+    assert!(ends.is_sorted(), "{timings:?}");
     let mut names: Vec<&str> = timings.iter().map(|timing| timing.phase.as_str()).collect();
     names.sort_unstable();
     let mut all = [
