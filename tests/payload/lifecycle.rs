@@ -150,6 +150,20 @@ fn what_the_host_types_comes_back_from_an_echoing_guest() {
 }
 
 #[test]
+fn input_that_a_guest_does_not_read_is_refused_whole_when_its_queue_is_full() {
+    let (vm, output) = create(&Program::Halt);
+    let vm = vm.start().unwrap();
+    assert_eq!(output.next(), b'B');
+    let queue = vec![b'x'; 64 << 10];
+    vm.console_input(&queue).unwrap();
+    let error = vm.console_input(&queue).unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::ConsoleFull);
+    assert!(error.to_string().contains("65536 bytes do not fit"), "{error}");
+    assert_eq!(error.phase(), Some(Phase::Console));
+    assert_eq!(vm.exit_status(), None);
+}
+
+#[test]
 fn a_string_instruction_writes_each_of_its_bytes() {
     let ended = end_of(Program::String);
     assert_eq!(ended.console().tail(), "Btext");
@@ -194,14 +208,16 @@ fn timings_name_every_phase_once_in_the_order_of_their_ends() {
 fn vms_of_any_state_live_in_one_collection() {
     let vm = |program| MicroVm::create(config(&program)).unwrap();
     let paused = vm(Program::Heartbeat).start().unwrap().pause().unwrap();
+    let asleep = vm(Program::Halt).start().unwrap().pause().unwrap().suspend_in_memory().unwrap();
     let vms: Vec<AnyMicroVm> = vec![
         vm(Program::Halt).into(),
         vm(Program::Halt).start().unwrap().into(),
         paused.into(),
+        asleep.into(),
         vm(Program::Halt).start().unwrap().terminate().into(),
     ];
     let names: Vec<&str> = vms.iter().map(AnyMicroVm::state_name).collect();
-    assert_eq!(names, ["Created", "Running", "Paused", "Terminated"]);
+    assert_eq!(names, ["Created", "Running", "Paused", "Suspended", "Terminated"]);
 }
 
 #[test]
