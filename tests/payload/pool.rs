@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::Instant;
 
 use dormouse::{ErrorKind, Pool, PoolOptions, RestoreOptions};
 
@@ -37,25 +37,30 @@ fn those_who_come_when_all_are_in_use_get_one_that_others_give_back() {
     assert_eq!(pool.in_use(), 0);
 }
 
+/// Whether somebody waits for a place of the pool, as it says itself where it is shown.
+fn is_waited_for(pool: &Pool) -> bool {
+    let shown = format!("{pool:?}");
+    shown.contains("waiting: [") && !shown.contains("waiting: []")
+}
+
 #[test]
 fn who_comes_first_has_the_first_place_though_others_ask_all_the_time() {
     let scratch = Scratch::new();
     let snapshot = Guest::boot().pause().0.snapshot(scratch.join("base")).unwrap();
     let options = PoolOptions::new().max(1).timeout(PATIENCE);
     let pool = Pool::new(snapshot, options).unwrap();
-    let (served, asks) = (AtomicBool::new(false), AtomicBool::new(false));
+    let served = AtomicBool::new(false);
     let vm = pool.acquire().unwrap();
     thread::scope(|scope| {
         scope.spawn(|| {
-            asks.store(true, Ordering::SeqCst);
             let _vm = pool.acquire().unwrap();
             served.store(true, Ordering::SeqCst);
         });
-        while !asks.load(Ordering::SeqCst) {
+        let begin = Instant::now();
+        while !is_waited_for(&pool) {
+            assert!(begin.elapsed() < PATIENCE, "nobody waits: {pool:?}");
             thread::yield_now();
         }
-        // By now it waits.
-        thread::sleep(Duration::from_millis(200));
         drop(vm);
         let _vm = pool.acquire().unwrap();
         assert!(served.load(Ordering::SeqCst), "it was passed over");
