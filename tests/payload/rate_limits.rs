@@ -3,19 +3,25 @@
 use std::fs;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use dormouse::{
     BlockConfig, DeviceMetrics, ErrorKind, MicroVm, NetConfig, RateLimit, Running, VmConfig,
 };
+use serde::Deserialize;
 
 use crate::guest::Program;
 use crate::scratch::Scratch;
 use crate::virtio_guest::{Driver, Order, Work};
-use crate::{Output, config, output};
+use crate::{Output, PATIENCE, config, output};
 
 /// Requests of a batch, and how many of them may be under way.
 const BATCH: u64 = 500;
 const DEPTH: u16 = 8;
+/// More than a device without a limit takes for a batch.
+const UNLIMITED: Duration = Duration::from_millis(100);
 
 /// A batch would take minutes.
 fn slow() -> RateLimit {
@@ -46,6 +52,12 @@ fn metrics(vm: &MicroVm<Running>) -> DeviceMetrics {
     metrics[0]
 }
 
+/// How many reads the only device, a disk, has done.
+fn reads(vm: &MicroVm<Running>) -> u64 {
+    let DeviceMetrics::Block(metrics) = metrics(vm) else { panic!("no disk") };
+    metrics.reads
+}
+
 #[test]
 fn the_limit_of_a_disk_is_lifted_while_its_guest_waits() {
     let scratch = Scratch::new();
@@ -54,7 +66,14 @@ fn the_limit_of_a_disk_is_lifted_while_its_guest_waits() {
     let work = Work::BlockRead { sectors: 2048, order: Order::Sequential };
     let disk = BlockConfig::new(&image).rate_limit(slow());
     let (vm, output) = begun(work, 4096, |config| config.block(disk));
-    assert!(output.so_far().is_empty(), "the batch is not limited");
+    let begin = Instant::now();
+    while reads(&vm) == 0 {
+        assert!(begin.elapsed() < PATIENCE, "nothing is read");
+        sleep(Duration::from_millis(1));
+    }
+    sleep(UNLIMITED);
+    assert!(reads(&vm) < BATCH / 2, "the batch is not limited");
+    assert!(output.so_far().is_empty());
     vm.set_disk_rate_limit(0, RateLimit::default()).unwrap();
     assert_eq!(output.next(), b')');
     let DeviceMetrics::Block(metrics) = metrics(&vm) else { panic!("no disk") };
@@ -78,7 +97,10 @@ fn the_limit_of_a_network_is_lifted_while_its_guest_waits() {
     // Those of the burst come, and the next ones one by one.
     let mut frame = [0; 104];
     (0..4).for_each(|_| far.read_exact(&mut frame).unwrap());
-    assert!(output.so_far().is_empty(), "the batch is not limited");
+    sleep(UNLIMITED);
+    let DeviceMetrics::Net(sent) = metrics(&vm) else { panic!("no network") };
+    assert!(sent.tx_frames < BATCH / 2, "the batch is not limited");
+    assert!(output.so_far().is_empty());
     vm.set_network_rate_limits(0, RateLimit::default(), RateLimit::default()).unwrap();
     (4..BATCH).for_each(|_| far.read_exact(&mut frame).unwrap());
     assert_eq!(output.next(), b')');
@@ -102,11 +124,42 @@ fn limits_that_were_changed_are_those_of_who_wakes() {
     vm.set_disk_rate_limit(0, limit(1_234_567_001)).unwrap();
     vm.set_network_rate_limits(0, limit(1_234_567_002), limit(1_234_567_003)).unwrap();
     vm.set_entropy_rate_limit(limit(1_234_567_004)).unwrap();
-    vm.pause().unwrap().snapshot(scratch.join("saved")).unwrap();
-    let state = fs::read(scratch.join("saved").join("state")).unwrap();
-    for rate in 1_234_567_001u32..=1_234_567_004 {
-        // As MessagePack has it.
-        let bytes = rate.to_be_bytes();
-        assert!(state.windows(4).any(|window| window == bytes), "{rate}");
+    let woken = vm.suspend(scratch.join("asleep")).unwrap().resume().unwrap();
+    woken.pause().unwrap().snapshot(scratch.join("saved")).unwrap();
+    for name in ["asleep", "saved"] {
+        let SavedConfig { blocks, networks, entropy_rate_limit } = saved(&scratch.join(name));
+        assert_eq!(blocks[0].rate_limit, limit(1_234_567_001), "{name}");
+        assert_eq!(networks[0].receive_limit, limit(1_234_567_002), "{name}");
+        assert_eq!(networks[0].transmit_limit, limit(1_234_567_003), "{name}");
+        assert_eq!(entropy_rate_limit, limit(1_234_567_004), "{name}");
     }
+}
+
+/// The limits in a snapshot's `state`, which docs/snapshot-format.md describes.
+fn saved(directory: &Path) -> SavedConfig {
+    #[derive(Deserialize)]
+    struct State {
+        config: SavedConfig,
+    }
+    let state = fs::read(directory.join("state")).unwrap();
+    let State { config } = rmp_serde::from_slice(&state[24..state.len() - 4]).unwrap();
+    config
+}
+
+#[derive(Deserialize)]
+struct SavedConfig {
+    blocks: Vec<SavedBlock>,
+    networks: Vec<SavedNetwork>,
+    entropy_rate_limit: RateLimit,
+}
+
+#[derive(Deserialize)]
+struct SavedBlock {
+    rate_limit: RateLimit,
+}
+
+#[derive(Deserialize)]
+struct SavedNetwork {
+    receive_limit: RateLimit,
+    transmit_limit: RateLimit,
 }
