@@ -55,7 +55,7 @@ fn an_application_that_hangs_is_not_waited_for_for_ever() {
         let address = setup.endpoint.address();
         let answer = get(address, "one.localhost", "/never", "").await;
         assert_eq!((answer.status, answer.stage().as_str()), (504, "response"));
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
         // One that takes a body and then says nothing.
         let post = "POST /never HTTP/1.1\r\nHost: one.localhost\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello";
         assert!(exchange(address, post).await.starts_with("HTTP/1.1 504"));
@@ -160,7 +160,7 @@ fn a_vm_that_dies_in_the_middle_of_an_answer_breaks_it_off() {
         let Setup { app, guest, endpoint, .. } = setup;
         drop(app);
         assert!(body.collect().await.is_err());
-        guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        guest.until_held(0).await;
         drop(endpoint);
     });
 }

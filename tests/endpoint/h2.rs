@@ -84,7 +84,7 @@ fn many_streams_of_one_connection_go_on_at_once() {
             });
         }
         assert_eq!(streams.join_all().await, [100_000; 100]);
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
     });
 }
 
@@ -139,7 +139,7 @@ fn requests_to_an_application_of_http_2_share_its_connection() {
             assert_eq!(seen["headers"].get("x-aws-proxy-force-h2"), None);
         }
         assert_eq!(setup.guest.connections.load(SeqCst), 1);
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
     });
 }
 
@@ -206,7 +206,7 @@ fn a_stream_that_its_client_gives_up_is_given_up_in_the_guest() {
         let mut sender = h2(setup.endpoint.address()).await;
         let answer = sender.send_request(plain("/bytes/1000000000")).await.unwrap();
         drop(answer);
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
         assert_eq!(read(sender.send_request(plain("/hello")).await.unwrap()).await.0, 200);
     });
 }
@@ -245,6 +245,6 @@ fn a_websocket_goes_through_a_stream_of_http_2() {
         let mut socket = WebSocketStream::from_raw_socket(stream, Role::Client, None).await;
         talk(&mut socket).await;
         drop(socket);
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
     });
 }

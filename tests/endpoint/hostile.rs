@@ -231,7 +231,7 @@ fn a_body_that_does_not_come_is_not_waited_for() {
         let text = after(&setup, head.as_bytes()).await;
         assert!(text.starts_with("HTTP/1.1 408"), "{text}");
         assert!(text.contains("\"stage\":\"request\""), "{text}");
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
     });
 }
 

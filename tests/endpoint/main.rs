@@ -69,6 +69,11 @@ impl Guest {
             is_deaf: AtomicBool::new(false),
         }
     }
+
+    /// Waits until so many keep it awake.
+    async fn until_held(&self, count: usize) {
+        self.held.subscribe().wait_for(|held| *held == count).await.unwrap();
+    }
 }
 
 /// Counts one that keeps a guest awake.

@@ -120,7 +120,7 @@ fn an_answer_waits_for_a_client_that_does_not_read() {
         }
         // The connection is not kept for somebody else then.
         drop(stream);
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
         assert_eq!(
             get(setup.endpoint.address(), "one.localhost", "/hello", "").await.body,
             "hello\n"
@@ -251,7 +251,7 @@ fn many_clients_are_served_at_once() {
         while let Some(client) = clients.join_next().await {
             client.unwrap();
         }
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
     });
 }
 
@@ -304,7 +304,7 @@ fn an_endpoint_that_closes_lets_what_goes_on_come_to_its_end() {
         let slow = tokio::spawn(async move { get(address, "one.localhost", "/slow", "").await });
         let mut kept = h1(address).await;
         assert_eq!(read(kept.send_request(request("/hello")).await.unwrap()).await.0, 200);
-        guest.held.subscribe().wait_for(|held| *held == 1).await.unwrap();
+        guest.until_held(1).await;
         endpoint.close(crate::PATIENCE).await;
         assert_eq!(slow.await.unwrap().body.matches('x').count(), 5);
         assert!(kept.ready().await.is_err());
@@ -321,10 +321,10 @@ fn an_endpoint_that_is_dropped_ends_all_that_goes_on() {
         let never = tokio::spawn(async move {
             exchange(address, "GET /never HTTP/1.1\r\nHost: one.localhost\r\n\r\n").await
         });
-        guest.held.subscribe().wait_for(|held| *held == 1).await.unwrap();
+        guest.until_held(1).await;
         drop(endpoint);
         assert_eq!(never.await.unwrap(), "");
-        guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        guest.until_held(0).await;
         drop(app);
     });
 }

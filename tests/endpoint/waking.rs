@@ -7,11 +7,7 @@ use dormouse::EndpointLimits;
 use tokio::task::JoinSet;
 
 use crate::client::{get, h1, read, request};
-use crate::{Guest, Setup, open, run};
-
-async fn until_held(guest: &Guest, count: usize) {
-    guest.held.subscribe().wait_for(|held| *held == count).await.unwrap();
-}
+use crate::{Setup, open, run};
 
 #[test]
 fn requests_for_a_session_that_sleeps_are_held_until_it_is_awake() {
@@ -23,7 +19,7 @@ fn requests_for_a_session_that_sleeps_are_held_until_it_is_awake() {
         for _ in 0..50 {
             requests.spawn(async move { get(address, "one.localhost", "/hello", "").await.body });
         }
-        until_held(&setup.guest, 50).await;
+        setup.guest.until_held(50).await;
         assert_eq!(setup.guest.connections.load(SeqCst), 0);
         assert!(requests.try_join_next().is_none());
         // Another session has nothing to do with it.
@@ -31,7 +27,7 @@ fn requests_for_a_session_that_sleeps_are_held_until_it_is_awake() {
         assert_eq!(get(address, "two.localhost", "/hello", "").await.status, 200);
         setup.guest.is_awake.send_replace(true);
         assert!(requests.join_all().await.iter().all(|body| body == "hello\n"));
-        until_held(&setup.guest, 0).await;
+        setup.guest.until_held(0).await;
     });
 }
 
@@ -52,14 +48,14 @@ fn more_requests_than_may_wait_are_sent_away_for_a_while() {
         assert_eq!((answer.status, answer.stage().as_str()), (503, "wake"));
         assert_eq!(answer.header("retry-after"), Some("1"));
         assert_eq!(answer.json()["session"], "one");
-        until_held(&setup.guest, 2).await;
+        setup.guest.until_held(2).await;
         assert!(requests.try_join_next().is_none());
         // One that gives up makes room.
         requests.abort_all();
         while requests.join_next().await.is_some() {}
-        until_held(&setup.guest, 0).await;
+        setup.guest.until_held(0).await;
         let waits = tokio::spawn(async move { get(address, "one.localhost", "/hello", "").await });
-        until_held(&setup.guest, 1).await;
+        setup.guest.until_held(1).await;
         setup.guest.is_awake.send_replace(true);
         assert_eq!(waits.await.unwrap().status, 200);
     });
@@ -75,7 +71,7 @@ fn a_session_that_does_not_wake_in_time_is_to_be_asked_again() {
         let answer = get(setup.endpoint.address(), "one.localhost", "/hello", "").await;
         assert_eq!((answer.status, answer.stage().as_str()), (503, "wake"));
         assert_eq!(answer.header("retry-after"), Some("1"));
-        until_held(&setup.guest, 0).await;
+        setup.guest.until_held(0).await;
     });
 }
 
@@ -102,7 +98,7 @@ fn more_requests_than_a_session_may_have_are_too_many() {
         for _ in 0..3 {
             requests.spawn(async move { get(address, "one.localhost", "/never", "").await.status });
         }
-        until_held(&setup.guest, 3).await;
+        setup.guest.until_held(3).await;
         let answer = get(address, "one.localhost", "/hello", "").await;
         assert_eq!((answer.status, answer.stage().as_str()), (429, "request"));
         assert_eq!(answer.header("retry-after"), Some("1"));
@@ -110,7 +106,7 @@ fn more_requests_than_a_session_may_have_are_too_many() {
         assert_eq!(get(address, "two.localhost", "/hello", "").await.status, 200);
         // Who has gone is not counted.
         requests.shutdown().await;
-        until_held(&setup.guest, 0).await;
+        setup.guest.until_held(0).await;
         assert_eq!(get(address, "one.localhost", "/hello", "").await.status, 200);
     });
 }
@@ -121,17 +117,17 @@ fn a_session_is_held_awake_by_answers_and_not_by_connections_that_are_kept() {
         let setup = Setup::open().await;
         let mut sender = h1(setup.endpoint.address()).await;
         let answer = sender.send_request(request("/bytes/100000000")).await.unwrap();
-        until_held(&setup.guest, 1).await;
+        setup.guest.until_held(1).await;
         drop(answer);
         drop(sender);
-        until_held(&setup.guest, 0).await;
+        setup.guest.until_held(0).await;
         let mut sender = h1(setup.endpoint.address()).await;
         for _ in 0..20 {
             sender.ready().await.unwrap();
             let answer = sender.send_request(request("/hello")).await.unwrap();
             assert_eq!(read(answer).await.1, "hello\n");
         }
-        until_held(&setup.guest, 0).await;
+        setup.guest.until_held(0).await;
         assert!(sender.ready().await.is_ok());
         assert_eq!(setup.guest.connections.load(SeqCst), 2);
         assert_eq!(setup.guest.wakes.load(SeqCst), 21);

@@ -68,7 +68,7 @@ fn a_websocket_goes_through_and_holds_its_session_awake() {
         assert_eq!(*setup.guest.held.borrow(), 1);
         socket.close(None).await.unwrap();
         while socket.next().await.is_some_and(|message| message.is_ok()) {}
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
     });
 }
 
@@ -89,7 +89,7 @@ fn many_websockets_are_open_at_once() {
             });
         }
         talks.join_all().await;
-        setup.guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        setup.guest.until_held(0).await;
     });
 }
 
@@ -160,7 +160,7 @@ fn a_guest_that_dies_ends_its_websockets_and_so_does_the_endpoint() {
         let Setup { endpoint, guest, app, .. } = setup;
         drop(app);
         assert!(socket.next().await.is_none_or(|message| message.is_err()));
-        guest.held.subscribe().wait_for(|held| *held == 0).await.unwrap();
+        guest.until_held(0).await;
         drop(endpoint);
 
         let setup = Setup::with_app(echo().await, open()).await;
