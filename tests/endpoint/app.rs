@@ -5,7 +5,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::Duration;
 
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -127,7 +126,6 @@ async fn answer(request: Request<Incoming>) -> Result<Response<AppBody>, Infalli
         "/echo" | "/package.Service/Echo" => echo(request),
         "/length" => length(request).await,
         "/never" => std::future::pending().await,
-        "/slow" => slow(),
         "/refuse" => status(StatusCode::PAYLOAD_TOO_LARGE),
         "/counted" => bytes(1_000_000_000, &SENT),
         path if path.starts_with("/bytes/") => {
@@ -228,18 +226,6 @@ fn bytes(mut left: usize, count: &'static AtomicUsize) -> Response<AppBody> {
             if sender.send(Frame::data(piece)).await.is_err() {
                 return;
             }
-        }
-    });
-    Response::new(body(sent))
-}
-
-/// Five bytes, one after the other.
-fn slow() -> Response<AppBody> {
-    let (sender, sent) = pipe();
-    tokio::spawn(async move {
-        for _ in 0..5 {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            let _ = sender.send(Frame::data(Bytes::from_static(b"x"))).await;
         }
     });
     Response::new(body(sent))

@@ -1,11 +1,13 @@
 //! Requests that two readers could understand differently, and clients that take more than they may. What the application
 //! hears is looked at, too: it is the second reader.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use dormouse::EndpointLimits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 use crate::client::{Answer, exchange, get, request, send};
 use crate::{Setup, client, open, run};
@@ -174,18 +176,18 @@ fn a_client_of_http_2_with_headers_that_are_too_large_is_refused() {
     });
 }
 
-/// An endpoint that has little patience.
-async fn impatient(change: impl FnOnce(&mut EndpointLimits)) -> Setup {
+/// An endpoint that has little patience, and enough of it for a client that sends what it has to.
+async fn impatient() -> Setup {
     let mut limits = EndpointLimits::default();
-    limits.header_timeout = Duration::from_millis(200);
-    change(&mut limits);
+    limits.header_timeout = Duration::from_secs(2);
+    limits.answer_timeout = Duration::from_secs(2);
     Setup::new(open().limits(limits)).await
 }
 
 /// What comes until the connection is closed, after these bytes and then nothing.
-async fn after(setup: &Setup, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(setup.endpoint.address()).await.unwrap();
-    stream.write_all(bytes).await.unwrap();
+async fn after(address: SocketAddr, bytes: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(bytes.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
     String::from_utf8_lossy(&answer).into_owned()
@@ -194,23 +196,32 @@ async fn after(setup: &Setup, bytes: &[u8]) -> String {
 #[test]
 fn a_connection_on_which_no_request_comes_to_its_end_is_closed() {
     run(async {
-        let setup = impatient(|_| {}).await;
+        let setup = impatient().await;
+        let address = setup.endpoint.address();
+        let mut all = JoinSet::new();
         for begun in
             ["", "G", "GET /hello HTTP/1.1\r\nHost: one.local", "PRI * HTTP/2.0\r\n\r\nSM\r\n"]
         {
-            assert_eq!(after(&setup, begun.as_bytes()).await, "", "{begun}");
+            all.spawn(async move {
+                assert_eq!(after(address, begun).await, "", "{begun}");
+            });
         }
         // Nor is one kept for ever after a request, or one of HTTP/2 that asks for nothing.
-        let kept = "GET /hello HTTP/1.1\r\nHost: one.localhost\r\n\r\n";
-        assert!(after(&setup, kept.as_bytes()).await.ends_with("hello\n"));
-        after(&setup, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+        all.spawn(async move {
+            let kept = "GET /hello HTTP/1.1\r\nHost: one.localhost\r\n\r\n";
+            assert!(after(address, kept).await.ends_with("hello\n"));
+        });
+        all.spawn(async move {
+            after(address, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+        });
+        all.join_all().await;
     });
 }
 
 #[test]
 fn a_line_that_comes_byte_by_byte_is_not_waited_for() {
     run(async {
-        let setup = impatient(|_| {}).await;
+        let setup = impatient().await;
         let mut stream = TcpStream::connect(setup.endpoint.address()).await.unwrap();
         let mut sent = 0;
         // Each byte comes long before the patience is over, all of them do not.
@@ -225,10 +236,10 @@ fn a_line_that_comes_byte_by_byte_is_not_waited_for() {
 #[test]
 fn a_body_that_does_not_come_is_not_waited_for() {
     run(async {
-        let setup = impatient(|limits| limits.answer_timeout = Duration::from_millis(300)).await;
+        let setup = impatient().await;
         let head =
             "POST /length HTTP/1.1\r\nHost: one.localhost\r\nContent-Length: 100\r\n\r\nhalf";
-        let text = after(&setup, head.as_bytes()).await;
+        let text = after(setup.endpoint.address(), head).await;
         assert!(text.starts_with("HTTP/1.1 408"), "{text}");
         assert!(text.contains("\"stage\":\"request\""), "{text}");
         setup.guest.until_held(0).await;
