@@ -115,3 +115,40 @@ async fn end(vm: MicroVm<Running>) -> MicroVm<Terminated> {
         Err(Err(_)) => pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::Arc;
+
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::agent::link::{Knowledge, Link};
+    use crate::agent::tests::{calls, heard, pair};
+    use crate::config::AgentConfig;
+    use crate::protocol::{Channel, Failure, FailureKind, Frame, Reply, Wire};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_that_refuses_to_end_is_not_waited_for() {
+        let calls = calls();
+        let (connection, mut guest) = pair();
+        calls.keep(connection);
+        // Who knows of the agent is there to the end: the VM goes on.
+        let (_report, knowledge) = watch::channel(Knowledge::Ready);
+        let link = Link::of_calls(calls, AgentConfig::new(), knowledge);
+        let agent = Agent::new(Arc::new(link));
+        let refusing = std::thread::spawn(move || {
+            let asked = (Channel::Call as u8, Call::Shutdown(1500).to_bytes());
+            assert_eq!(heard(&mut guest), asked);
+            let what = "end the guest".to_owned();
+            let refusal = Failure { kind: FailureKind::NotAllowed, errno: 0, what };
+            guest.write_all(&Frame::message(&Reply::Failed(refusal))).unwrap();
+            guest
+        });
+        let error = agent.shut_down(Duration::from_millis(1500)).await.unwrap_err();
+        assert_eq!(error.kind(), &ErrorKind::File(io::ErrorKind::PermissionDenied));
+        assert_eq!(error.to_string(), "end the guest");
+        drop(refusing.join().unwrap());
+    }
+}
