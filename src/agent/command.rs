@@ -275,3 +275,37 @@ impl std::fmt::Debug for Output {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::agent::tests::{agent_of, exited, heard};
+    use crate::config::AgentConfig;
+    use crate::protocol::{Channel, Frame, Reply};
+
+    /// Only a test that fails waits for it.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn input_that_nobody_can_write_to_is_at_its_end() {
+        let (agent, mut guests) = agent_of(AgentConfig::new(), 1);
+        let mut guest = guests.remove(0);
+        guest.set_read_timeout(Some(PATIENCE)).unwrap();
+        // It ends when its input does.
+        let cat = std::thread::spawn(move || {
+            for _ in 0..2 {
+                heard(&mut guest);
+                guest.write_all(&Frame::message(&Reply::Started(7))).unwrap();
+                assert_eq!(heard(&mut guest), (Channel::Data as u8, Vec::new()));
+                guest.write_all(&exited(0)).unwrap();
+            }
+        });
+        let command = || agent.command("cat").stdin_piped();
+        let output = command().output().await.unwrap();
+        assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+        assert!(command().status().await.unwrap().success());
+        cat.join().unwrap();
+    }
+}
