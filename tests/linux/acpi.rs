@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::{Release, config, guest_root, run};
+use crate::{Release, Scratch, config, guest_root, run};
 
 /// Runs iasl in `dir`, and returns what it says.
 fn iasl(dir: &Path, arguments: &[&str]) -> String {
@@ -49,23 +49,22 @@ poweroff -f"#;
         assert!(!text.contains(complaint), "{text}");
     }
 
-    let dir = std::env::temp_dir().join("dormouse-acpi");
-    fs::create_dir_all(&dir).unwrap();
+    let scratch = Scratch::new("acpi");
+    let dir = &scratch.0;
     for table in ["DSDT", "FACP", "APIC"] {
         let prefix = format!("table {table} ");
         let encoded = text.lines().find_map(|line| line.strip_prefix(&prefix));
         let bytes = decode(encoded.unwrap_or_else(|| panic!("no {table} in:\n{text}")));
         fs::write(dir.join(format!("{table}.aml")), &bytes).unwrap();
-        let said = iasl(&dir, &["-d", &format!("{table}.aml")]);
+        let said = iasl(dir, &["-d", &format!("{table}.aml")]);
         assert!(!said.contains("Invalid checksum"), "{said}");
-        let said = iasl(&dir, &["-ve", "-we", "-p", "again", &format!("{table}.dsl")]);
+        let said = iasl(dir, &["-ve", "-we", "-p", "again", &format!("{table}.dsl")]);
         if table == "DSDT" {
             let again = fs::read(dir.join("again.aml")).unwrap();
             // All but the header, which names the compiler.
             assert_eq!(again[36..], bytes[36..], "{said}");
         }
     }
-    fs::remove_dir_all(dir).unwrap();
 }
 
 /// Decodes base64 (RFC 4648 §4).

@@ -1,12 +1,11 @@
 //! Every way to boot: two releases, two formats, two protocols, 1, 2 and 4 vCPUs, memory on both
 //! sides of the devices' hole.
 
-use std::env;
 use std::fs;
 
 use dormouse::{BootProtocol, ExitStatus, Initramfs, Kernel, VmConfig};
 
-use crate::{Release, config, guest_root, initramfs, run};
+use crate::{Release, Scratch, config, guest_root, initramfs, run};
 
 const REPORT: &str = r#"
 echo "release=$(uname -r)"
@@ -43,11 +42,11 @@ fn bzimage(release: Release, protocol: BootProtocol, vcpus: u8, mib: u32) {
 
 /// The vmlinux as a file.
 fn elf(release: Release, protocol: BootProtocol, vcpus: u8, mib: u32) {
-    let path = env::temp_dir().join(format!("dormouse-vmlinux-{release:?}-{protocol:?}"));
+    let scratch = Scratch::new("elf");
+    let path = scratch.0.join("vmlinux");
     fs::write(&path, release.kernel().vmlinux().unwrap()).unwrap();
     let kernel = Kernel::file(&path).protocol(protocol);
     boots(config(kernel, REPORT), release, vcpus, mib);
-    fs::remove_file(path).unwrap();
 }
 
 #[test]
@@ -95,9 +94,9 @@ fn the_newest_installed_kernel_boots_with_an_initramfs_file() {
     let kernel = Kernel::installed_in(guest_root()).unwrap();
     assert!(kernel.modules_dir().unwrap().join("kernel/drivers").is_dir());
 
-    let archive = env::temp_dir().join("dormouse-initramfs");
+    let scratch = Scratch::new("newest");
+    let archive = scratch.0.join("initramfs");
     fs::write(&archive, initramfs(REPORT).build().unwrap().read().unwrap()).unwrap();
     let config = config(kernel, REPORT).initramfs(Initramfs::file(&archive));
     boots(config, Release::Linux6_12, 1, 128);
-    fs::remove_file(archive).unwrap();
 }

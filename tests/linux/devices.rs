@@ -12,7 +12,7 @@ use dormouse::{
     NetConfig, RateLimit, Running, VmConfig, VsockConfig,
 };
 
-use crate::{PATIENCE, Release, Transcript, guest_root, guest_tool, initramfs, run};
+use crate::{PATIENCE, Release, Transcript, guest_root, guest_tool, initramfs, run, unique};
 
 /// A VM whose initramfs has these modules, and whose init loads them before it runs `script`.
 pub fn config(release: Release, modules: &[&str], script: &str) -> VmConfig {
@@ -47,7 +47,7 @@ pub struct Image(pub PathBuf);
 
 impl Image {
     pub fn new(name: &str, mib: u64) -> Self {
-        let path = std::env::temp_dir().join(format!("dormouse-{}-{name}", std::process::id()));
+        let path = unique(&std::env::temp_dir(), name);
         File::create(&path).unwrap().set_len(mib << 20).unwrap();
         Self(path)
     }

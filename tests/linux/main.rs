@@ -33,6 +33,7 @@ use std::env;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -127,6 +128,13 @@ pub fn run(config: VmConfig) -> (MicroVm<Terminated>, String) {
     (vm, transcript.text())
 }
 
+/// A path that no other test has, in this process or another, though it calls its own by the same name.
+pub fn unique(parent: &Path, name: &str) -> PathBuf {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    parent.join(format!("dormouse-{name}-{}-{count}", std::process::id()))
+}
+
 /// A directory that goes with the test.
 pub struct Scratch(pub PathBuf);
 
@@ -136,7 +144,7 @@ impl Scratch {
     }
 
     pub fn below(parent: &Path, name: &str) -> Self {
-        let path = parent.join(format!("dormouse-{name}-{}", std::process::id()));
+        let path = unique(parent, name);
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).unwrap();
         Self(path)

@@ -5,58 +5,50 @@ use std::path::{Path, PathBuf};
 use dormouse::{AgentConfig, BlockConfig, Cmdline, MountConfig, RootDisk, VmConfig};
 
 use super::{Guest, block_on};
-use crate::{Release, guest_root, programs};
+use crate::{Release, Scratch, guest_root, programs};
 
-/// A disk with a file system of ext4 that holds busybox.
-struct RootImage(PathBuf);
-
-impl RootImage {
-    fn new(name: &str) -> Self {
-        let base =
-            std::env::temp_dir().join(format!("dormouse-root-{name}-{}", std::process::id()));
-        let tree = base.with_extension("tree");
-        let _ = fs::remove_dir_all(&tree);
-        for directory in ["bin", "etc", "proc", "sys", "dev", "tmp", "run", "root"] {
-            fs::create_dir_all(tree.join(directory)).unwrap();
-        }
-        fs::write(tree.join("etc/hostname"), "# of the disk\nits-own\n").unwrap();
-        fs::copy(guest_root().join("bin/busybox"), tree.join("bin/busybox")).unwrap();
-        fs::set_permissions(tree.join("bin/busybox"), fs::Permissions::from_mode(0o755)).unwrap();
-        for link in ["sh", "cat", "hostname", "ls", "mount", "ip", "df", "sleep"] {
-            symlink("busybox", tree.join("bin").join(link)).unwrap();
-        }
-        let image = Self::of(&tree, base);
-        fs::remove_dir_all(&tree).unwrap();
-        image
-    }
-
-    /// A disk with a file system that holds nothing.
-    fn empty(name: &str) -> Self {
-        let base =
-            std::env::temp_dir().join(format!("dormouse-disk-{name}-{}", std::process::id()));
-        let tree = base.with_extension("tree");
-        fs::create_dir_all(&tree).unwrap();
-        let image = Self::of(&tree, base);
-        fs::remove_dir_all(&tree).unwrap();
-        image
-    }
-
-    fn of(tree: &Path, base: PathBuf) -> Self {
-        let image = base.with_extension("ext4");
-        fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
-        let made = programs::command("mke2fs")
-            .args(["-q", "-t", "ext4", "-d"])
-            .arg(tree)
-            .arg(&image)
-            .status();
-        assert!(made.unwrap().success());
-        Self(image)
-    }
+/// A disk with a file system of ext4.
+struct RootImage {
+    path: PathBuf,
+    /// The directory that it is in, which goes with it.
+    _scratch: Scratch,
 }
 
-impl Drop for RootImage {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+impl RootImage {
+    /// One that holds busybox.
+    fn new(name: &str) -> Self {
+        Self::of(name, |tree| {
+            for directory in ["bin", "etc", "proc", "sys", "dev", "tmp", "run", "root"] {
+                fs::create_dir(tree.join(directory)).unwrap();
+            }
+            fs::write(tree.join("etc/hostname"), "# of the disk\nits-own\n").unwrap();
+            let busybox = tree.join("bin/busybox");
+            fs::copy(guest_root().join("bin/busybox"), &busybox).unwrap();
+            fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).unwrap();
+            for link in ["sh", "cat", "hostname", "ls", "mount", "ip", "df", "sleep"] {
+                symlink("busybox", tree.join("bin").join(link)).unwrap();
+            }
+        })
+    }
+
+    /// One that holds nothing.
+    fn empty(name: &str) -> Self {
+        Self::of(name, |_| {})
+    }
+
+    fn of(name: &str, fill: impl FnOnce(&Path)) -> Self {
+        let scratch = Scratch::new(&format!("root-{name}"));
+        let (tree, path) = (scratch.0.join("tree"), scratch.0.join("ext4"));
+        fs::create_dir(&tree).unwrap();
+        fill(&tree);
+        fs::File::create(&path).unwrap().set_len(32 << 20).unwrap();
+        let made = programs::command("mke2fs")
+            .args(["-q", "-t", "ext4", "-d"])
+            .arg(&tree)
+            .arg(&path)
+            .status();
+        assert!(made.unwrap().success());
+        Self { path, _scratch: scratch }
     }
 }
 
@@ -83,7 +75,7 @@ async fn over_memory(release: Release) {
         .root(RootDisk::new(0).overlay_memory(16 << 20))
         .hostname("worker-7")
         .nameserver("192.0.2.1");
-    let guest = Guest::boot(config(release, agent, &image.0)).await;
+    let guest = Guest::boot(config(release, agent, &image.path)).await;
     assert_eq!(
         guest.sh("hostname; cat /etc/resolv.conf").await,
         "worker-7\nnameserver 192.0.2.1\n"
@@ -116,7 +108,7 @@ fn a_root_disk_that_is_written_keeps_what_was_written() {
         let image = RootImage::new("written");
         let agent = AgentConfig::new().root(RootDisk::new(0).fs_type("ext4"));
         let config = VmConfig::new(Release::Linux6_12.kernel())
-            .block(BlockConfig::new(&image.0))
+            .block(BlockConfig::new(&image.path))
             .agent(agent);
         let guest = Guest::boot(config.clone()).await;
         assert_eq!(guest.sh("hostname").await, "its-own\n");
@@ -135,13 +127,13 @@ fn an_overlay_and_a_mount_on_disks_of_their_own_keep_what_was_written_and_the_ro
     block_on(async {
         let (root, upper, data) =
             (RootImage::new("lower"), RootImage::empty("upper"), RootImage::empty("data"));
-        let before = fs::read(&root.0).unwrap();
+        let before = fs::read(&root.path).unwrap();
         let agent = AgentConfig::new()
             .root(RootDisk::new(0).fs_type("ext4").overlay_disk(1))
             .mount(MountConfig::new(2, "/data").fs_type("ext4"));
-        let config = config(Release::Linux6_12, agent, &root.0)
-            .block(BlockConfig::new(&upper.0))
-            .block(BlockConfig::new(&data.0));
+        let config = config(Release::Linux6_12, agent, &root.path)
+            .block(BlockConfig::new(&upper.path))
+            .block(BlockConfig::new(&data.path));
         let guest = Guest::boot(config.clone()).await;
         guest.agent.write("/etc/kept", "over").await.unwrap();
         guest.agent.write("/data/kept", "beside").await.unwrap();
@@ -156,6 +148,6 @@ fn an_overlay_and_a_mount_on_disks_of_their_own_keep_what_was_written_and_the_ro
         assert_eq!(guest.agent.read("/data/kept").await.unwrap(), b"beside");
         guest.agent.metadata("/bin/hostname").await.unwrap_err();
         assert!(!guest.sh("busybox dmesg").await.contains("recovery"), "they were unmounted");
-        assert!(fs::read(&root.0).unwrap() == before);
+        assert!(fs::read(&root.path).unwrap() == before);
     });
 }
