@@ -28,6 +28,7 @@ mod servers;
 mod session;
 mod snapshots;
 mod vsock;
+mod wall_clock;
 
 use std::env;
 use std::fs;

@@ -3,12 +3,12 @@
 use std::fs;
 use std::io::Read;
 use std::path::Path;
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use dormouse::{BlockConfig, SessionEvent, SessionEvents};
-use rustix::time::{ClockId, Timespec, clock_settime};
 
 use super::*;
+use crate::wall_clock::WallClock;
 
 async fn next(events: &mut SessionEvents) -> SessionEvent {
     tokio::time::timeout(PATIENCE, events.next())
@@ -164,37 +164,6 @@ fn a_guest_that_dies_in_a_hook_or_in_the_middle_of_an_answer_ends_its_session() 
     });
 }
 
-/// The wall clock of a machine of our own. Of another it is left alone.
-struct WallClock {
-    is_ours: bool,
-    /// What it would be if nobody had set it.
-    began: (Duration, Instant),
-}
-
-impl WallClock {
-    fn new() -> Self {
-        let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap();
-        Self { is_ours: name.trim() == "testbed", began: (now, Instant::now()) }
-    }
-
-    /// Sets it by so many seconds off what it should be.
-    fn jump(&self, seconds: i64) {
-        let now = self.began.0 + self.began.1.elapsed();
-        let tv_sec = now.as_secs() as i64 + seconds;
-        if self.is_ours {
-            let time = Timespec { tv_sec, tv_nsec: now.subsec_nanos().into() };
-            clock_settime(ClockId::Realtime, time).unwrap();
-        }
-    }
-}
-
-impl Drop for WallClock {
-    fn drop(&mut self) {
-        self.jump(0);
-    }
-}
-
 #[test]
 fn a_clock_that_jumps_by_days_puts_nothing_to_sleep_and_ends_nothing_and_a_guest_that_wakes_has_it()
 {
@@ -212,7 +181,7 @@ fn a_clock_that_jumps_by_days_puts_nothing_to_sleep_and_ends_nothing_and_a_guest
             let options = SessionOptions::new().policy(policy.clone());
             ids.push(sessions.start(vm, options).await.unwrap().id().to_owned());
         }
-        let clock = WallClock::new();
+        let mut clock = WallClock::new();
         let [awake, asleep] = [0, 1].map(|n| sessions.get(&ids[n]).unwrap());
         asleep.suspend().await.unwrap();
         let mut events = sessions.events();
