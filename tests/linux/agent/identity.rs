@@ -22,16 +22,21 @@ fn clones_of_linux_6_1_are_others_before_their_programs_go_on() {
 
 fn clones_are_others(release: Release) {
     block_on(async {
-        let config = config_of(release, busybox(), AgentConfig::new().hostname("base"));
-        let guest = Guest::boot(config.memory_mib(256)).await;
-        // A program that notes who it is as fast as it can.
-        let watching = "(while true; do echo $(cat /etc/machine-id) $(hostname 2>/dev/null || busybox hostname) >>/seen; done) >/dev/null 2>&1 &";
+        let archive = busybox().host_file("bin/guest-tool", guest_tool());
+        let config = config_of(release, archive, AgentConfig::new().hostname("base"));
+        // A program that notes who it is. It comes before the agent, and so goes on as soon as that lets it.
+        let guest = Guest::boot(config.memory_mib(256).vcpus(1)).await;
+        let watching = "guest-tool identities /seen >/dev/null 2>&1 & \
+            until test -s /seen; do sleep 0.1; done";
         guest.sh(watching).await;
         guest.agent.freeze().await.unwrap();
         // Nothing new runs while it is frozen; the agent itself answers.
         let error = guest.agent.exec("true", [""; 0]).await.unwrap_err();
         assert_eq!(error.kind(), &ErrorKind::ExecFailed(ExecFailure::Frozen), "{error}");
         assert!(error.how_to_fix().unwrap().contains("thaw"), "{error}");
+        let known = noted(&guest.agent, 0).await;
+        // The program's pause is over in the clones: there it waits for nothing but the agent.
+        tokio::time::sleep(Duration::from_millis(100)).await;
         let mut parent = guest.vm.pause().unwrap();
         let mut names = 0..;
         let options =
@@ -50,13 +55,36 @@ fn clones_are_others(release: Release) {
             let id = sh(&agent, "cat /etc/machine-id").await.unwrap();
             assert_eq!(id.trim().len(), 32);
             assert!(ids.insert(id.clone()), "{id} twice");
-            // What the program saw after it went on.
-            let seen = sh(&agent, "sleep 1; busybox tail -n 1 /seen").await.unwrap();
-            assert_eq!(seen, format!("{} clone-{at}\n", id.trim()));
+            knows_only(&agent, &format!("{} clone-{at}", id.trim()), &known).await;
             let uuid = sh(&agent, "cat /proc/sys/kernel/random/uuid").await.unwrap();
             assert!(ids.insert(uuid));
         }
     });
+}
+
+/// What the program has noted, from this line on.
+async fn noted(agent: &Agent, from: usize) -> Vec<String> {
+    let seen = String::from_utf8(agent.read("/seen").await.unwrap()).unwrap();
+    // One that is being written has no end yet.
+    let lines = seen.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    lines.skip(from).map(str::to_owned).collect()
+}
+
+/// A clone's program has noted nobody but this one since it went on. It had noted the lines `known` before.
+async fn knows_only(agent: &Agent, this: &str, known: &[String]) {
+    let begin = Instant::now();
+    let mut seen = noted(agent, known.len()).await;
+    while seen.len() < 2 {
+        assert!(begin.elapsed() < PATIENCE, "{seen:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        seen = noted(agent, known.len()).await;
+    }
+    // One that has run for a second, as on a host that stood still, has to let others run: it was stopped in a line.
+    let (id, _) = known[0].split_once(' ').unwrap();
+    if seen[0].starts_with(id) {
+        seen.remove(0);
+    }
+    assert!(seen.iter().all(|line| line == this), "not only {this} in {seen:#?}");
 }
 
 /// As above: what is random in 32 of them, the agent has made so.
