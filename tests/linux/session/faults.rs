@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::Read;
 use std::path::Path;
-use std::time::SystemTime;
 
 use dormouse::{BlockConfig, SessionEvent, SessionEvents};
 
