@@ -14,6 +14,7 @@ use dormouse::{
 };
 
 use crate::devices::{DISK, Image, config, config_with};
+use crate::vsock::connect;
 use crate::wall_clock::WallClock;
 use crate::{PATIENCE, Release, Scratch, Transcript, guest_tool, programs};
 
@@ -429,8 +430,8 @@ fn vsock_connections_end_with_a_restore_and_new_ones_work() {
         |initramfs: dormouse::InitramfsBuilder| initramfs.host_file("bin/guest-tool", guest_tool());
     let config = config_with(Release::Linux6_12, &modules, SHELL, add);
     let guest = Guest::boot(config.vsock(VsockConfig::default()));
-    guest.ask("guest-tool vsock-echo 1000 1000 & sleep 1");
-    let mut stream = guest.vm.connect(1000).unwrap();
+    guest.ask("guest-tool vsock-echo 1000 1000 >/dev/null & true");
+    let mut stream = connect(&guest.vm.vsock().unwrap(), 1000);
     stream.write_all(b"before").unwrap();
     stream.read_exact(&mut [0; 6]).unwrap();
     // The guest's end of another connection says when it is over.

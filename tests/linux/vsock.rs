@@ -53,7 +53,7 @@ fn raise_the_limit_of_open_files() {
 }
 
 /// Connects as soon as somebody listens.
-fn connect(vsock: &Vsock, port: u32) -> VsockStream {
+pub fn connect(vsock: &Vsock, port: u32) -> VsockStream {
     let begin = Instant::now();
     loop {
         match vsock.connect_timeout(port, PATIENCE) {

@@ -35,10 +35,8 @@ fn ports_of_the_guest_are_reached_many_at_once_and_closed_by_halves() {
             task.unwrap();
         }
         // The end of what is written comes as an end, and the answer after it.
-        guest
-            .sh("(nc -l -p 9000 127.0.0.1 >/got; echo over >>/got) >/dev/null 2>&1 & sleep 1")
-            .await;
-        let mut stream = guest.agent.connect_tcp(9000).await.unwrap();
+        guest.sh("(nc -l -p 9000 127.0.0.1 >/got; echo over >>/got) >/dev/null 2>&1 &").await;
+        let mut stream = guest.connect(9000).await;
         stream.write_all(b"half\n").await.unwrap();
         stream.shutdown().await.unwrap();
         let mut rest = Vec::new();
