@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use dormouse::{BlockConfig, SessionEvent, SessionEvents};
@@ -64,14 +65,7 @@ fn a_hook_resume_that_fails_leaves_it_suspended_and_the_next_request_tries_again
         let session = session.unwrap();
         served(&session).await;
         session.suspend().await.unwrap();
-        let modified = fs::metadata(&disk).unwrap().modified().unwrap();
-        let note = |byte: &[u8]| {
-            use std::os::unix::fs::FileExt;
-            let file = fs::File::options().write(true).open(&disk).unwrap();
-            file.write_all_at(byte, 0).unwrap();
-            file.set_modified(modified).unwrap();
-        };
-        note(b"x");
+        note(&disk, b"x");
         let mut events = session.events();
         for _ in 0..2 {
             let error = page(&session).await.unwrap_err();
@@ -82,7 +76,7 @@ fn a_hook_resume_that_fails_leaves_it_suspended_and_the_next_request_tries_again
             assert!(failed.message.unwrap().contains("`resume`"));
             assert_eq!(session.state(), SessionState::Suspended);
         }
-        note(b"y");
+        note(&disk, b"y");
         assert_eq!(page(&session).await.unwrap(), "up\n");
         // Nothing is left of the attempts: neither wrote to a disk.
         assert_eq!(sh(&session, "cat /tmp/hooks").await, "resumed\n");
@@ -90,11 +84,19 @@ fn a_hook_resume_that_fails_leaves_it_suspended_and_the_next_request_tries_again
         assert_eq!((metering.suspends, metering.resumes), (1, 1));
         // Its end does not depend on it.
         session.suspend().await.unwrap();
-        note(b"x");
+        note(&disk, b"x");
         session.terminate().await.unwrap();
         let console = session.console().unwrap().tail();
         assert!(console.contains("the last hook"), "{console}");
     });
+}
+
+/// Writes to a disk whose guest sleeps. By its time the file is as before, and so the guest may wake.
+fn note(disk: &Path, byte: &[u8]) {
+    let modified = fs::metadata(disk).unwrap().modified().unwrap();
+    let file = fs::File::options().write(true).open(disk).unwrap();
+    file.write_all_at(byte, 0).unwrap();
+    file.set_modified(modified).unwrap();
 }
 
 #[test]
@@ -137,13 +139,12 @@ fn first_byte(path: &Path) -> u8 {
 }
 
 #[test]
-fn a_guest_that_dies_in_a_hook_or_in_the_middle_of_an_answer_ends_its_session() {
+fn a_guest_that_dies_in_its_hook_suspend_ends_its_session_and_the_calls_to_it() {
     block_on(async {
         let scratch = Scratch::new("session-dies");
         let sessions = Sessions::open(scratch.0.join("sessions")).await.unwrap();
-        let dies = || Hook::command(["sh", "-c", "test ! -e /tmp/die || busybox poweroff -f"]);
-        let agent = application().hook(HookName::Suspend, dies()).hook(HookName::Resume, dies());
-        let (vm, _transcript) = guest(agent);
+        let dies = Hook::command(["sh", "-c", "test ! -e /tmp/die || busybox poweroff -f"]);
+        let (vm, _transcript) = guest(application().hook(HookName::Suspend, dies));
         let session = sessions.start(vm, SessionOptions::new()).await.unwrap();
         served(&session).await;
         // A call that is under way is told of it.
@@ -160,6 +161,44 @@ fn a_guest_that_dies_in_a_hook_or_in_the_middle_of_an_answer_ends_its_session() 
         assert!(event.message.unwrap().contains("powered off"));
         call.await.unwrap().unwrap_err();
         assert_eq!(page(&session).await.unwrap_err().kind(), &ErrorKind::SessionEnded);
+    });
+}
+
+#[test]
+fn a_guest_that_dies_in_its_hook_resume_sleeps_as_before_and_the_next_request_tries_again() {
+    block_on(async {
+        let scratch = Scratch::new("session-dies-waking");
+        let sessions = Sessions::open(scratch.0.join("sessions")).await.unwrap();
+        // As above: a note on the host's own disk says whether to die.
+        let disk = scratch.0.join("disk");
+        fs::write(&disk, [0; 4096]).unwrap();
+        let dies = "test $(head -c 1 /dev/vda) != x || busybox poweroff -f";
+        let agent = application().hook(HookName::Resume, Hook::command(["sh", "-c", dies]));
+        let config = config_of(Release::Linux6_12, busybox(), agent);
+        let vm = MicroVm::create(config.block(BlockConfig::new(&disk).read_only())).unwrap();
+        let session = sessions.start(vm, SessionOptions::new()).await.unwrap();
+        served(&session).await;
+        let same = "cat /tmp/server /proc/sys/kernel/random/boot_id";
+        let before = sh(&session, same).await;
+        session.suspend().await.unwrap();
+        note(&disk, b"x");
+        let mut events = session.events();
+        for _ in 0..2 {
+            let error = page(&session).await.unwrap_err();
+            // Its connection may be over before it is.
+            assert!(
+                matches!(error.kind(), ErrorKind::Agent | ErrorKind::GuestEnded(_)),
+                "{error:?}"
+            );
+            let failed = next(&mut events).await;
+            assert_eq!(failed.state, SessionState::Suspended);
+            assert_eq!(failed.reason, SessionReason::ResumeFailed);
+            assert_eq!(session.state(), SessionState::Suspended);
+        }
+        note(&disk, b"y");
+        assert_eq!(page(&session).await.unwrap(), "up\n");
+        assert_eq!(sh(&session, same).await, before);
+        session.terminate().await.unwrap();
     });
 }
 
