@@ -46,6 +46,10 @@ use dormouse::{
 /// a failing test waits longer.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
+/// What a kernel says in its log when it has lost its way. With `quiet` only the worst of it comes to the console.
+pub const COMPLAINTS: [&str; 7] =
+    ["soft lockup", "stall", "BUG", "WARNING", "Oops", "I/O error", "blocked for more than"];
+
 /// The two kernels that the tests use.
 #[derive(Clone, Copy, Debug)]
 pub enum Release {

@@ -16,7 +16,7 @@ use dormouse::{
 use crate::devices::{DISK, Image, config, config_with};
 use crate::vsock::connect;
 use crate::wall_clock::WallClock;
-use crate::{PATIENCE, Release, Scratch, Transcript, guest_tool, programs};
+use crate::{COMPLAINTS, PATIENCE, Release, Scratch, Transcript, guest_tool, programs};
 
 /// Does what is typed, line by line.
 const SHELL: &str = "stty -echo; echo ready; while read -r line; do eval \"$line\"; done";
@@ -67,7 +67,7 @@ impl Guest {
     /// Nothing that a kernel says when it has lost its way.
     fn is_sane(&self) {
         let log = self.ask("dmesg");
-        for complaint in ["soft lockup", "stall", "BUG", "WARNING", "Oops", "I/O error"] {
+        for complaint in COMPLAINTS {
             assert!(!log.contains(complaint), "{log}");
         }
     }
