@@ -1,11 +1,10 @@
 //! How a Linux guest ends, and that each end is told apart.
 
-use std::fs;
 use std::time::Duration;
 
 use dormouse::{Cmdline, ExitStatus, MicroVm, VmConfig};
 
-use crate::{Release, Transcript, config, guest_root, initramfs, run};
+use crate::{Release, Transcript, config, initramfs, run};
 
 fn end_of(config: VmConfig) -> ExitStatus {
     let (vm, _) = run(config);
@@ -45,13 +44,7 @@ fn a_kernel_without_a_root_file_system_panics_with_its_own_words() {
 #[test]
 fn a_panic_with_the_pvpanic_driver_ends_a_guest_that_would_hang() {
     // Linux 6.1's modules are not compressed.
-    let modules = guest_root().join("lib/modules");
-    let release = fs::read_dir(&modules)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.file_name().unwrap().to_str().unwrap().starts_with("6.1."))
-        .unwrap();
-    let driver = release.join("kernel/drivers/misc/pvpanic");
+    let driver = Release::Linux6_1.modules_dir().join("kernel/drivers/misc/pvpanic");
     let script = "insmod /pvpanic.ko && insmod /pvpanic-mmio.ko || exit\n\
                   echo c > /proc/sysrq-trigger";
     let initramfs = initramfs(script)
