@@ -72,18 +72,16 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let session = sessions.start(template.start().await?, options).await?;
 
     let keys = TokenKeys::generate()?;
-    let options = EndpointOptions::new().tokens(keys.clone());
+    let options = EndpointOptions::new().tokens(keys.clone()).default_port(port);
     let endpoint = Endpoint::bind("127.0.0.1:0", sessions.clone(), options).await?;
     let token = keys.mint(ID, port, 24 * HOUR)?;
     let url = endpoint.url(ID);
     println!("{} serving {url}", at(begin));
-    let headers =
-        format!("-H 'X-aws-proxy-port: {port}' -H 'X-aws-proxy-auth: {}'", token.as_str());
-    println!("\n    curl {headers} {url}\n");
+    println!("\n    curl -H 'X-aws-proxy-auth: {}' {url}\n", token.as_str());
 
-    ask(endpoint.address(), port, &token, begin).await?;
+    ask(endpoint.address(), &token, begin).await?;
     session.watch().wait_for(SessionState::Suspended).await;
-    ask(endpoint.address(), port, &token, begin).await?;
+    ask(endpoint.address(), &token, begin).await?;
     if !is_once {
         println!("{} it sleeps after 3 s without a request; ^C ends it", at(begin));
         tokio::signal::ctrl_c().await?;
@@ -101,18 +99,12 @@ fn at(begin: Instant) -> String {
 }
 
 /// Asks as anybody would, and says what came of it.
-async fn ask(
-    address: SocketAddr,
-    port: u16,
-    token: &Token,
-    begin: Instant,
-) -> Result<(), Box<dyn Error>> {
+async fn ask(address: SocketAddr, token: &Token, begin: Instant) -> Result<(), Box<dyn Error>> {
     println!("{} GET /", at(begin));
     let asked = Instant::now();
     let mut stream = TcpStream::connect(address).await?;
     let request = format!(
-        "GET / HTTP/1.1\r\nHost: {ID}.localhost\r\nX-aws-proxy-port: {port}\r\n\
-        X-aws-proxy-auth: {}\r\nConnection: close\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: {ID}.localhost\r\nX-aws-proxy-auth: {}\r\nConnection: close\r\n\r\n",
         token.as_str()
     );
     stream.write_all(request.as_bytes()).await?;

@@ -140,7 +140,7 @@ impl Command {
         self
     }
 
-    /// How much [`output`](Self::output) takes of standard output and error together: 16 MiB
+    /// How much [`output`](Self::output) takes of standard output and error together, as they come: 16 MiB
     /// unless set. A program that writes more is killed, and what it wrote is gone with the error, unless it is
     /// [truncated](Self::truncate_output).
     ///
@@ -187,7 +187,8 @@ impl Command {
         Ok(process)
     }
 
-    /// Runs the program to its end, and collects what it writes, also where it fails or its time is over.
+    /// Runs the program to its end, and collects what it writes, also where it fails or its time is over. Dropping the
+    /// future kills the program, and what it wrote is gone: see [`timeout`](Self::timeout) for a deadline that keeps it.
     ///
     /// # Errors
     ///
@@ -206,7 +207,7 @@ impl Command {
         Ok(Output { status, stdout: stdout.bytes, stderr: stderr.bytes, truncated, program })
     }
 
-    /// Runs the program to its end, and throws away what it writes.
+    /// Runs the program to its end, and throws away what it writes. Dropping the future kills the program.
     ///
     /// # Errors
     ///

@@ -35,6 +35,8 @@ pub(super) enum EndpointError {
     CurrentKey { id: String },
     #[error("{id:?} is no name of a session")]
     SessionId { id: String },
+    #[error("port 0 of a guest, at which nobody listens")]
+    NoPort,
     #[error("a token for no port")]
     NoPorts,
     #[error("a token that lives for {lifetime:?} would live beyond the year 9999")]

@@ -59,7 +59,8 @@ impl Forward {
         mut upgrade: Option<Upgrade>,
     ) -> Result<Response<AnswerBody>, Fault> {
         let is_websocket = upgrade.as_ref().is_some_and(Upgrade::is_websocket);
-        let Asked { port, token, subprotocol } = port::asked(request.headers(), is_websocket)?;
+        let Asked { port, token, subprotocol } =
+            port::asked(request.headers(), is_websocket, self.shared.routes.port)?;
         self.admit(token, &target.id, port)?;
         let shared = &self.shared;
         let Some(upstream) = shared.upstreams.find(&target.id) else {

@@ -45,10 +45,12 @@ pub fn endpoint_request(bytes: &[u8]) {
 }
 
 fn request(method: &Method, uri: &Uri, version: Version, mut headers: HeaderMap) {
-    let routes = Routes { domain: "localhost".into(), prefix: Some("/sessions/".into()) };
+    let session = (headers.len() % 2 == 1).then(|| "default".to_owned());
+    let (domain, prefix) = ("localhost".to_owned(), Some("/sessions/".to_owned()));
+    let routes = Routes { domain, prefix, session, port: 8080 };
     let _ = headers::upgrade(&headers);
     for is_websocket in [false, true] {
-        if let Ok(asked) = port::asked(&headers, is_websocket) {
+        if let Ok(asked) = port::asked(&headers, is_websocket, 8080) {
             assert_ne!(asked.port, 0);
         }
     }

@@ -60,10 +60,11 @@ use crate::error::Error;
 /// A server that gives requests to sessions, and wakes them for it.
 ///
 /// A request names its session by its host, `<id>.localhost` (or [another domain](EndpointOptions::domain)), or by
-/// its path, `/sessions/<id>/…`. It names a port of the guest by the header `X-aws-proxy-port`, or a WebSocket by the subprotocol
-/// `lambda-microvms.port.N`; else it is 8080. It has a [`Token`] in the header `X-aws-proxy-auth`, unless the endpoint is
-/// [without](EndpointOptions::without_tokens). A page in a browser, which can give a WebSocket no headers, sends the token as the
-/// subprotocol `lambda-microvms.authentication.TOKEN`; with `lambda-microvms` beside it, which is then chosen where the
+/// its path, `/sessions/<id>/…`; [`default_session`](EndpointOptions::default_session) serves one at a plain port of the host. It
+/// names a port of the guest by the header `X-aws-proxy-port`, or a WebSocket by the subprotocol `lambda-microvms.port.N`;
+/// else it is 8080, or [another](EndpointOptions::default_port). It has a [`Token`] in the header `X-aws-proxy-auth`, unless the
+/// endpoint is [without](EndpointOptions::without_tokens). A page in a browser, which can give a WebSocket no headers, sends the
+/// token as the subprotocol `lambda-microvms.authentication.TOKEN`, and `lambda-microvms` beside it, which is chosen where the
 /// application chooses none. No header `x-aws-proxy-…` and no such subprotocol reaches the application.
 ///
 /// HTTP/1.1 and HTTP/2 are spoken on the same port, with TLS and without; WebSockets (over both), server-sent events and gRPC go

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::error::EndpointError;
+use super::port::DEFAULT_PORT;
 use super::route::Routes;
 use super::tls::TlsIdentity;
 use super::token::TokenKeys;
@@ -14,6 +15,8 @@ use crate::session::is_label;
 pub struct EndpointOptions {
     domain: String,
     prefix: Option<String>,
+    session: Option<String>,
+    port: u16,
     tokens: Tokens,
     pub(super) tls: Option<TlsIdentity>,
     pub(super) limits: EndpointLimits,
@@ -99,11 +102,13 @@ impl Default for EndpointLimits {
 }
 
 impl EndpointOptions {
-    /// The domain `localhost`, paths below `/sessions/`, no TLS.
+    /// The domain `localhost`, paths below `/sessions/`, no session that need not be named, port 8080, no TLS.
     pub fn new() -> Self {
         Self {
             domain: "localhost".to_owned(),
             prefix: Some("/sessions/".to_owned()),
+            session: None,
+            port: DEFAULT_PORT,
             tokens: Tokens::Unsaid,
             tls: None,
             limits: EndpointLimits::default(),
@@ -138,6 +143,22 @@ impl EndpointOptions {
     #[must_use]
     pub fn path_prefix(mut self, prefix: impl Into<Option<String>>) -> Self {
         self.prefix = prefix.into();
+        self
+    }
+
+    /// The session that a request is for which names none, at the domain itself or at an address: all of its paths but those
+    /// below the [prefix](Self::path_prefix). With it and [`default_port`](Self::default_port), one application is
+    /// served at a plain port of the host, `http://localhost:8000/`. None unless set.
+    #[must_use]
+    pub fn default_session(mut self, id: impl Into<String>) -> Self {
+        self.session = Some(id.into());
+        self
+    }
+
+    /// The port of the guest that a request is for which names none; 8080 unless set.
+    #[must_use]
+    pub fn default_port(mut self, port: u16) -> Self {
+        self.port = port;
         self
     }
 
@@ -182,7 +203,14 @@ impl EndpointOptions {
                 return Err(EndpointError::Prefix { prefix: prefix.clone() });
             }
         }
-        Ok(Routes { domain: domain.to_owned(), prefix: self.prefix.clone() })
+        if let Some(id) = self.session.as_ref().filter(|id| !is_label(id)) {
+            return Err(EndpointError::SessionId { id: id.clone() });
+        }
+        if self.port == 0 {
+            return Err(EndpointError::NoPort);
+        }
+        let (prefix, session) = (self.prefix.clone(), self.session.clone());
+        Ok(Routes { domain: domain.to_owned(), prefix, session, port: self.port })
     }
 }
 

@@ -40,7 +40,12 @@ fn once<'h>(
 }
 
 /// The port and the token, by headers, or else by subprotocols: browsers let no page give a WebSocket any other header.
-pub(super) fn asked(headers: &HeaderMap, is_websocket: bool) -> Result<Asked<'_>, Fault> {
+/// Where no port is said, it is `default`.
+pub(super) fn asked(
+    headers: &HeaderMap,
+    is_websocket: bool,
+    default: u16,
+) -> Result<Asked<'_>, Fault> {
     let (mut port, mut token, mut marker, mut port_name) = (None, None, None, None);
     for name in subprotocols(headers).filter(|_| is_websocket) {
         let Some(own) = own_subprotocol(name) else { continue };
@@ -64,7 +69,7 @@ pub(super) fn asked(headers: &HeaderMap, is_websocket: bool) -> Result<Asked<'_>
         token = Some(value.to_str().unwrap_or_default());
     }
     let no_port = || Fault::malformed("the port is no number from 1 to 65535");
-    let port = port.map_or(Ok(DEFAULT_PORT), |text| number(text).ok_or_else(no_port))?;
+    let port = port.map_or(Ok(default), |text| number(text).ok_or_else(no_port))?;
     let subprotocol = marker.or(port_name).and_then(|name| HeaderValue::from_str(name).ok());
     Ok(Asked { port, token, subprotocol })
 }

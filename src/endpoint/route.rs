@@ -21,6 +21,9 @@ pub(super) struct Routes {
     pub(super) domain: String,
     /// `/sessions/`, where sessions are reached by paths.
     pub(super) prefix: Option<String>,
+    /// The session and the port that are meant where none is named.
+    pub(super) session: Option<String>,
+    pub(super) port: u16,
 }
 
 /// Where a request goes.
@@ -62,11 +65,16 @@ impl Routes {
             return Ok(Target { id, authority, path, prefix: None });
         }
         // Any other name may be one that a stranger's page was made to mean this machine by.
-        let is_ours = host.is_none_or(|host| host == self.domain || is_address(host));
-        match &self.prefix {
-            Some(prefix) if is_ours => by_path(prefix, authority, &path),
-            _ => Err(unnamed()),
+        if !host.is_none_or(|host| host == self.domain || is_address(host)) {
+            return Err(unnamed());
         }
+        if let Some(prefix) =
+            self.prefix.as_ref().filter(|prefix| path.as_str().starts_with(*prefix))
+        {
+            return by_path(prefix, authority, &path);
+        }
+        let id = self.session.clone().ok_or_else(unnamed)?;
+        Ok(Target { id, authority, path, prefix: None })
     }
 
     /// What stands before the domain.

@@ -29,7 +29,8 @@ const BACKLOG: usize = 256;
 pub enum SessionState {
     /// Its guest boots, or its hook `run` is under way: nobody reaches it.
     Pending,
-    /// It serves.
+    /// It serves. Behind [`Suspended`](Self::Suspended) it has woken: by [`Traffic`](SessionReason::Traffic), or because
+    /// the host [asked for it](SessionReason::Requested).
     Running,
     /// Its hook `suspend` is under way, or it is written to files.
     Suspending,
@@ -211,7 +212,8 @@ impl SessionWatch {
 pub struct SessionEvents(mpsc::Receiver<SessionEvent>);
 
 impl SessionEvents {
-    /// The next event. None when there will be no other: the session is over, and all its events were read.
+    /// The next event. None when there will be no other, and all were read: the session is over; or, of all sessions,
+    /// nobody has them open any more. Dropping the future loses no event, so it may stand in a `select!`.
     pub async fn next(&mut self) -> Option<SessionEvent> {
         self.0.recv().await
     }

@@ -6,7 +6,7 @@ use dormouse::{Endpoint, EndpointOptions, ErrorKind};
 
 use crate::app::App;
 use crate::client::{get, send};
-use crate::{Setup, run};
+use crate::{Guests, Setup, open, run};
 
 #[test]
 fn a_request_reaches_its_session_by_host_name() {
@@ -131,6 +131,29 @@ fn what_leads_to_no_session_is_not_found() {
             assert_eq!(answer.header("content-type"), Some("application/json"));
         }
         assert_eq!(setup.guest.wakes.load(SeqCst), 0);
+    });
+}
+
+#[test]
+fn a_session_that_need_not_be_named_has_what_nobody_else_is_asked_for() {
+    run(async {
+        let setup = Setup::new(open().default_session("one")).await;
+        let address = setup.endpoint.address();
+        for (host, path, status) in [
+            ("localhost", "/hello", 200),
+            ("127.0.0.1", "/hello?a=b", 200),
+            ("one.localhost", "/hello", 200),
+            ("localhost", "/sessions/one/hello", 200),
+            ("localhost", "/sessions/two/hello", 404),
+            ("two.localhost", "/hello", 404),
+            ("evil.example", "/hello", 404),
+        ] {
+            assert_eq!(get(address, host, path, "").await.status, status, "{host}{path}");
+        }
+        for options in [open().default_session("a.b"), open().default_port(0)] {
+            let refused = Endpoint::bind("127.0.0.1:0", Guests::default(), options).await;
+            assert_eq!(refused.unwrap_err().kind(), &ErrorKind::Config);
+        }
     });
 }
 
