@@ -44,26 +44,18 @@ use crate::error::Error;
 
 /// A container image that is ready to be the root of any number of VMs.
 ///
-/// [`configure`](Self::configure) has its own program run. For commands alone, its root is enough; they have the
-/// environment and the working directory of the image if they are given them:
+/// [`configure`](Self::configure) has its own program run. For commands alone, its root is enough:
 ///
 /// ```no_run
-/// use dormouse::{AgentConfig, Image, ImageCache, Kernel, MicroVm, VmConfig};
+/// use dormouse::{Image, ImageCache, Kernel, MicroVm, VmConfig};
 ///
 /// # async fn run() -> Result<(), dormouse::Error> {
 /// let cache = ImageCache::open("images")?;
 /// let image = Image::open("python.tar").unpack(&cache).await?;
-/// let agent = AgentConfig::new().root(image.root(0));
-/// let config = VmConfig::new(Kernel::installed()?).block(image.disk()).agent(agent);
+/// let config = image.configure_root(VmConfig::new(Kernel::installed()?));
 /// let vm = MicroVm::create(config)?.start()?;
 ///
-/// let mut command = vm.agent().await?.command("python3").args(["-c", "print(6 * 7)"]);
-/// for (name, value) in &image.config().env {
-///     command = command.env(name, value);
-/// }
-/// if let Some(directory) = &image.config().working_dir {
-///     command = command.current_dir(directory);
-/// }
+/// let command = image.command(&vm.agent().await?, "python3").args(["-c", "print(6 * 7)"]);
 /// print!("{}", command.output().await?.check()?.text());
 /// # Ok(())
 /// # }

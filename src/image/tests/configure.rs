@@ -36,6 +36,9 @@ fn an_image_fills_in_what_the_caller_left_out_and_nothing_else() {
     let agent = agent_of(&configured);
     assert_eq!(agent.root, Some(image.root(1)));
     assert_eq!(agent.entrypoint, image.config().entrypoint());
+    // The root alone, for programs that the host starts.
+    let agent = agent_of(&image.configure_root(vm()));
+    assert_eq!((agent.root, agent.entrypoint), (Some(image.root(0)), None));
     // What the caller says stays.
     let own = Entrypoint::new(["/bin/sh"]).env("MODE", "mine").user("root");
     let asked = AgentConfig::new().root(RootDisk::new(0).overlay_memory(1 << 20)).entrypoint(own);
