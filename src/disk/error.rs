@@ -71,10 +71,10 @@ impl From<DiskError> for Error {
         let fix = match &error {
             DiskError::Open { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound => {
-                    Some("create it first, for example with `truncate -s 1G <file>`")
+                    Some("name a file that is there; `truncate -s 1G <file>` makes an empty one")
                 }
                 io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                    Some("make it readable and writable for this user, or the disk read-only")
+                    Some("let this user read it, and write to it unless the disk is read-only")
                 }
                 _ => None,
             },

@@ -157,13 +157,15 @@ impl ImageSource {
         Self { location, name, platform, limits: ImageLimits::default(), listener: None }
     }
 
-    /// Which image of several, by its name there or by the end of it: `3.12`, `python:3.12`.
+    /// Which image of several in a file or a directory, by its name there or by the end of it: `3.12`, `python:3.12`. A
+    /// registry's is named by its reference, and a root directory has no name: there it is without effect.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// For which platform, as Go names them: `linux/amd64` unless set, which is what guests are.
+    /// For which platform, as Go names them: `linux/amd64` unless set, which is what guests are. A root directory is taken as
+    /// it is.
     pub fn platform(mut self, platform: impl AsRef<str>) -> Self {
         self.platform = Platform::parse(platform.as_ref());
         self
@@ -216,6 +218,8 @@ impl ImageSource {
     /// [`ErrorKind::Image`](crate::ErrorKind::Image) where it is damaged, refused or over a limit;
     /// [`ErrorKind::File`](crate::ErrorKind::File) where files cannot be read, or the cache not written;
     /// [`ErrorKind::Timeout`](crate::ErrorKind::Timeout) where a registry says nothing for 30 s, or next to nothing;
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) for a reference that is none, or outside of a tokio runtime;
+    /// [`ErrorKind::Resources`](crate::ErrorKind::Resources) where no thread can be started;
     /// [`ErrorKind::Interrupted`](crate::ErrorKind::Interrupted).
     pub async fn unpack(self, cache: &ImageCache) -> Result<Image, Error> {
         let runtime = Handle::try_current().map_err(|_| ImageError::NoRuntime)?;

@@ -122,7 +122,7 @@ impl MicroVm<Suspended> {
     }
 
     /// Ends the guest, and removes the files of its sleep, but not those of a VM that another process has
-    /// woken; its disks stay.
+    /// woken; its disks stay. Files that cannot be removed stay too, without a word.
     pub fn terminate(self) -> MicroVm<Terminated> {
         let Self { state, console, mut recorder } = self;
         recorder.timed(Phase::Terminate, || state.asleep.remove());

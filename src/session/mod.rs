@@ -137,7 +137,9 @@ impl Session {
     /// # Errors
     ///
     /// The hook's, or those of [`MicroVm::suspend`](MicroVm::<Running>::suspend): it runs on as before.
-    /// [`ErrorKind::SessionEnded`](crate::ErrorKind::SessionEnded) for one that is over.
+    /// [`ErrorKind::SessionEnded`](crate::ErrorKind::SessionEnded) for one that is over, and
+    /// [`ErrorKind::Session`](crate::ErrorKind::Session) where the runtime that it was opened on has ended, in this and
+    /// all other calls.
     pub async fn suspend(&self) -> Result<(), Error> {
         self.ask(Wish::Suspend).await
     }

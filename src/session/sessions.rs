@@ -48,7 +48,8 @@ impl Sessions {
     /// # Errors
     ///
     /// [`ErrorKind::Session`](crate::ErrorKind::Session) where the directory is open already, in this process or another,
-    /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be made or read.
+    /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be made or read,
+    /// [`ErrorKind::Config`](crate::ErrorKind::Config) outside of a tokio runtime.
     pub async fn open(directory: impl AsRef<Path>) -> Result<Self, Error> {
         if tokio::runtime::Handle::try_current().is_err() {
             return Err(SessionError::NoRuntime.into());

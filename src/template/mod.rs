@@ -176,7 +176,7 @@ impl Template {
         self.entry.activate()
     }
 
-    /// Removes its files. VMs that run go on, and this handle starts no others.
+    /// Removes its files, as far as that can be done. VMs that run go on, and this handle starts no others.
     pub fn remove(self) {
         self.entry.remove(&self.snapshot);
     }

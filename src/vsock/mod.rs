@@ -70,9 +70,13 @@ impl From<VsockError> for Error {
                 ErrorKind::Refused,
                 Some("connect again when the program in the guest listens, or let it connect"),
             ),
-            VsockError::ConnectTimeout { .. } | VsockError::AcceptTimeout { .. } => {
-                (ErrorKind::Timeout, None)
-            }
+            VsockError::ConnectTimeout { .. } => (
+                ErrorKind::Timeout,
+                Some(
+                    "give it more time, or see that the guest has loaded its driver (virtio_vsock)",
+                ),
+            ),
+            VsockError::AcceptTimeout { .. } => (ErrorKind::Timeout, None),
             VsockError::TooMany => {
                 (ErrorKind::Resources, Some("close some, or raise `VsockConfig::max_connections`"))
             }
