@@ -289,9 +289,14 @@ impl Machine {
         &self.serial_input
     }
 
-    /// Its configuration for a file, with the limits that it has by now.
+    /// Its configuration for a file.
     pub(crate) fn config_to_save(&self) -> MachineConfig {
-        let mut config = self.config.to_be_saved();
+        self.config_now().to_be_saved()
+    }
+
+    /// Its configuration with the limits that it has by now.
+    pub(crate) fn config_now(&self) -> MachineConfig {
+        let mut config = self.config.clone();
         for (block, disk) in config.blocks.iter_mut().zip(&self.controls.disks) {
             block.rate_limit = disk.with(|disk| disk.rate_limit());
         }

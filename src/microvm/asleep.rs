@@ -33,7 +33,7 @@ enum Place {
 impl Asleep {
     /// A machine that lies in this snapshot, in files or in memory.
     pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
-        let options = as_before(stopped.machine.config());
+        let options = as_before(&stopped.machine.config_now());
         let cpu_time = stopped.cpu_time();
         let Origin { on_end, agent, .. } = *stopped.origin;
         let identity = agent.into_untold();

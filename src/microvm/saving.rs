@@ -192,7 +192,7 @@ impl MicroVm<Paused> {
     /// As [`MicroVm::<Suspended>::open_with`].
     #[cfg(feature = "session")]
     pub(crate) fn back_to_sleep(self, directory: &Path) -> Result<MicroVm<Suspended>, Error> {
-        let options = as_before(self.state.stopped.machine.config());
+        let options = as_before(&self.state.stopped.machine.config_now());
         drop(self.terminate());
         MicroVm::<Suspended>::open_with(directory, &options)
     }

@@ -1,6 +1,5 @@
 //! Who is let in, and who is not.
 
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
@@ -47,8 +46,7 @@ fn a_token_opens_the_ports_of_its_session_until_it_expires() {
             let token = keys.mint("one", ports, HOUR).unwrap();
             assert_eq!(ask(&setup, "one.localhost", token.as_str()).await, (200, String::new()));
         }
-        let none = TokenPorts::from(RangeInclusive::new(9000, 8000));
-        for ports in [8081.into(), (1..=8079).into(), none] {
+        for ports in [8081.into(), (1..=8079).into()] {
             let token = keys.mint("one", ports, HOUR).unwrap();
             assert!(is_forbidden(ask(&setup, "one.localhost", token.as_str()).await), "{ports:?}");
         }
