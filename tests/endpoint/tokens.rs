@@ -46,7 +46,7 @@ fn a_token_opens_the_ports_of_its_session_until_it_expires() {
             let token = keys.mint("one", ports, HOUR).unwrap();
             assert_eq!(ask(&setup, "one.localhost", token.as_str()).await, (200, String::new()));
         }
-        for ports in [8081.into(), (1..=8079).into()] {
+        for ports in [TokenPorts::from(8081), (1..=8079).into()] {
             let token = keys.mint("one", ports, HOUR).unwrap();
             assert!(is_forbidden(ask(&setup, "one.localhost", token.as_str()).await), "{ports:?}");
         }
