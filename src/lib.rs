@@ -271,6 +271,7 @@ pub use timings::{Timing, Timings};
 pub mod fuzzing {
     #[cfg(feature = "agent")]
     pub use crate::agent::fuzzing::*;
+    pub use crate::disk::fuzzing::*;
     #[cfg(feature = "endpoint")]
     pub use crate::endpoint::fuzzing::*;
     #[cfg(feature = "image")]

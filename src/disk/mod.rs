@@ -12,6 +12,8 @@ mod copy;
 mod delta;
 mod error;
 mod extents;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod progress;
 mod saved;
 

@@ -1,16 +1,19 @@
-//! The ways in for the fuzz targets `oci_layer` and `image_config`.
+//! The ways in for the fuzz targets `oci_layer`, `image_archive` and `image_config`.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "what a fuzz target finds is a panic")]
 
 use std::env;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 
 use super::blob::Blob;
 use super::config::ConfigFile;
 use super::layer::Packed;
 use super::manifest::{Document, Platform, choose};
 use super::rootfs::{Build, Limits, is_whole};
+use super::source::{self, Wanted};
 
 /// Small ones, so that a run takes milliseconds.
 const LIMITS: Limits = Limits { bytes: 4 << 20, entries: 1000, memory: 1 << 20, ratio: 200 };
@@ -62,6 +65,30 @@ fn temporary(bytes: &[u8]) -> File {
     let mut file = options.open(env::temp_dir()).expect("a temporary file");
     file.write_all(bytes).expect("a temporary file");
     file
+}
+
+/// An archive of an image, as `docker save` writes it or of a layout: it is refused, or its layers become a root.
+pub fn image_archive(bytes: &[u8]) {
+    let file = temporary(bytes);
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    for name in [None, Some("latest")] {
+        let wanted = Wanted { name: name.map(str::to_owned), platform: Platform::guest() };
+        let found = match source::find(&path, &wanted) {
+            Ok(found) => found,
+            Err(error) => {
+                // The text quotes the archive.
+                let _ = error.to_string();
+                continue;
+            }
+        };
+        assert_eq!(found.config.diff_ids().map(|ids| ids.len()).ok(), Some(found.layers.len()));
+        let mut build = Build::new(temporary(&[]), LIMITS);
+        let built = found.layers.into_iter().try_for_each(|layer| {
+            let packed = Packed { blob: layer.blob, digest: layer.digest, max_ratio: LIMITS.ratio };
+            build.layer(packed, &mut |_| Ok(())).map(drop)
+        });
+        let _ = built.and_then(|()| build.finish().map(drop));
+    }
 }
 
 /// JSON as an image's configuration, its manifest and its index.
