@@ -24,7 +24,7 @@ const BITMAP: u64 = 4096;
 pub fn disk_delta(bytes: &[u8]) {
     let Some((choice, bytes)) = bytes.split_first() else { return };
     let (header, bitmap) = bytes.split_at(bytes.len().min(20));
-    let folder = TempDir::new_with_prefix("/tmp/dormouse-fuzz-").expect("a folder");
+    let folder = TempDir::new().expect("a folder");
     let (base, delta) = (folder.as_path().join("base"), folder.as_path().join("delta"));
     let file = File::create_new(&base).expect("a disk");
     file.set_len(SECTORS * SECTOR_BYTES).expect("a disk");
