@@ -52,29 +52,33 @@ pub(super) struct Run {
 impl Delta {
     /// Opens a delta of a disk with so many sectors, or creates it.
     pub(super) fn open(path: &Path, base: &Path, sectors: u64) -> Result<Self, DiskError> {
+        let failed = |source| DiskError::CreateDelta { path: path.to_owned(), source };
         let created = File::options().read(true).write(true).create_new(true).open(path);
-        let create = |file| {
-            Self::create(file, sectors).map_err(|source| {
-                let _ = fs::remove_file(path);
-                DiskError::CreateDelta { path: path.to_owned(), source }
-            })
-        };
-        match created {
-            Ok(file) => {
-                lock(&file, path, true)?;
-                create(file)
-            }
+        let (file, is_new) = match created {
+            Ok(file) => (file, true),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                let file = open(path, true, 0)?;
-                lock(&file, path, true)?;
-                // Whoever made it was ended before there was anything in it.
-                if file.metadata().is_ok_and(|metadata| metadata.is_file() && metadata.len() == 0) {
-                    return create(file);
-                }
-                Self::read(file, path, base, sectors)
+                (open(path, true, 0)?, false)
             }
-            Err(source) => Err(DiskError::CreateDelta { path: path.to_owned(), source }),
+            Err(source) => return Err(failed(source)),
+        };
+        lock(&file, path, true)?;
+        if !Self::is_unmade(&file, sectors) {
+            return Self::read(file, path, base, sectors);
         }
+        Self::create(file, sectors).map_err(|source| {
+            if is_new {
+                let _ = fs::remove_file(path);
+            }
+            failed(source)
+        })
+    }
+
+    /// Whether a file is as whoever made it leaves it until the header is written, and might have been ended.
+    fn is_unmade(file: &File, sectors: u64) -> bool {
+        let Ok(metadata) = file.metadata() else { return false };
+        let len = metadata.len();
+        let is_plain = metadata.is_file() && (len == 0 || len == Self::bytes(sectors));
+        is_plain && matches!(extents::next(file, 0, len), Ok(None))
     }
 
     /// Opens a delta that nobody writes to any more, for reading. Others may have it too.
@@ -117,7 +121,7 @@ impl Delta {
         header[..8].copy_from_slice(&MAGIC);
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
         header[12..].copy_from_slice(&sectors.to_le_bytes());
-        delta.file.set_len(delta.sectors_offset + sectors * SECTOR_BYTES)?;
+        delta.file.set_len(Self::bytes(sectors))?;
         delta.file.write_all_at(&header, 0)?;
         Ok(delta)
     }
@@ -142,11 +146,20 @@ impl Delta {
         }
         let mut delta = Self::empty(file, expected);
         let len = delta.file.metadata().map(|metadata| metadata.len());
-        if len.unwrap_or(0) < delta.sectors_offset + expected * SECTOR_BYTES {
+        if len.unwrap_or(0) < Self::bytes(expected) {
             return Err(reason("it ends too early"));
         }
         delta.read_bitmap().map_err(|_| reason("its bitmap cannot be read"))?;
         Ok(delta)
+    }
+
+    /// How long the file is.
+    fn bytes(sectors: u64) -> u64 {
+        Self::sectors_offset(sectors) + sectors * SECTOR_BYTES
+    }
+
+    fn sectors_offset(sectors: u64) -> u64 {
+        HEADER_BYTES + sectors.div_ceil(PAGE_SECTORS) * PAGE_BYTES as u64
     }
 
     fn empty(file: File, sectors: u64) -> Self {
@@ -156,7 +169,7 @@ impl Delta {
             bitmap: vec![None; pages],
             dirty: vec![false; pages],
             flushed: Vec::new(),
-            sectors_offset: HEADER_BYTES + (pages * PAGE_BYTES) as u64,
+            sectors_offset: Self::sectors_offset(sectors),
         }
     }
 

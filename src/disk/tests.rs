@@ -277,6 +277,13 @@ fn a_delta_whose_maker_was_ended_before_there_was_anything_in_it_is_made() {
     File::create_new(&delta).unwrap();
     let config = BlockConfig::new(&base).delta(&delta);
     assert!(content(&Disk::open(&config).unwrap()) == content_below);
+    // Or before its header was there.
+    fs::remove_file(&delta).unwrap();
+    drop(Disk::open(&config).unwrap());
+    let len = fs::metadata(&delta).unwrap().len();
+    fs::remove_file(&delta).unwrap();
+    File::create_new(&delta).unwrap().set_len(len).unwrap();
+    assert!(content(&Disk::open(&config).unwrap()) == content_below);
     fs::write(&delta, [0; 19]).unwrap();
     assert!(matches!(Disk::open(&config), Err(DiskError::NotADelta { .. })));
 }
