@@ -15,16 +15,22 @@ use crate::timings::Recorder;
 /// A VM in its sleep.
 #[derive(Debug)]
 pub(super) struct Asleep {
-    place: Place,
-    options: RestoreOptions,
+    slept: Slept,
     on_end: Option<OnEnd>,
-    /// Who it is, where it is a clone that has not been told so.
-    identity: Option<Arc<CloneIdentity>>,
     /// What its vCPUs had used when it fell asleep, as far as this process knows.
     cpu_time: Duration,
 }
 
-#[derive(Debug)]
+/// Where it sleeps, and what it wakes with.
+#[derive(Clone, Debug)]
+pub(super) struct Slept {
+    place: Place,
+    options: RestoreOptions,
+    /// Who it is, where it is a clone that has not been told so.
+    identity: Option<Arc<CloneIdentity>>,
+}
+
+#[derive(Clone, Debug)]
 enum Place {
     Directory { path: PathBuf, id: [u8; 16] },
     Memory(Snapshot),
@@ -36,8 +42,20 @@ impl Asleep {
         let options = as_before(&stopped.machine.config_now());
         let cpu_time = stopped.cpu_time();
         let Origin { on_end, agent, .. } = *stopped.origin;
-        let identity = agent.into_untold();
-        Self { place: Place::of(snapshot), options, on_end, identity, cpu_time }
+        let slept = Slept { place: Place::of(snapshot), options, identity: agent.into_untold() };
+        Self { slept, on_end, cpu_time }
+    }
+
+    /// A machine that did not go on after all, as it slept in its files before it woke.
+    ///
+    /// # Errors
+    ///
+    /// The machine, which did not wake from files.
+    #[cfg(feature = "session")]
+    pub(super) fn again(mut stopped: Stopped) -> Result<Self, Stopped> {
+        let Some(slept) = stopped.origin.slept.take() else { return Err(stopped) };
+        let (on_end, cpu_time) = (stopped.origin.on_end.take(), stopped.cpu_time());
+        Ok(Self { slept, on_end, cpu_time })
     }
 
     /// The machine that lies in a directory, whoever put it there; and its console, which is empty.
@@ -49,8 +67,8 @@ impl Asleep {
         let (sleep, options) = snapshot.sleep(options)?;
         let identity = sleep.clone.map(|names| Arc::new(CloneIdentity::new(names)));
         let console = Console::new(snapshot.console_tail_bytes());
-        let (place, cpu_time) = (Place::of(snapshot), Duration::ZERO);
-        Ok((Self { place, options, on_end: None, identity, cpu_time }, console))
+        let slept = Slept { place: Place::of(snapshot), options, identity };
+        Ok((Self { slept, on_end: None, cpu_time: Duration::ZERO }, console))
     }
 
     pub(super) fn wake(
@@ -62,16 +80,19 @@ impl Asleep {
         let lock = snapshot.wake_lock()?;
         let from = (None, Some(console));
         let mut stopped =
-            Stopped::restored(&snapshot, &self.options, Purpose::Sleep, from, recorder)?;
+            Stopped::restored(&snapshot, &self.slept.options, Purpose::Sleep, from, recorder)?;
         stopped.origin.lock = lock;
         stopped.origin.on_end = self.on_end.take();
-        stopped.origin.agent = AgentContact::woken(self.identity.clone());
+        stopped.origin.agent = AgentContact::woken(self.slept.identity.clone());
+        // What is in memory is not kept for that.
+        let is_in_files = matches!(self.slept.place, Place::Directory { .. });
+        stopped.origin.slept = is_in_files.then(|| self.slept.clone());
         stopped.origin.cpu_time = self.cpu_time;
         Ok(stopped)
     }
 
     pub(super) fn snapshot(&self) -> Result<Snapshot, Error> {
-        match &self.place {
+        match &self.slept.place {
             Place::Directory { path, id } => Snapshot::open_same(path, *id),
             Place::Memory(snapshot) => Ok(snapshot.clone()),
         }
@@ -80,7 +101,7 @@ impl Asleep {
     /// The snapshot that it lies in, where that is in files.
     #[cfg(feature = "session")]
     pub(super) fn snapshot_id(&self) -> Option<[u8; 16]> {
-        match &self.place {
+        match &self.slept.place {
             Place::Directory { id, .. } => Some(*id),
             Place::Memory(_) => None,
         }
@@ -93,7 +114,7 @@ impl Asleep {
 
     /// Removes the files that the VM lies in.
     pub(super) fn remove(self) {
-        if let Place::Directory { path, id } = &self.place {
+        if let Place::Directory { path, id } = &self.slept.place {
             Snapshot::remove(path, *id);
         }
     }
@@ -109,7 +130,7 @@ impl Place {
 }
 
 /// All that a machine had of the host, also what no file keeps.
-pub(super) fn as_before(config: &MachineConfig) -> RestoreOptions {
+fn as_before(config: &MachineConfig) -> RestoreOptions {
     let mut options = RestoreOptions::default()
         .console_output(config.console_writer.clone())
         .kvm_device(&config.kvm_device)

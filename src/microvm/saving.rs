@@ -3,8 +3,6 @@
 use std::path::Path;
 
 use super::asleep::Asleep;
-#[cfg(feature = "session")]
-use super::asleep::as_before;
 use super::stopped::Stopped;
 use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, TransitionError};
 use crate::config::RestoreOptions;
@@ -184,17 +182,21 @@ impl MicroVm<Paused> {
         Ok(kept)
     }
 
-    /// Ends the VM, which woke from this directory, and sleeps there as it did before: with what no file keeps, such
-    /// as descriptors and the console's writer.
+    /// Ends the VM, which sleeps again in the files that it woke from, and wakes from there with what it had.
     ///
     /// # Errors
     ///
-    /// As [`MicroVm::<Suspended>::open_with`].
+    /// The VM, which did not wake from files.
     #[cfg(feature = "session")]
-    pub(crate) fn back_to_sleep(self, directory: &Path) -> Result<MicroVm<Suspended>, Error> {
-        let options = as_before(&self.state.stopped.machine.config_now());
-        drop(self.terminate());
-        MicroVm::<Suspended>::open_with(directory, &options)
+    pub(crate) fn back_to_sleep(self) -> Result<MicroVm<Suspended>, Self> {
+        let Self { state: Paused { stopped }, console, recorder } = self;
+        match Asleep::again(stopped) {
+            Ok(asleep) => {
+                let state = Suspended { asleep: Box::new(asleep) };
+                Ok(MicroVm { state, console, recorder })
+            }
+            Err(stopped) => Err(Self { state: Paused { stopped }, console, recorder }),
+        }
     }
 
     fn asleep(self, snapshot: Snapshot) -> MicroVm<Suspended> {
@@ -205,6 +207,14 @@ impl MicroVm<Paused> {
 }
 
 impl MicroVm<Running> {
+    /// As [`MicroVm::<Paused>::back_to_sleep`], also of a guest that has ended.
+    #[cfg(feature = "session")]
+    pub(crate) fn back_to_sleep(self) -> Option<MicroVm<Suspended>> {
+        let Self { state: Running { run, machine, origin }, console, recorder } = self;
+        let stopped = Stopped::new(machine.stop(run), machine, origin);
+        MicroVm { state: Paused { stopped }, console, recorder }.back_to_sleep().ok()
+    }
+
     /// Pauses the VM, writes it to a directory, and ends it here: see
     /// [`MicroVm<Paused>::suspend`](MicroVm::<Paused>::suspend).
     ///

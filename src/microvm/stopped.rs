@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::agent::AgentContact;
+use super::asleep::Slept;
 use crate::config::RestoreOptions;
 use crate::console::Console;
 use crate::error::Error;
@@ -33,6 +34,8 @@ pub(super) struct Origin {
     pub(super) agent: AgentContact,
     /// What vCPUs have used that it had before it slept.
     pub(super) cpu_time: Duration,
+    /// How it slept, where that was in files.
+    pub(super) slept: Option<Slept>,
 }
 
 /// Calls somebody when a VM is over, in whatever state it was.

@@ -3,14 +3,17 @@
 //! For a session named ID there are `ID/session.json`, its record; and `ID/asleep`, the files that it sleeps in.
 
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::{fmt, io};
 
 use super::error::SessionError;
 use super::state::Listeners;
+use crate::config::RestoreOptions;
+use crate::error::Error;
 use crate::file_lock::{self, Locked};
+use crate::microvm::{MicroVm, Suspended};
 
 /// A directory of sessions that is this process's, until the last session of it is dropped.
 #[derive(Debug)]
@@ -20,10 +23,20 @@ pub(super) struct Home {
     _lock: File,
     /// Who is told of the events of all sessions.
     pub(super) listeners: Arc<Listeners>,
+    given: Given,
+}
+
+/// What of this host a session of this name gets that wakes from its files.
+pub(super) struct Given(pub(super) Box<dyn Fn(&str) -> RestoreOptions + Send + Sync>);
+
+impl fmt::Debug for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Given")
+    }
 }
 
 impl Home {
-    pub(super) fn open(path: &Path) -> Result<Self, SessionError> {
+    pub(super) fn open(path: &Path, given: Given) -> Result<Self, SessionError> {
         // Absolute, so that it means the same when the process goes elsewhere.
         let path = std::path::absolute(path).map_err(SessionError::io("find", path))?;
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
@@ -39,7 +52,7 @@ impl Home {
                 return Err(SessionError::io("lock", &lock)(error));
             }
         }
-        Ok(Self { path, _lock: file, listeners: Arc::default() })
+        Ok(Self { path, _lock: file, listeners: Arc::default(), given })
     }
 
     /// The directory of a session.
@@ -50,6 +63,11 @@ impl Home {
     /// The directory in which it sleeps.
     pub(super) fn asleep(&self, id: &str) -> PathBuf {
         self.session(id).join("asleep")
+    }
+
+    /// The VM that sleeps in the files of a session.
+    pub(super) fn sleeper(&self, id: &str) -> Result<MicroVm<Suspended>, Error> {
+        MicroVm::<Suspended>::open_with(self.asleep(id), &(self.given.0)(id))
     }
 
     /// Makes the directory of a session that is new.

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::clock::Stamp;
 use super::error::SessionError;
-use super::home::{Home, check_id};
+use super::home::{Given, Home, check_id};
 use super::keeper::{Body, Call, Keeper, blocking, detached};
 use super::metering::{Counts, Meter, Metering};
 use super::policy::{Lost, SessionPolicy};
@@ -19,8 +19,9 @@ use super::shared::Shared;
 use super::start::Start;
 use super::state::{SessionEvent, SessionEvents, SessionReason, SessionState};
 use super::{Session, SessionOptions};
+use crate::config::RestoreOptions;
 use crate::error::{Error, ErrorKind};
-use crate::microvm::{AnyMicroVm, MicroVm, Suspended};
+use crate::microvm::AnyMicroVm;
 use crate::random::random;
 use crate::snapshot::Snapshot;
 
@@ -51,12 +52,28 @@ impl Sessions {
     /// [`ErrorKind::File`](crate::ErrorKind::File) where it cannot be made or read,
     /// [`ErrorKind::Config`](crate::ErrorKind::Config) outside of a tokio runtime.
     pub async fn open(directory: impl AsRef<Path>) -> Result<Self, Error> {
+        Self::open_with(directory, |_| RestoreOptions::new().outside_paths(true)).await
+    }
+
+    /// As [`open`](Self::open), with what of this host a session that wakes from its files gets, by its name: a writer for its
+    /// console, networks that had a descriptor, disks that lie elsewhere now; and, without
+    /// [`outside_paths`](RestoreOptions::outside_paths), nothing that is not given. A session that this process put to sleep
+    /// itself wakes with what it had. `given` is called when a session wakes, also in vain, and where its files are looked at
+    /// before; not in tasks.
+    ///
+    /// # Errors
+    ///
+    /// As that one.
+    pub async fn open_with(
+        directory: impl AsRef<Path>,
+        given: impl Fn(&str) -> RestoreOptions + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
         if tokio::runtime::Handle::try_current().is_err() {
             return Err(SessionError::NoRuntime.into());
         }
         let directory = directory.as_ref().to_owned();
         let found = blocking(move || {
-            let home = Arc::new(Home::open(&directory)?);
+            let home = Arc::new(Home::open(&directory, Given(Box::new(given)))?);
             let ids = home.ids()?;
             let found: Vec<_> = ids.iter().map(|id| find(&home, id)).collect();
             Ok::<_, SessionError>((home, found))
@@ -83,9 +100,9 @@ impl Sessions {
     /// started, and may not listen yet. A VM from a `Template` has its application up, as its `Ready` says.
     ///
     /// The VM's disks, and what else its configuration names of the host, stay where they are, and have to be there
-    /// when it wakes. What no file keeps goes with this process: a VM that another one wakes has no console writer, and
-    /// one whose network had a descriptor ([`NetConfig::tap_fd`](crate::NetConfig::tap_fd), `socket`, `pair`) does not
-    /// wake there. Where the future is dropped, the session starts all the same.
+    /// when it wakes. What no file keeps goes with this process, a console's writer or the descriptor of a network
+    /// ([`NetConfig::tap_fd`](crate::NetConfig::tap_fd), `socket`, `pair`): another one gives them by
+    /// [`open_with`](Self::open_with). Where the future is dropped, the session starts all the same.
     ///
     /// # Errors
     ///
@@ -309,7 +326,7 @@ fn lost(
     }
     let ran = matches!(before, SessionState::Running | SessionState::Suspending);
     if ran && record.policy.lost == Lost::Restore && snapshot.is_some() {
-        return match MicroVm::<Suspended>::open(&asleep) {
+        return match home.sleeper(id) {
             Ok(_) => (SessionState::Suspended, SessionReason::Restored, None),
             Err(error) => (SessionState::Terminated, SessionReason::Lost, Some(error.to_string())),
         };

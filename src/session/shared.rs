@@ -252,12 +252,16 @@ mod tests {
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
+    use crate::config::RestoreOptions;
+    use crate::session::home::Given;
     use crate::session::metering::Counts;
 
     #[test]
     fn what_a_session_has_come_to_is_written_later_where_it_cannot_be_now() {
         let dir = TempDir::new().unwrap();
-        let home = Arc::new(Home::open(dir.as_path()).unwrap());
+        let home = Arc::new(
+            Home::open(dir.as_path(), Given(Box::new(|_| RestoreOptions::new()))).unwrap(),
+        );
         home.make("one").unwrap();
         let event = SessionEvent {
             session: "one".to_owned(),

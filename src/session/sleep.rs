@@ -191,13 +191,21 @@ fn back_to_sleep(shared: &Shared, vm: MicroVm<Running>) -> Asleep {
     let place = shared.asleep();
     let cpu = vm.cpu_time();
     shared.meter().settle(Some(cpu));
-    let asleep = match vm.pause() {
-        Ok(vm) if Snapshot::open(&place).is_ok_and(|files| files.disks_are_as_before()) => {
-            vm.back_to_sleep(&place).map(Box::new).ok()
+    let asleep = if vm.exit_status().is_some() {
+        vm.back_to_sleep().map(Box::new)
+    } else {
+        match vm.pause() {
+            Ok(vm) if Snapshot::open(&place).is_ok_and(|files| files.disks_are_as_before()) => {
+                match vm.back_to_sleep() {
+                    Ok(asleep) => Some(Box::new(asleep)),
+                    // It did not wake from files.
+                    Err(vm) => save_again(shared, vm, cpu),
+                }
+            }
+            Ok(vm) => save_again(shared, vm, cpu),
+            // It has ended just now.
+            Err(_) => None,
         }
-        Ok(vm) => save_again(shared, vm, cpu),
-        // It has ended by itself.
-        Err(_) => None,
     };
     shared.meter().begin(Counts::Suspended, Duration::ZERO);
     asleep
@@ -244,7 +252,7 @@ fn has_been_saved(
 pub(super) fn wake(shared: &Shared, asleep: Asleep) -> Result<MicroVm<Running>, (Asleep, Error)> {
     let asleep = match asleep {
         Some(asleep) => asleep,
-        None => match MicroVm::<Suspended>::open(shared.asleep()) {
+        None => match shared.home.sleeper(&shared.id) {
             Ok(asleep) => Box::new(asleep),
             Err(error) => return Err((None, error)),
         },

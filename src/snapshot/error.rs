@@ -145,7 +145,17 @@ impl From<SnapshotError> for Error {
                 return Error::new(ErrorKind::Config, error)
                     .fix("leave them out, or make a clone with `Snapshot::restore_with`");
             }
-            SnapshotError::Config(_) => return Error::new(ErrorKind::Config, error),
+            SnapshotError::Config(_) | SnapshotError::NoDisk { .. } => {
+                return Error::new(ErrorKind::Config, error);
+            }
+            SnapshotError::NoBase { .. } => {
+                return Error::new(ErrorKind::Config, error)
+                    .fix("leave `RestoreOptions::disk_base` out for it");
+            }
+            SnapshotError::ReadOnly { .. } => {
+                return Error::new(ErrorKind::Config, error)
+                    .fix("leave `RestoreOptions::disk_delta` out for it");
+            }
             SnapshotError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Some("name a directory that `MicroVm::snapshot` or `MicroVm::suspend` wrote")
             }
@@ -163,8 +173,6 @@ impl From<SnapshotError> for Error {
             SnapshotError::OtherShell => {
                 Some("prepare it with `prepare` of the same snapshot or VM")
             }
-            SnapshotError::NoBase { .. } => Some("leave `RestoreOptions::disk_base` out for it"),
-            SnapshotError::ReadOnly { .. } => Some("leave `RestoreOptions::disk_delta` out for it"),
             SnapshotError::UsedDelta { .. } => {
                 Some("choose a path where no file is: it is created")
             }
@@ -184,9 +192,9 @@ impl From<SnapshotError> for Error {
                 "connect it with `RestoreOptions::service`, or, where whoever wrote the snapshot is \
                  trusted, allow it with `RestoreOptions::outside_paths(true)`",
             ),
-            SnapshotError::NoNetwork { .. } => {
-                Some("connect it with `RestoreOptions::network` for each VM")
-            }
+            SnapshotError::NoNetwork { .. } => Some(
+                "connect it with `RestoreOptions::network` for each VM, for sessions by `Sessions::open_with`",
+            ),
             SnapshotError::NotAsleep { .. } => {
                 Some("make VMs of it with `Snapshot::open` and `Snapshot::restore`")
             }

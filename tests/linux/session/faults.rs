@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use dormouse::{BlockConfig, SessionEvent, SessionEvents};
+use dormouse::{BlockConfig, NetConfig, SessionEvent, SessionEvents};
 
 use super::*;
 use crate::wall_clock::WallClock;
@@ -60,7 +60,9 @@ fn a_hook_resume_that_fails_leaves_it_suspended_and_the_next_request_tries_again
             .hook(HookName::Resume, Hook::command(["sh", "-c", fails]))
             .hook(HookName::Terminate, last);
         let config = config_of(Release::Linux6_12, busybox(), agent);
-        let config = config.block(BlockConfig::new(&disk).read_only());
+        // No file keeps a descriptor: it is still there for the next attempt.
+        let network = NetConfig::pair().unwrap().0;
+        let config = config.block(BlockConfig::new(&disk).read_only()).network(network);
         let session = sessions.start(MicroVm::create(config).unwrap(), SessionOptions::new()).await;
         let session = session.unwrap();
         served(&session).await;
@@ -175,7 +177,8 @@ fn a_guest_that_dies_in_its_hook_resume_sleeps_as_before_and_the_next_request_tr
         let dies = "test $(head -c 1 /dev/vda) != x || busybox poweroff -f";
         let agent = application().hook(HookName::Resume, Hook::command(["sh", "-c", dies]));
         let config = config_of(Release::Linux6_12, busybox(), agent);
-        let vm = MicroVm::create(config.block(BlockConfig::new(&disk).read_only())).unwrap();
+        let config = config.block(BlockConfig::new(&disk).read_only());
+        let vm = MicroVm::create(config.network(NetConfig::pair().unwrap().0)).unwrap();
         let session = sessions.start(vm, SessionOptions::new()).await.unwrap();
         served(&session).await;
         let same = "cat /tmp/server /proc/sys/kernel/random/boot_id";

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 
 use std::process::{Child, Command, Stdio};
 
-use dormouse::Metering;
+use dormouse::{Metering, NetConfig};
 
 use super::*;
 
@@ -116,6 +116,41 @@ fn sessions_of_a_process_that_was_killed_are_found_as_their_policy_says() {
         assert_eq!(asleep.count(), 2);
         // The events go on counting, too.
         assert!(sessions.get("asleep").unwrap().watch().event().number >= 6);
+    });
+}
+
+#[test]
+fn who_opens_sessions_gives_them_what_no_file_keeps() {
+    block_on(async {
+        let scratch = Scratch::new();
+        let directory = scratch.join("sessions");
+        let sessions = Sessions::open(&directory).await.unwrap();
+        let config = config(&Program::Heartbeat).network(NetConfig::pair().unwrap().0);
+        let vm = MicroVm::create(config).unwrap();
+        let session = sessions.start(vm, SessionOptions::new().id("one")).await.unwrap();
+        session.suspend().await.unwrap();
+        // This process has its descriptor.
+        session.resume().await.unwrap();
+        session.suspend().await.unwrap();
+        drop((session, sessions));
+        let sessions = reopened(&directory).await;
+        let error = sessions.get("one").unwrap().resume().await.unwrap_err();
+        assert!(error.to_string().contains("Sessions::open_with"), "{error}");
+        drop(sessions);
+        drop(reopened(&directory).await);
+        let given = |id: &str| {
+            assert_eq!(id, "one");
+            RestoreOptions::new().network(0, NetConfig::pair().unwrap().0)
+        };
+        let sessions = loop {
+            match Sessions::open_with(&directory, given).await {
+                Err(error) if error.kind() == &ErrorKind::Session => tokio::task::yield_now().await,
+                opened => break opened.unwrap(),
+            }
+        };
+        let session = sessions.get("one").unwrap();
+        session.resume().await.unwrap();
+        assert_eq!(session.state(), SessionState::Running);
     });
 }
 
