@@ -400,14 +400,18 @@ impl MachineConfig {
         Self { networks, agent, vsock: self.vsock(), ..self.clone() }
     }
 
-    /// The same with paths that do not begin where the process is now, which may be elsewhere later.
+    /// The same with paths that do not begin where the process is now, which may be elsewhere later; but for
+    /// [that of the socket](Self::make_socket_absolute).
     pub(crate) fn with_absolute_paths(&self) -> Self {
         let mut config = self.clone();
         config.blocks.iter_mut().for_each(BlockConfig::make_absolute);
         config.networks.iter_mut().for_each(NetConfig::make_absolute);
-        config.vsock.iter_mut().flat_map(|vsock| &mut vsock.unix_socket).for_each(make_absolute);
         make_absolute(&mut config.kvm_device);
         config
+    }
+
+    pub(crate) fn make_socket_absolute(&mut self) {
+        self.vsock.iter_mut().flat_map(|vsock| &mut vsock.unix_socket).for_each(make_absolute);
     }
 
     /// Checks every value. Costs nothing.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use super::agent::{HostService, InterfaceConfig};
-use super::{ConfigError, ConsoleOutput, MachineConfig, NetConfig};
+use super::{ConfigError, ConsoleOutput, MachineConfig, NetConfig, make_absolute};
 
 /// How a snapshot becomes a VM. What is not set is as it was: the clone has the devices of the
 /// VM that was saved, the same network interfaces and vsock path, no console writer, and disks
@@ -102,7 +102,7 @@ impl RestoreOptions {
     /// and is refused one.
     #[must_use]
     pub fn disk_base(mut self, index: usize, path: impl Into<PathBuf>) -> Self {
-        self.disks.entry(index).or_default().base = Some(path.into());
+        self.disks.entry(index).or_default().base = Some(absolute(path));
         self
     }
 
@@ -113,7 +113,7 @@ impl RestoreOptions {
     /// A read-only disk is refused one.
     #[must_use]
     pub fn disk_delta(mut self, index: usize, path: impl Into<PathBuf>) -> Self {
-        self.disks.entry(index).or_default().delta = Some(path.into());
+        self.disks.entry(index).or_default().delta = Some(absolute(path));
         self
     }
 
@@ -199,7 +199,7 @@ impl RestoreOptions {
     /// this process's own, and its VMs have the one that it had.
     #[must_use]
     pub fn kvm_device(mut self, path: impl Into<PathBuf>) -> Self {
-        self.kvm_device = Some(path.into());
+        self.kvm_device = Some(absolute(path));
         self
     }
 
@@ -251,4 +251,11 @@ impl RestoreOptions {
         }
         Ok(())
     }
+}
+
+/// A path that is the same one when the process is elsewhere.
+fn absolute(path: impl Into<PathBuf>) -> PathBuf {
+    let mut path = path.into();
+    make_absolute(&mut path);
+    path
 }

@@ -69,7 +69,8 @@ fn a_written_configuration_needs_only_the_kernel() {
 fn a_configuration_may_say_where_its_files_are_from_anywhere() {
     let vsock = VsockConfig::default().unix_socket("vm.sock");
     let block = BlockConfig::new("disk").over("frozen").delta("delta");
-    let absolute = config().vsock(vsock).block(block).machine.with_absolute_paths();
+    let mut absolute = config().vsock(vsock).block(block).machine.with_absolute_paths();
+    absolute.make_socket_absolute();
     let here = std::env::current_dir().unwrap();
     assert_eq!(absolute.vsock.unwrap().unix_socket.unwrap(), here.join("vm.sock"));
     let [block] = &absolute.blocks[..] else { panic!("{:?}", absolute.blocks) };

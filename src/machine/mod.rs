@@ -78,8 +78,13 @@ impl From<MachineError> for Error {
                 io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
                     Some("choose a directory that this user may write to")
                 }
-                io::ErrorKind::InvalidInput => Some("choose a path of up to 107 bytes"),
-                _ => None,
+                io::ErrorKind::InvalidInput => {
+                    Some("choose a path of up to 107 bytes, without NUL")
+                }
+                _ => match source.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS) => None,
+                    _ => Some("choose another path"),
+                },
             },
             _ => None,
         };
@@ -145,7 +150,9 @@ impl Machine {
         recorder: &mut Recorder,
     ) -> Result<(Self, Vec<Vcpu>), Error> {
         shell.threads.rouse();
-        let config = config.with_absolute_paths();
+        let mut config = config.with_absolute_paths();
+        config.kvm_device.clone_from(&shell.kvm_device);
+        config.seccomp = shell.seccomp;
         let exit = Arc::new(ExitLatch::default());
         let writer = config.console_writer.as_ref().map(|output| Arc::clone(&output.0));
         let console = match console {
@@ -155,10 +162,12 @@ impl Machine {
         let sink = ConsoleSink::new(console.clone(), writer);
         let Devices { bus, serial_input, generation, virtio, vsock, agent_calls, controls } =
             recorder.run(Phase::Devices, || Devices::new(&config, &shell.vm, &exit, sink))?;
-        let Shell { vcpus, cpuid, vm, threads } = shell;
+        let Shell { vcpus, cpuid, vm, threads, .. } = shell;
         let generation = Arc::new(generation);
         let first_run = Arc::clone(recorder.first_run());
         let threads = threads.attach(bus, Arc::clone(&exit), first_run, Arc::clone(&generation));
+        // Only now: a path that is bound to has to be short.
+        config.make_socket_absolute();
         let machine = Self {
             exit,
             console,

@@ -5,7 +5,7 @@
 //! Devices come after: an ioeventfd or irqfd is registered in about 1 µs, and none of them makes a
 //! VM wait for an SRCU grace period, for no memory slot changes any more.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -29,6 +29,9 @@ pub(crate) struct Shell {
     pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     pub(super) vm: Arc<Vm>,
     pub(super) threads: IdleThreads,
+    /// What it was made with.
+    pub(super) kvm_device: PathBuf,
+    pub(super) seccomp: bool,
 }
 
 /// What a shell is made of, beside its memory.
@@ -115,7 +118,8 @@ impl Shell {
             // First, for they take about as long to confine themselves as their vCPUs to be made.
             let threads = IdleThreads::spawn(count, confinement, Arc::clone(&vm))?;
             let vcpus = (0..).zip(&cpuid).map(create).collect::<Result<Vec<_>, KvmError>>()?;
-            Ok::<_, Error>(Self { vcpus, cpuid, vm, threads })
+            let (kvm_device, seccomp) = (config.kvm_device.to_owned(), config.seccomp);
+            Ok::<_, Error>(Self { vcpus, cpuid, vm, threads, kvm_device, seccomp })
         })
     }
 }

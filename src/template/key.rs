@@ -72,7 +72,9 @@ pub(super) fn of(config: &VmConfig, ready: &Ready) -> Result<Key, Error> {
     if let Some(index) = machine.networks.iter().position(NetConfig::has_descriptor) {
         return Err(TemplateError::Descriptor { index }.into());
     }
-    let machine = &machine.with_absolute_paths();
+    let mut machine = machine.with_absolute_paths();
+    machine.make_socket_absolute();
+    let machine = &machine;
     let kvm = Kvm::open(&machine.kvm_device)?;
     let disks = machine.blocks.iter().flat_map(|block| {
         std::iter::once(block.path.as_path()).chain(block.frozen.iter().map(PathBuf::as_path))
