@@ -149,6 +149,9 @@ impl EndpointOptions {
     /// The session that a request is for which names none, at the domain itself or at an address: all of its paths but those
     /// below the [prefix](Self::path_prefix). With it and [`default_port`](Self::default_port), one application is
     /// served at a plain port of the host, `http://localhost:8000/`. None unless set.
+    ///
+    /// To browsers its pages are of one origin with those that other sessions have below the prefix: where there are
+    /// others, set the prefix to `None`. It cannot be `/`.
     #[must_use]
     pub fn default_session(mut self, id: impl Into<String>) -> Self {
         self.session = Some(id.into());
@@ -199,7 +202,8 @@ impl EndpointOptions {
                 && prefix.ends_with('/')
                 && prefix.bytes().all(is_plain)
                 && !prefix.contains("//");
-            if !is_prefix {
+            // One that is all there is leaves nothing to a session that need not be named.
+            if !is_prefix || (prefix == "/" && self.session.is_some()) {
                 return Err(EndpointError::Prefix { prefix: prefix.clone() });
             }
         }

@@ -68,10 +68,10 @@ impl Routes {
         if !host.is_none_or(|host| host == self.domain || is_address(host)) {
             return Err(unnamed());
         }
-        if let Some(prefix) =
-            self.prefix.as_ref().filter(|prefix| path.as_str().starts_with(*prefix))
+        if let Some(prefix) = &self.prefix
+            && let Some(rest) = path.as_str().strip_prefix(prefix)
         {
-            return by_path(prefix, authority, &path);
+            return by_path(prefix, rest, authority);
         }
         let id = self.session.clone().ok_or_else(unnamed)?;
         Ok(Target { id, authority, path, prefix: None })
@@ -138,12 +138,7 @@ fn same(one: &Authority, other: &Authority) -> bool {
 }
 
 /// `/sessions/<id>/path?query`
-fn by_path(
-    prefix: &str,
-    authority: Option<Authority>,
-    path: &PathAndQuery,
-) -> Result<Target, Fault> {
-    let rest = path.as_str().strip_prefix(prefix).ok_or_else(unnamed)?;
+fn by_path(prefix: &str, rest: &str, authority: Option<Authority>) -> Result<Target, Fault> {
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (id, rest) = rest.split_at(end);
     // An id that is written with escapes is none.

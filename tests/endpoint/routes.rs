@@ -150,7 +150,8 @@ fn a_session_that_need_not_be_named_has_what_nobody_else_is_asked_for() {
         ] {
             assert_eq!(get(address, host, path, "").await.status, status, "{host}{path}");
         }
-        for options in [open().default_session("a.b"), open().default_port(0)] {
+        let by_path_alone = open().default_session("one").path_prefix("/".to_owned());
+        for options in [open().default_session("a.b"), open().default_port(0), by_path_alone] {
             let refused = Endpoint::bind("127.0.0.1:0", Guests::default(), options).await;
             assert_eq!(refused.unwrap_err().kind(), &ErrorKind::Config);
         }
