@@ -1,5 +1,7 @@
 //! Creating a VM, and starting it.
 
+use std::sync::Once;
+
 use super::stopped::Stopped;
 use super::{Created, MicroVm, Running, TransitionError};
 use crate::boot::{Boot, archive};
@@ -47,10 +49,8 @@ impl MicroVm<Created> {
         let mut recorder = Recorder::new();
         let (kernel, initramfs, cmdline, machine_config) = config.parts();
         recorder.run(Phase::Config, || machine_config.check())?;
-        if machine_config.agent.is_some() && emulates_ring_0("/sys/module".as_ref()) {
-            tracing::warn!(
-                "this KVM emulates ring 0, so stock Linux kernels do not boot: after a minute or so they end as crashed"
-            );
+        if machine_config.agent.is_some() {
+            warn_of_emulation();
         }
         let vmlinux = recorder.run(Phase::Kernel, || kernel.load())?;
         let archive =
@@ -97,4 +97,17 @@ impl MicroVm<Created> {
             }
         }
     }
+}
+
+/// Says once what whoever waits for a guest's agent would else learn after a minute.
+fn warn_of_emulation() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if emulates_ring_0("/sys/module".as_ref()) {
+            tracing::warn!(
+                "this KVM emulates ring 0: stock Linux kernels do not boot, and end as crashed after a minute or so; use \
+                 a machine whose CPU shows vmx or svm"
+            );
+        }
+    });
 }

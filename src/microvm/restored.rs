@@ -26,7 +26,8 @@ impl Snapshot {
     /// # Errors
     ///
     /// [`ErrorKind::Snapshot`](crate::ErrorKind::Snapshot) where it does not fit this host, or
-    /// names files of it without leave; else as [`MicroVm::create`].
+    /// names files of it without leave; [`ErrorKind::Config`](crate::ErrorKind::Config) for an option that does not fit
+    /// it; else as [`MicroVm::create`].
     pub fn restore_with(&self, options: &RestoreOptions) -> Result<MicroVm<Paused>, Error> {
         self.restored(None, options, Recorder::new())
     }
