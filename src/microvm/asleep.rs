@@ -1,12 +1,13 @@
-//! Where a VM lies that sleeps, and what it gets of the host when it wakes.
+//! A VM that sleeps: falling asleep, waking.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::agent::{AgentContact, CloneIdentity};
+use super::slept::{self, Place, Slept};
 use super::stopped::{OnEnd, Origin, Stopped};
-use crate::config::{MachineConfig, RestoreOptions};
+use crate::config::RestoreOptions;
 use crate::console::Console;
 use crate::error::Error;
 use crate::snapshot::{Purpose, Snapshot};
@@ -21,25 +22,10 @@ pub(super) struct Asleep {
     cpu_time: Duration,
 }
 
-/// Where it sleeps, and what it wakes with.
-#[derive(Clone, Debug)]
-pub(super) struct Slept {
-    place: Place,
-    options: RestoreOptions,
-    /// Who it is, where it is a clone that has not been told so.
-    identity: Option<Arc<CloneIdentity>>,
-}
-
-#[derive(Clone, Debug)]
-enum Place {
-    Directory { path: PathBuf, id: [u8; 16] },
-    Memory(Snapshot),
-}
-
 impl Asleep {
     /// A machine that lies in this snapshot, in files or in memory.
     pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
-        let options = as_before(&stopped.machine.config_now());
+        let options = slept::as_before(&stopped.machine.config_now());
         let cpu_time = stopped.cpu_time();
         let Origin { on_end, agent, .. } = *stopped.origin;
         let slept = Slept { place: Place::of(snapshot), options, identity: agent.into_untold() };
@@ -118,27 +104,4 @@ impl Asleep {
             Snapshot::remove(path, *id);
         }
     }
-}
-
-impl Place {
-    fn of(snapshot: Snapshot) -> Self {
-        match snapshot.directory() {
-            Some(path) => Self::Directory { path: path.to_owned(), id: snapshot.id() },
-            None => Self::Memory(snapshot),
-        }
-    }
-}
-
-/// All that a machine had of the host, also what no file keeps.
-fn as_before(config: &MachineConfig) -> RestoreOptions {
-    let mut options = RestoreOptions::default()
-        .console_output(config.console_writer.clone())
-        .kvm_device(&config.kvm_device)
-        .outside_paths(true);
-    for (index, network) in config.networks.iter().enumerate() {
-        if network.has_descriptor() {
-            options = options.network(index, network.clone());
-        }
-    }
-    options
 }

@@ -24,6 +24,7 @@ mod paused;
 mod restored;
 mod running;
 mod saving;
+mod slept;
 mod state;
 mod stopped;
 mod suspended;

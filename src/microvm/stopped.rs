@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::agent::AgentContact;
-use super::asleep::Slept;
+use super::slept::Slept;
 use crate::config::RestoreOptions;
 use crate::console::Console;
 use crate::error::Error;
