@@ -108,7 +108,7 @@ impl Sessions {
     ///
     /// [`ErrorKind::Session`](crate::ErrorKind::Session) where the name is taken,
     /// [`ErrorKind::Config`](crate::ErrorKind::Config) where it, the policy or the payload is refused, or the VM is over: the
-    /// VM is ended. Those of starting and waking a VM, of [`MicroVm::agent`], and [`ErrorKind::Hook`](crate::ErrorKind::Hook):
+    /// VM is ended. Those of starting and waking a VM, of [`MicroVm::agent`](crate::MicroVm::agent), and [`ErrorKind::Hook`](crate::ErrorKind::Hook):
     /// the session is over, with that as its reason.
     pub async fn start(
         &self,
