@@ -169,10 +169,14 @@ fn a_client_that_hangs_has_few_places_and_gives_up_what_has_not_begun() {
     other.submit(vec![(1, Transfer::data_sync(&file.1))]);
     assert_eq!(wait_for(&other, 1), [(1, None)]);
     hung.cancel();
-    let given_up = wait_for(&hung, 200);
-    assert!(given_up.iter().all(|end| *end == (0, CANCELLED)), "{given_up:?}");
+    let mut given_up = wait_for(&hung, 200);
     hung.submit(vec![(2, Transfer::data_sync(&file.1))]);
-    assert_eq!(wait_for(&hung, 1), [(2, CANCELLED)]);
+    // Those that have filled a pipe, and did not go on yet, are given up too, a little later.
+    while !given_up.contains(&(2, CANCELLED)) {
+        given_up.extend(wait_for(&hung, 1));
+    }
+    given_up.retain(|end| *end != (2, CANCELLED));
+    assert!(given_up.iter().all(|end| *end == (0, CANCELLED)), "{given_up:?}");
     // The others end when their pipes do.
     drop(pipes);
     wait_for(&hung, 300 - given_up.len());
