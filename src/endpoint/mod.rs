@@ -136,9 +136,7 @@ impl Endpoint {
         upstreams: impl Upstreams,
         options: EndpointOptions,
     ) -> Result<Self, Error> {
-        if tokio::runtime::Handle::try_current().is_err() {
-            return Err(EndpointError::NoRuntime.into());
-        }
+        check_runtime()?;
         let addresses = tokio::net::lookup_host(address).await;
         let addresses: Vec<_> =
             addresses.map_err(EndpointError::listen("an address by its name"))?.collect();
@@ -158,9 +156,7 @@ impl Endpoint {
         upstreams: impl Upstreams,
         options: EndpointOptions,
     ) -> Result<Self, Error> {
-        if tokio::runtime::Handle::try_current().is_err() {
-            return Err(EndpointError::NoRuntime.into());
-        }
+        check_runtime()?;
         let address = listener.local_addr().map_err(EndpointError::listen("a socket"))?;
         let (keys, routes) = (options.keys(address)?, options.routes()?);
         let limits = Arc::new(options.limits.checked()?);
@@ -225,6 +221,11 @@ impl Endpoint {
         shared.clients.over().await;
         guests.over().await;
     }
+}
+
+/// tokio's sockets panic without one.
+fn check_runtime() -> Result<(), EndpointError> {
+    tokio::runtime::Handle::try_current().map(drop).map_err(|_| EndpointError::NoRuntime)
 }
 
 impl fmt::Debug for Endpoint {
