@@ -7,15 +7,17 @@
 use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, split};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{OnceCell, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 
 use super::AgentError;
 use super::calls::Calls;
@@ -36,8 +38,12 @@ use crate::vsock::{VsockListener, VsockStream};
 const OPENING: Duration = Duration::from_secs(10);
 /// How long the agent may take to become who it shall be.
 const RENEWAL: Duration = Duration::from_secs(60);
+/// What a service that takes no more has to say may take this long.
+const GOODBYE: Duration = Duration::from_secs(10);
 /// Connections of the guest at a time, to services and to say hello.
 const MAX_CONNECTIONS: usize = 512;
+/// More of them, for what comes from where only the agent does.
+const AGENT_PLACES: usize = 8;
 
 /// What is known of the agent.
 #[derive(Clone, Debug)]
@@ -195,13 +201,46 @@ async fn keep(listener: AsyncFd<Descriptor>, host: Arc<Host>) {
         let Ok(mut ready) = listener.readable().await else { return };
         match ready.get_inner().0.try_accept_from() {
             Ok(None) => ready.clear_ready(),
-            // One more than there may be is closed at once.
-            Ok(Some(_)) if connections.len() == MAX_CONNECTIONS => {}
+            // One more than there may be is closed at once; some places are kept for the agent, whoever has all others.
+            Ok(Some((_, port))) if connections.len() >= room(port) => {}
             Ok(Some((stream, port))) => {
                 connections.spawn(Arc::clone(&host).answer(stream, port));
             }
             Err(_) => return,
         }
+    }
+}
+
+/// As many connections as there may be before one from this port.
+fn room(port: u32) -> usize {
+    let for_agent = if RESERVED_PORTS.contains(&port) { AGENT_PLACES } else { 0 };
+    MAX_CONNECTIONS + for_agent
+}
+
+/// Passes on what both say, until both have ended. A service that closes before it has read all is still heard, for as
+/// long as that takes no longer than [`GOODBYE`]; a guest that does not take what it says any more ends both.
+async fn pass_on(guest: impl AsyncRead + AsyncWrite, service: impl AsyncRead + AsyncWrite) {
+    let (mut from_guest, mut to_guest) = split(guest);
+    let (mut from_service, mut to_service) = split(service);
+    let there = async {
+        let copied = copy(&mut from_guest, &mut to_service).await;
+        let _ = to_service.shutdown().await;
+        copied
+    };
+    let back = async {
+        let copied = copy(&mut from_service, &mut to_guest).await;
+        let _ = to_guest.shutdown().await;
+        copied
+    };
+    let (mut there, mut back) = (pin!(there), pin!(back));
+    tokio::select! {
+        copied = &mut there => match copied {
+            Ok(_) => drop(back.await),
+            Err(_) => drop(timeout(GOODBYE, back).await),
+        },
+        copied = &mut back => if copied.is_ok() {
+            let _ = there.await;
+        },
     }
 }
 
@@ -319,8 +358,7 @@ impl Host {
                 if connection.writer.message(&Reply::Done).await.is_ok()
                     && let Ok((mut guest, _)) = connection.into_stream()
                 {
-                    // Ends when both have; an error ends both.
-                    let _ = copy_bidirectional(&mut guest, &mut service).await;
+                    pass_on(&mut guest, &mut service).await;
                 }
             }
             Err(error) => {

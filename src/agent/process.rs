@@ -116,7 +116,8 @@ impl Process {
     /// left behind in the background may go on running.
     ///
     /// A program that writes more than 256 KiB waits for a reader: read, or drop, `stdout` and
-    /// `stderr` meanwhile. One that is killed while it waits has its end nevertheless.
+    /// `stderr` meanwhile. One that is killed while it waits has its end nevertheless, unless it
+    /// made its pipe larger (F_SETPIPE_SZ).
     ///
     /// # Errors
     ///
@@ -259,6 +260,13 @@ struct Session {
     calls: Calls,
 }
 
+impl Drop for Session {
+    /// Where the process is dropped, this ends wherever it stands; who has its streams is not to wait for ever.
+    fn drop(&mut self) {
+        self.end_streams();
+    }
+}
+
 impl Session {
     async fn run(
         mut self,
@@ -268,9 +276,7 @@ impl Session {
     ) {
         let mut outflow = Outflow::new(outgoing);
         let end = self.serve(&mut connection, &mut outflow).await;
-        self.stdout.end();
-        self.stderr.end();
-        self.window.close();
+        self.end_streams();
         let kept = match end {
             Ok(_) if outflow.is_between() => {
                 self.calls.keep(connection);
@@ -288,6 +294,12 @@ impl Session {
             // Until the process is dropped: the end of the connection kills the program.
             pending().await
         }
+    }
+
+    fn end_streams(&self) {
+        self.stdout.end();
+        self.stderr.end();
+        self.window.close();
     }
 
     async fn serve(

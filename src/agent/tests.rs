@@ -334,6 +334,29 @@ async fn a_program_that_is_dropped_or_cut_off_leaves_no_connection() {
     assert!(calls.take().is_none());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_the_streams_of_a_program_that_is_dropped_does_not_wait_for_ever() {
+    let (mut process, _agent) = process();
+    let mut stdout = process.stdout.take().unwrap();
+    let mut stdin = process.stdin.take().unwrap();
+    let reading = tokio::spawn(async move { stdout.read_to_end(&mut Vec::new()).await });
+    // More than there is room for.
+    let writing = tokio::spawn(async move { stdin.write_all(&vec![0; 64 << 20]).await });
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    assert!(!reading.is_finished() && !writing.is_finished());
+    drop(process);
+    assert_eq!(reading.await.unwrap().unwrap(), 0);
+    assert_eq!(writing.await.unwrap().unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_too_long_is_refused_and_nothing_is_lost_by_it() {
+    let (agent, _guests) = agent_of(AgentConfig::new(), 1);
+    let error = agent.exec("x", ["a".repeat(2 << 20)]).await.unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Resources, "{error}");
+    assert!(agent.calls().take().is_some());
+}
+
 #[tokio::test]
 async fn an_agent_that_goes_silent_in_the_middle_is_not_waited_for_for_ever() {
     let (mut connection, mut agent) = pair();

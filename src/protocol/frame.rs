@@ -74,9 +74,8 @@ impl Frame<'_> {
         }
     }
 
-    /// The header of a frame of as many bytes as these, which are at most what the channel takes.
+    /// The header of a frame of as many bytes as these; the other side refuses more than the channel takes.
     pub(crate) fn header(channel: Channel, bytes: usize) -> [u8; HEADER_BYTES] {
-        debug_assert!(bytes <= channel.max_bytes());
         let [a, b, c, d] = (bytes as u32).to_le_bytes();
         [a, b, c, d, channel as u8]
     }

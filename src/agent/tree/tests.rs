@@ -172,6 +172,16 @@ fn too_much_too_deep_and_nonsense_are_refused() {
     said.push(data(&[1; 101]));
     refused(&said, "more than 100");
     refused(&frames(&[file(""), Node::Hole(u64::MAX)]), "a file without an end");
+    // Each byte takes a block of the disk.
+    let mut said = frames(&[file("")]);
+    for _ in 0..2 {
+        said.push(data(&[1]));
+        said.extend(frames(&[Node::Hole(4095)]));
+    }
+    refused(&said, "more than 100");
+    let nothing = [&[file("")][..], &vec![Node::Hole(1); 101]].concat();
+    refused(&frames(&nothing), "more than 100");
+    refused(&frames(&[file(""), Node::Hole(0)]), "a hole of nothing");
     refused(&frames(&[file(""), Node::Leave]), "a file in a file");
     refused(&frames(&[Node::Leave]), "the end of no directory");
     refused(&frames(&[Node::Hole(1)]), "a hole outside of a file");
@@ -182,6 +192,23 @@ fn too_much_too_deep_and_nonsense_are_refused() {
     let deep: Vec<_> =
         std::iter::once(directory("")).chain((0..9).map(|_| directory("d"))).collect();
     refused(&frames(&deep), "the connection is over");
+}
+
+#[test]
+fn directories_that_are_there_stay_as_they_are() {
+    let scratch = Scratch::new("kept");
+    let to = scratch.0.join("to");
+    fs::create_dir_all(to.join("private")).unwrap();
+    let kept = [(to.clone(), 0o1711), (to.join("private"), 0o700)];
+    for (path, mode) in &kept {
+        fs::set_permissions(path, fs::Permissions::from_mode(*mode)).unwrap();
+    }
+    let nodes = [directory(""), directory("private"), Node::Leave, directory("new"), Node::Leave];
+    says(&to, &frames(&[&nodes[..], &[Node::Leave, Node::End]].concat())).unwrap();
+    for (path, mode) in &kept {
+        assert_eq!(fs::metadata(path).unwrap().mode() & 0o7777, *mode, "{}", path.display());
+    }
+    assert_ne!(fs::metadata(to.join("new")).unwrap().mode() & 0o7777, 0o700);
 }
 
 #[tokio::test(flavor = "multi_thread")]

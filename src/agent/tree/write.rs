@@ -57,19 +57,25 @@ fn hostile(what: &'static str) -> TreeError {
     AgentError::Tree { what }.into()
 }
 
+/// What a file system gives to a file at least.
+const BLOCK_BYTES: u64 = 4096;
+
 struct Writer<'a> {
     root: &'a Path,
     limits: &'a CopyLimits,
-    /// The directories that the next node is in, from the top; with what they shall be in the end.
-    open: Vec<(OwnedFd, Stat)>,
+    /// The directories that the next node is in, from the top; with what those shall be in the end that were not there.
+    open: Vec<(OwnedFd, Option<Stat>)>,
     /// For errors.
     path: PathBuf,
     copied: Copied,
+    /// What may have been taken of the disk: of a block, a byte between two holes takes all.
+    taken: u64,
 }
 
 impl<'a> Writer<'a> {
     fn new(root: &'a Path, limits: &'a CopyLimits) -> Self {
-        Self { root, limits, open: Vec::new(), path: root.to_owned(), copied: Copied::default() }
+        let (path, copied) = (root.to_owned(), Copied::default());
+        Self { root, limits, open: Vec::new(), path, copied, taken: 0 }
     }
 
     /// The directory, and the name in it, of a node.
@@ -92,6 +98,14 @@ impl<'a> Writer<'a> {
         self.copied.entries += 1;
         match self.copied.entries > self.limits.entries {
             true => Err(AgentError::Entries { limit: self.limits.entries }.into()),
+            false => Ok(()),
+        }
+    }
+
+    fn take(&mut self, bytes: u64) -> Result<(), TreeError> {
+        self.taken = self.taken.saturating_add(bytes);
+        match self.taken > self.limits.bytes {
+            true => Err(AgentError::TreeSize { limit: self.limits.bytes }.into()),
             false => Ok(()),
         }
     }
@@ -126,16 +140,16 @@ impl<'a> Writer<'a> {
                 }
                 Channel::Data => {
                     self.copied.bytes += bytes.len() as u64;
-                    if self.copied.bytes > self.limits.bytes {
-                        return Err(AgentError::TreeSize { limit: self.limits.bytes }.into());
-                    }
+                    self.take(bytes.len() as u64)?;
                     end += bytes.len() as u64;
                     file.write_all(bytes).map_err(on_host(&path))?;
                 }
                 Channel::Message => match Node::from_bytes(bytes).map_err(AgentError::Malformed)? {
+                    Node::Hole(0) => return Err(hostile("a hole of nothing")),
                     Node::Hole(hole) => {
                         let after = end.checked_add(hole).filter(|end| *end <= MAX_FILE_BYTES);
                         end = after.ok_or_else(|| hostile("a file without an end"))?;
+                        self.take(hole.min(BLOCK_BYTES))?;
                         file.seek(io::SeekFrom::Start(end)).map_err(on_host(&path))?;
                     }
                     Node::Failed(failure) => return Err(AgentError::Guest(failure).into()),
@@ -167,16 +181,18 @@ impl<'a> Writer<'a> {
             return Err(hostile("directories that are too deep"));
         }
         let (directory, name) = self.place(entry)?;
-        match mkdirat(directory, name, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => {}
+        // What was there is the host's, and stays as it is.
+        let stat = match mkdirat(directory, name, Mode::RWXU) {
+            Ok(()) => Some(entry.stat.clone()),
+            Err(Errno::EXIST) => None,
             Err(error) => return Err(self.failed(entry)(error)),
-        }
+        };
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
         let opened = openat(directory, name, flags, Mode::empty()).map_err(self.failed(entry))?;
         if !entry.name.0.is_empty() {
             self.path.push(OsStr::from_bytes(&entry.name.0));
         }
-        self.open.push((opened, entry.stat.clone()));
+        self.open.push((opened, stat));
         Ok(())
     }
 
@@ -185,9 +201,11 @@ impl<'a> Writer<'a> {
         let Some((directory, stat)) = self.open.pop() else {
             return Err(hostile("the end of no directory"));
         };
-        let set =
-            fchmod(&directory, mode(&stat)).and_then(|()| futimens(&directory, &times(&stat)));
-        set.map_err(|error| on_host(&self.path)(error.into()))?;
+        if let Some(stat) = stat {
+            let set =
+                fchmod(&directory, mode(&stat)).and_then(|()| futimens(&directory, &times(&stat)));
+            set.map_err(|error| on_host(&self.path)(error.into()))?;
+        }
         if !self.open.is_empty() {
             self.path.pop();
         }

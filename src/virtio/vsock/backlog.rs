@@ -71,7 +71,9 @@ impl Backlog {
 
     /// Adds a connection; only the device does, which has looked for room.
     pub(super) fn push(&self, socket: UnixStream, guest_port: u32) {
-        self.lock().waiting.push_back((socket, guest_port));
+        let mut state = self.lock();
+        state.waiting.push_back((socket, guest_port));
+        // Before anybody takes it, who takes one off the counter with it.
         self.signal();
     }
 
