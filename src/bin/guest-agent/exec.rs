@@ -221,7 +221,9 @@ impl Session {
         fds.extend(outputs.map(|output| PollFd::new(output.to_read(is_full), POLLIN)));
         sys::poll(&mut fds, self.timeout(now))?;
         let now = Instant::now();
-        if self.deadline.is_some_and(|deadline| now >= deadline) && self.status.is_none() {
+        // One that has ended by itself has done so in time, as far as anybody can tell: the guest may have stood still.
+        let has_ended = self.status.is_some() || fds[1].is_ready();
+        if self.deadline.is_some_and(|deadline| now >= deadline) && !has_ended {
             self.deadline = None;
             self.timed_out = true;
             let _ = self.child.signal(SIGKILL);

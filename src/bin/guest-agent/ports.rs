@@ -69,7 +69,8 @@ pub(crate) fn connect(mut connection: Connection, port: u16) -> io::Result<()> {
 
 /// Passes on what the host and a program say, until both have ended, or one is closed for both directions. What the host
 /// has said before it closed waits for as long as the program reads some of it once in `patience`; a program that does
-/// not finds its stream reset, not at its end.
+/// not, or whose host did not come to its end, finds its stream reset, not at its end. What a program has said before it
+/// closed is passed on, whatever it did not read.
 pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration) -> io::Result<()> {
     host.set_nonblocking(true)?;
     program.set_nonblocking(true)?;
@@ -85,9 +86,22 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
         ];
         sys::poll(&mut fds, (!there.wants_to_read()).then_some(ASK_EVERY))?;
         let (written, had_said_all) = (there.written, back.is_over);
-        // An error of either ends both: the streams are closed with their descriptors.
-        there.advance(&host, &program)?;
-        back.advance(&program, &host)?;
+        match there.advance(&host, &program) {
+            Ok(()) => {}
+            // What it has said before it closed is still the host's.
+            Err(Fault::Write) => there.give_up(),
+            // The host did not come to the end of what it had to say.
+            Err(Fault::Read) => {
+                sys::reset_when_closed(&program);
+                break;
+            }
+        }
+        match back.advance(&program, &host) {
+            Ok(()) => {}
+            // Nobody hears it any more. What the host has said before it went is still the program's.
+            Err(Fault::Write) => back.is_unheard = true,
+            Err(Fault::Read) => break,
+        }
         let now = Instant::now();
         let step = now.saturating_duration_since(mem::replace(&mut before, now)).min(ASK_EVERY);
         let is_stuck = there.wants_to_write() && there.written == written;
@@ -120,6 +134,15 @@ struct Flow {
     /// All that was written so far.
     written: u64,
     is_over: bool,
+    /// What is read goes nowhere.
+    is_unheard: bool,
+}
+
+/// Of which of the two an error is.
+#[derive(Clone, Copy)]
+enum Fault {
+    Read,
+    Write,
 }
 
 impl Flow {
@@ -131,10 +154,19 @@ impl Flow {
         self.begin < self.end
     }
 
+    /// Nobody takes it any more.
+    fn give_up(&mut self) {
+        *self = Self { is_over: true, written: self.written, ..Self::default() };
+    }
+
     /// Reads and writes while that does not wait; the end of the one becomes that of the other.
-    fn advance(&mut self, mut from: &UnixStream, mut to: &UnixStream) -> io::Result<()> {
+    fn advance(&mut self, mut from: &UnixStream, mut to: &UnixStream) -> Result<(), Fault> {
         while !self.is_over {
-            let result = if self.wants_to_write() {
+            let writes = self.wants_to_write();
+            let result = if writes && self.is_unheard {
+                self.begin = self.end;
+                Ok(())
+            } else if writes {
                 to.write(&self.buffer[self.begin..self.end]).map(|count| {
                     self.begin += count;
                     self.written += count as u64;
@@ -150,7 +182,7 @@ impl Flow {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(_) => return Err(if writes { Fault::Write } else { Fault::Read }),
             }
             if self.is_over {
                 self.buffer = Vec::new();

@@ -66,16 +66,8 @@ fn ask_to_end() {
 
 /// Unmounts what can be, the last first; of the rest, as the root, nothing is written any more.
 fn unmount_all() {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let targets = mounts.lines().filter_map(|line| {
-        let mut fields = line.split(' ');
-        let (target, fs_type) = (fields.nth(1)?, fields.next()?);
-        let is_kernels =
-            matches!(fs_type, "proc" | "sysfs" | "devtmpfs" | "devpts" | "cgroup2" | "rootfs");
-        (!is_kernels).then(|| unescaped(target))
-    });
-    let targets: Vec<_> = targets.collect();
-    for target in targets.iter().rev() {
+    let mounts = fs::read("/proc/self/mounts").unwrap_or_default();
+    for target in targets(&mounts).iter().rev() {
         if target == Path::new("/") || sys::unmount(target, false).is_err() {
             let _ = sys::remount_read_only(target);
         }
@@ -83,10 +75,22 @@ fn unmount_all() {
     mounts::close_upper();
 }
 
+/// Where what /proc/self/mounts lists is mounted, but for what is the kernel's.
+fn targets(mounts: &[u8]) -> Vec<PathBuf> {
+    let targets = mounts.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let (target, fs_type) = (fields.nth(1)?, fields.next()?);
+        let kernels = ["proc", "sysfs", "devtmpfs", "devpts", "cgroup2", "rootfs"];
+        let is_kernels = kernels.iter().any(|name| name.as_bytes() == fs_type);
+        (!is_kernels).then(|| unescaped(target))
+    });
+    targets.collect()
+}
+
 /// A path of /proc/self/mounts, where spaces and the like are written as `\040`.
-fn unescaped(path: &str) -> PathBuf {
+fn unescaped(path: &[u8]) -> PathBuf {
     let mut bytes = Vec::new();
-    let mut rest = path.as_bytes();
+    let mut rest = path;
     while let Some((&byte, after)) = rest.split_first() {
         let digits = after.get(..3).and_then(|digits| str::from_utf8(digits).ok());
         let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok());
@@ -106,6 +110,9 @@ fn unescaped(path: &str) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
@@ -121,7 +128,12 @@ mod tests {
     fn paths_of_mounts_are_read_with_their_spaces() {
         let cases = [("/a", "/a"), (r"/a\040b\134", r"/a b\"), (r"/a\04", r"/a\04"), (r"\", r"\")];
         for (escaped, path) in cases {
-            assert_eq!(unescaped(escaped), Path::new(path));
+            assert_eq!(unescaped(escaped.as_bytes()), Path::new(path));
         }
+        // One name that is no text hides no other.
+        let mounts =
+            b"proc /proc proc rw 0 0\n/dev/vda / ext4 rw 0 0\nnone /mnt/\xff tmpfs rw 0 0\n";
+        let expected = [Path::new("/"), Path::new(OsStr::from_bytes(b"/mnt/\xff"))];
+        assert_eq!(targets(mounts), expected);
     }
 }

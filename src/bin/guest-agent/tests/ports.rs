@@ -136,6 +136,59 @@ fn a_stream_that_is_given_up_is_reset_and_not_at_its_end() {
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
 }
 
+/// A program's TCP stream, and the agent's end of it.
+fn program() -> (TcpStream, UnixStream) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (program, _) = listener.accept().unwrap();
+    (program, UnixStream::from(OwnedFd::from(ours)))
+}
+
+#[test]
+fn an_answer_that_came_before_all_was_read_reaches_the_host() {
+    let ((mut program, mut ours), (mut host, theirs)) = (program(), UnixStream::pair().unwrap());
+    // It closes with something unread, which resets the stream: before any of it is passed on.
+    ours.write_all(b"some").unwrap();
+    program.write_all(b"too large").unwrap();
+    drop(program);
+    host.write_all(&vec![7; 100_000]).unwrap();
+    thread::sleep(Duration::from_millis(50));
+    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
+    let mut answer = String::new();
+    host.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "too large");
+    passing.join().unwrap().unwrap();
+}
+
+#[test]
+fn what_a_host_said_before_it_went_reaches_a_program_that_talks() {
+    let ((mut program, ours), (mut host, theirs)) = (program(), UnixStream::pair().unwrap());
+    host.write_all(&vec![7; 100_000]).unwrap();
+    drop(host);
+    // Nobody hears this.
+    program.write_all(b"hello").unwrap();
+    thread::sleep(Duration::from_millis(50));
+    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
+    let mut all = Vec::new();
+    program.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), 100_000);
+    passing.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_host_that_was_cut_off_is_not_at_its_end() {
+    let ((mut program, ours), (mut host, theirs)) = (program(), UnixStream::pair().unwrap());
+    let mut unread = theirs.try_clone().unwrap();
+    host.write_all(b"half").unwrap();
+    unread.write_all(b"unread").unwrap();
+    // Its end closes with something unread: a reset.
+    drop(host);
+    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
+    let error = program.read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    passing.join().unwrap().unwrap();
+}
+
 #[test]
 fn a_program_that_has_said_all_is_waited_for_while_the_host_is_there_and_not_longer() {
     for is_there in [true, false] {
