@@ -20,6 +20,7 @@ use super::progress::Progress;
 use super::saved::{Base, SavedDisk, below_path};
 use super::{Disk, extents};
 use crate::disk::DiskError;
+use crate::memory;
 
 /// What is copied between two looks at whether to go on.
 const PIECE_BYTES: u64 = 4 << 20;
@@ -127,7 +128,7 @@ impl Disk {
         if ioctl_ficlone(to, &self.file).is_ok() {
             return Ok(());
         }
-        to.set_len(self.facts.bytes)?;
+        memory::set_len(to, self.facts.bytes)?;
         copy((&self.file, 0), (to, 0), self.facts.bytes, progress)
     }
 
@@ -176,7 +177,7 @@ pub(crate) fn copy_file(from: &File, to: &File, progress: &mut Progress<'_>) -> 
         return Ok(());
     }
     let len = from.metadata()?.len();
-    to.set_len(len)?;
+    memory::set_len(to, len)?;
     copy((from, 0), (to, 0), len, progress).map_err(|failed| match failed {
         Failed::Interrupted => io::ErrorKind::Interrupted.into(),
         Failed::Io(error) => error,

@@ -6,8 +6,9 @@
 //! means that no write ever reads: there is no copy-up, and no request waits for another.
 //!
 //! A flush brings sectors to the disk before the bits that speak of them, so that a power cut
-//! leaves each sector as it was or as it became. What was not flushed is in the page cache, as
-//! with any disk; the bitmap of a VM that ends is written out.
+//! leaves each sector that was flushed as it was or as it became. What was not flushed is in the
+//! page cache, as with any disk, the bitmap of a VM that ends too: a power cut may take the sector
+//! and leave its bit.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 use super::{DiskError, Flush, MAX_BYTES_WITH_DELTA, Part, SECTOR_BYTES, extents, lock, open};
 use crate::config::FileFacts;
-use crate::memory::{Clear, GuestBytes, Transfer};
+use crate::memory::{self, Clear, GuestBytes, Transfer};
 
 const MAGIC: [u8; 8] = *b"DORMDLTA";
 const VERSION: u32 = 1;
@@ -53,7 +54,10 @@ impl Delta {
     /// Opens a delta of a disk with so many sectors, or creates it.
     pub(super) fn open(path: &Path, base: &Path, sectors: u64) -> Result<Self, DiskError> {
         let failed = |source| DiskError::CreateDelta { path: path.to_owned(), source };
-        let created = File::options().read(true).write(true).create_new(true).open(path);
+        let mut options = File::options();
+        // What a guest writes is its owner's alone, as what is in its memory.
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let created = options.open(path);
         let (file, is_new) = match created {
             Ok(file) => (file, true),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -121,7 +125,7 @@ impl Delta {
         header[..8].copy_from_slice(&MAGIC);
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
         header[12..].copy_from_slice(&sectors.to_le_bytes());
-        delta.file.set_len(Self::bytes(sectors))?;
+        memory::set_len(&delta.file, Self::bytes(sectors))?;
         delta.file.write_all_at(&header, 0)?;
         Ok(delta)
     }
@@ -221,6 +225,13 @@ impl Delta {
         Ok(())
     }
 
+    /// The same, and what flushes took on that may not have come to their end. Nothing is left for later.
+    fn write_flushed(&mut self) -> io::Result<()> {
+        let flushed = std::mem::take(&mut self.flushed);
+        self.mark_dirty(&flushed);
+        self.write_bitmap()
+    }
+
     /// Where it is.
     pub(super) fn file(&self) -> &File {
         &self.file
@@ -229,7 +240,7 @@ impl Delta {
     /// Writes what the file does not have yet, so that closing it changes nothing, and says what
     /// the file is then.
     pub(super) fn settle(&mut self) -> io::Result<FileFacts> {
-        self.write_bitmap()?;
+        self.write_flushed()?;
         let metadata = self.file.metadata()?;
         Ok(super::facts(&metadata, metadata.len()))
     }
@@ -342,9 +353,7 @@ fn place_of(sector: u64) -> (usize, usize) {
 impl Drop for Delta {
     /// The bits go where the sectors went: to the page cache.
     fn drop(&mut self) {
-        let flushed = std::mem::take(&mut self.flushed);
-        self.mark_dirty(&flushed);
-        if let Err(error) = self.write_bitmap() {
+        if let Err(error) = self.write_flushed() {
             tracing::error!(%error, "the delta of a disk is not complete");
         }
     }

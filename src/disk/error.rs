@@ -7,6 +7,8 @@ use thiserror::Error as ThisError;
 
 use crate::error::{Error, ErrorKind};
 
+const RAISE_LIMIT: &str = "raise the limit of a file's size (ulimit -f)";
+
 /// Why a disk cannot be used.
 #[derive(Debug, ThisError)]
 pub(crate) enum DiskError {
@@ -92,7 +94,10 @@ impl From<DiskError> for Error {
                  its own (BlockConfig::delta, BlockConfig::discard_writes)",
             ),
             DiskError::NoDirect { .. } => Some("leave out BlockConfig::direct"),
-            DiskError::CreateDelta { .. } => Some("choose a folder that this user may write to"),
+            DiskError::CreateDelta { source, .. } => match source.kind() {
+                io::ErrorKind::FileTooLarge => Some(RAISE_LIMIT),
+                _ => Some("choose a folder that this user may write to"),
+            },
             DiskError::NotADelta { .. } => {
                 Some("name another file: one that does not exist yet is created")
             }
@@ -105,6 +110,7 @@ impl From<DiskError> for Error {
             DiskError::Save { source, .. } => match source.kind() {
                 io::ErrorKind::AlreadyExists => Some("choose a path where nothing is"),
                 io::ErrorKind::StorageFull => Some("make room, or save it elsewhere"),
+                io::ErrorKind::FileTooLarge => Some(RAISE_LIMIT),
                 _ => None,
             },
             DiskError::Damaged { .. } => Some("take another snapshot"),

@@ -87,7 +87,12 @@ impl SavedDisk {
     /// of it at `saved`.
     pub(crate) fn own_config(&self, original: &BlockConfig, saved: &Path) -> BlockConfig {
         match self {
-            Self::Left { base, .. } => original.clone().below(base),
+            Self::Left { base, .. } => {
+                let mut config = original.clone().below(base);
+                // A disk over a saved one is saved, and not left: whoever wrote this wants a file of the host.
+                config.frozen.clear();
+                config
+            }
             _ => self.config(original, saved, None),
         }
     }
@@ -163,17 +168,14 @@ impl SavedDisk {
         }
     }
 
-    /// Whether what the disk needs beside its saved file is as it was. Of a block device that its guest writes to
-    /// nobody can tell, so it is not.
+    /// Whether what the disk needs beside its saved file may be another than it was. Of a block device that its guest
+    /// writes to nobody can tell, so it may be; what cannot be found is only refused when it is opened.
     #[cfg(feature = "session")]
-    pub(crate) fn is_as_before(&self, original: &BlockConfig) -> bool {
-        let may_tell = match self {
-            Self::Left { base, delta: None } => {
-                std::fs::metadata(&base.path).is_ok_and(|metadata| metadata.is_file())
-            }
-            _ => true,
-        };
-        may_tell && self.check_left(original).is_ok() && self.check_base().is_ok()
+    pub(crate) fn may_have_changed(&self, original: &BlockConfig) -> bool {
+        let is_device =
+            matches!(self, Self::Left { base, delta: None } if base.facts.modified.is_none());
+        let checked = self.check_left(original).and_then(|()| self.check_base());
+        is_device || matches!(checked, Err(DiskError::BaseChanged { .. }))
     }
 
     /// The same disk, on a file at another place, which is known by its size alone.

@@ -1,6 +1,8 @@
 //! Disks that are saved and gone on from, against a model that is an array of bytes. What a guest
 //! does is done by hand: a disk says where bytes are, and others move them.
 
+mod left;
+
 use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -259,17 +261,6 @@ fn verify_finds_any_bit_that_flipped_also_in_holes_and_at_the_ends() {
 }
 
 #[test]
-fn a_disk_that_is_left_where_it_is_is_synced_where_that_is_asked_for() {
-    // A file of the kernel's, which cannot be.
-    let mut disk = Disk::open(&BlockConfig::new("/proc/self/oom_score_adj")).unwrap();
-    let folder = Folder::new();
-    let path = folder.path("copy");
-    assert!(matches!(disk.leave(&path, None, false, &mut go_on), Ok(SavedDisk::Left { .. })));
-    let refused = disk.leave(&path, None, true, &mut go_on).unwrap_err();
-    assert!(matches!(refused, DiskError::Save { .. }), "{refused}");
-}
-
-#[test]
 fn a_delta_whose_maker_was_ended_before_there_was_anything_in_it_is_made() {
     let folder = Folder::new();
     let (base, content_below) = folder.base();
@@ -286,25 +277,6 @@ fn a_delta_whose_maker_was_ended_before_there_was_anything_in_it_is_made() {
     assert!(content(&Disk::open(&config).unwrap()) == content_below);
     fs::write(&delta, [0; 19]).unwrap();
     assert!(matches!(Disk::open(&config), Err(DiskError::NotADelta { .. })));
-}
-
-#[test]
-fn a_delta_that_was_left_and_is_gone_is_not_asked_for_elsewhere() {
-    let folder = Folder::new();
-    let (base, _) = folder.base();
-    let delta = folder.path("delta");
-    let config = BlockConfig::new(&base).delta(&delta);
-    let mut disk = Disk::open(&config).unwrap();
-    let saved = disk.leave(&folder.path("copy"), None, false, &mut go_on).unwrap();
-    drop(disk);
-    saved.check_left(&config).unwrap();
-    fs::remove_file(&delta).unwrap();
-    let error = Error::from(saved.check_left(&config).unwrap_err()).to_string();
-    assert!(error.contains("is gone, which was left") && !error.contains("disk_base"), "{error}");
-    // The disk below it may be had from elsewhere.
-    fs::remove_file(&base).unwrap();
-    let error = format!("{:?}", Error::from(saved.check_base().unwrap_err()));
-    assert!(error.contains("is not there") && error.contains("disk_base"), "{error}");
 }
 
 #[test]

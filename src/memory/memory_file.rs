@@ -35,7 +35,7 @@ pub(super) fn in_memory(pages: u64) -> io::Result<File> {
 }
 
 /// Sets the length of a file. Beyond the limit of a file's size (ulimit -f) the kernel would end the process by a signal.
-pub(super) fn set_len(file: &File, len: u64) -> io::Result<()> {
+pub(crate) fn set_len(file: &File, len: u64) -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes one structure.
     let is_known = unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) } == 0;

@@ -33,6 +33,7 @@ pub(crate) use self::io::{GuestBuffers, GuestBytes};
 pub(crate) use self::io_queue::Workers;
 pub(crate) use self::io_queue::{FileIo, IoQueue};
 use self::mapping::Reservation;
+pub(crate) use self::memory_file::set_len;
 use self::pages::PAGE_BYTES;
 pub(crate) use self::pages::PageRun;
 pub(crate) use self::saved::SavedMemory;

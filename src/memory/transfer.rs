@@ -239,7 +239,10 @@ impl Transfer {
     fn failed(&mut self, error: io::Error) -> Progress {
         match (error.raw_os_error(), &mut self.kind) {
             (Some(libc::EINTR | libc::EAGAIN), _) => Progress::Again,
-            (Some(libc::EOPNOTSUPP | libc::ENOSYS), Kind::Clear { ways, .. }) if ways.len() > 1 => {
+            // EINVAL: a device whose own sectors are larger.
+            (Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL), Kind::Clear { ways, .. })
+                if ways.len() > 1 =>
+            {
                 *ways = &ways[1..];
                 Progress::Again
             }

@@ -7,6 +7,7 @@ use super::stopped::Stopped;
 use super::{LifecycleError, MicroVm, Paused, PreparedShell, Running, Suspended, TransitionError};
 use crate::config::RestoreOptions;
 use crate::error::Error;
+use crate::exit::ExitStatus;
 use crate::kvm::FreshState;
 use crate::machine::{Shell, ShellConfig};
 use crate::phase::Phase;
@@ -207,12 +208,13 @@ impl MicroVm<Paused> {
 }
 
 impl MicroVm<Running> {
-    /// As [`MicroVm::<Paused>::back_to_sleep`], also of a guest that has ended.
-    #[cfg(feature = "session")]
-    pub(crate) fn back_to_sleep(self) -> Option<MicroVm<Suspended>> {
-        let Self { state: Running { run, machine, origin }, console, recorder } = self;
-        let stopped = Stopped::new(machine.stop(run), machine, origin);
-        MicroVm { state: Paused { stopped }, console, recorder }.back_to_sleep().ok()
+    /// Stops its vCPUs, also those of a guest that has ended; and says how it has, where it has.
+    pub(crate) fn stop(self) -> (MicroVm<Paused>, Option<ExitStatus>) {
+        let Self { state: Running { run, machine, origin }, console, mut recorder } = self;
+        let vcpus = recorder.timed(Phase::Pause, || machine.stop(run));
+        let ended = machine.exit_status();
+        let stopped = Stopped::new(vcpus, machine, origin);
+        (MicroVm { state: Paused { stopped }, console, recorder }, ended)
     }
 
     /// Pauses the VM, writes it to a directory, and ends it here: see
@@ -239,11 +241,7 @@ impl MicroVm<Running> {
         directory: impl AsRef<Path>,
         options: &SnapshotOptions,
     ) -> Result<MicroVm<Suspended>, TransitionError<Running>> {
-        let Self { state: Running { run, machine, origin }, console, mut recorder } = self;
-        let vcpus = recorder.timed(Phase::Pause, || machine.stop(run));
-        let ended = machine.exit_status();
-        let stopped = Stopped::new(vcpus, machine, origin);
-        let paused = MicroVm { state: Paused { stopped }, console, recorder };
+        let (paused, ended) = self.stop();
         let suspended = match ended {
             None => paused.suspend_with(directory, options),
             Some(status) => {

@@ -44,7 +44,7 @@ impl Keeper {
         self.over(SessionReason::GuestEnded, ended, None).await;
     }
 
-    async fn over(
+    pub(super) async fn over(
         &mut self,
         reason: SessionReason,
         message: Option<String>,
@@ -55,8 +55,7 @@ impl Keeper {
         let event = self.shared.event(SessionState::Terminated, reason, message, took);
         let shared = Arc::clone(&self.shared);
         blocking(move || {
-            remove_files(&shared);
-            if let Err(error) = shared.write_over(&event) {
+            if let Err(error) = shared.write_over(&event, || remove_files(&shared)) {
                 tracing::warn!(session = %shared.id, %error, "cannot write down the session");
             }
             shared.publish(event, None);

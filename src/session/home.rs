@@ -41,7 +41,8 @@ impl Home {
         let path = std::path::absolute(path).map_err(SessionError::io("find", path))?;
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.map_err(SessionError::io("make the directory", &path))?;
-        let lock = path.join("lock");
+        // No session has this name.
+        let lock = path.join(".lock");
         let file = File::options().create(true).append(true).mode(0o600).open(&lock);
         let file = file.map_err(SessionError::io("open", &lock))?;
         match file_lock::exclusive(&file).map_err(SessionError::io("lock", &lock))? {
@@ -90,7 +91,18 @@ impl Home {
         }
     }
 
-    /// The names of all sessions that there is something of.
+    /// Whether the directory of this name, in which there is no record, is what is left of a session: one that could not
+    /// be made, or removed. What has other things in it is somebody else's.
+    pub(super) fn is_rest(&self, id: &str) -> bool {
+        let Ok(entries) = fs::read_dir(self.session(id)) else { return false };
+        entries.filter_map(Result::ok).all(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            name == "asleep" || name.starts_with(".asleep.") || name.starts_with("session.json")
+        })
+    }
+
+    /// The names of all directories that may be those of sessions.
     pub(super) fn ids(&self) -> Result<Vec<String>, SessionError> {
         let entries = fs::read_dir(&self.path).map_err(SessionError::io("read", &self.path))?;
         let mut ids = Vec::new();

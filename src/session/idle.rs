@@ -39,8 +39,8 @@ pub(super) enum Verdict {
 pub(super) struct Idle {
     /// Nothing is known to have gone on since then.
     since: Instant,
-    /// The processor time that the guest had used at a time.
-    cpu: (Instant, Duration),
+    /// The processor time that the guest had used at a time: one or two looks ago, and at the last.
+    cpu: [(Instant, Duration); 2],
     /// Something is open.
     held: bool,
     /// Suspends that failed, one after the other.
@@ -51,7 +51,7 @@ pub(super) struct Idle {
 
 impl Idle {
     pub(super) fn new(now: Instant, cpu: Duration) -> Self {
-        Self { since: now, cpu: (now, cpu), held: false, failures: 0, pause: None }
+        Self { since: now, cpu: [(now, cpu); 2], held: false, failures: 0, pause: None }
     }
 
     /// Whether nothing is to be done before something ends.
@@ -81,10 +81,12 @@ impl Idle {
         }
         self.since = self.since.max(seen.last);
         if self.due(policy).is_none_or(|due| due > now) {
+            // What it computes from now on is not to be small beside hours of short requests.
+            self.cpu = [self.cpu[1], (now, seen.cpu)];
             return Verdict::NotYet;
         }
         // Of one time to two that it has to be idle for: what went on in the first of them counts too.
-        let (sampled, before) = self.cpu;
+        let (sampled, before) = self.cpu[0];
         let passed = now.saturating_duration_since(sampled).as_secs_f64();
         let share = seen.cpu.saturating_sub(before).as_secs_f64() / passed.max(1e-9);
         if policy.busy_cpu.is_some_and(|busy| share > busy) {
@@ -97,7 +99,7 @@ impl Idle {
     /// It is not idle now.
     pub(super) fn restart(&mut self, now: Instant, cpu: Duration) {
         self.since = now;
-        self.cpu = (now, cpu);
+        self.cpu = [(now, cpu); 2];
     }
 
     /// It could not be suspended. The next attempt is made after a time that doubles each time.
@@ -186,6 +188,24 @@ mod tests {
         assert_eq!(idle.look(&policy, ended, seen(0, ended, SECOND)), Verdict::NotYet);
         let computed = seen(0, ended, SECOND + 5 * SECOND);
         assert_eq!(idle.look(&policy, ended + 10 * SECOND, computed), Verdict::NotYet);
+    }
+
+    #[test]
+    fn hours_of_short_requests_do_not_make_the_work_after_them_small() {
+        let (begin, policy) = (Instant::now(), policy());
+        let mut idle = Idle::new(begin, Duration::ZERO);
+        let mut now = begin;
+        for _ in 0..1000 {
+            let last = now + 9 * SECOND;
+            now = idle.due(&policy).unwrap();
+            assert_eq!(idle.look(&policy, now, seen(0, last, SECOND)), Verdict::NotYet);
+        }
+        now = idle.due(&policy).unwrap();
+        let computed = seen(0, now - 10 * SECOND, SECOND + 5 * SECOND);
+        assert_eq!(idle.look(&policy, now, computed), Verdict::NotYet);
+        // And it is not seen once more.
+        let looked = idle.look(&policy, idle.due(&policy).unwrap(), computed);
+        assert_eq!(looked, Verdict::Idle(now));
     }
 
     #[test]

@@ -117,15 +117,7 @@ impl Session {
         policy.check()?;
         let (session, shared) = (self.clone(), Arc::clone(&self.shared));
         keeper::detached(async move {
-            keeper::blocking(move || {
-                let before = std::mem::replace(&mut *shared.policy(), policy);
-                let written = shared.note_or_fail();
-                if written.is_err() {
-                    *shared.policy() = before;
-                }
-                written
-            })
-            .await?;
+            keeper::blocking(move || shared.set_policy(policy)).await?;
             session.ask(Wish::Look).await
         })
         .await
@@ -254,7 +246,12 @@ impl Session {
         match run().await {
             Err(error) if error.kind() == &ErrorKind::ExecFailed(ExecFailure::Frozen) => {
                 let mut status = self.shared.status.subscribe();
-                let _ = status.wait_for(|now| now.event.state != SessionState::Suspending).await;
+                let slept = status.wait_for(|now| now.event.state != SessionState::Suspending);
+                tokio::select! {
+                    biased;
+                    slept = slept => drop(slept),
+                    () = self.calls.closed() => return Err(self.keeper_gone()),
+                }
                 run().await
             }
             ran => ran,
@@ -301,8 +298,14 @@ impl Session {
                     }
                     self.ask(Wish::Wake).await?;
                 }
-                // The other end is in `self`.
-                SessionState::Pending | SessionState::Suspending => drop(status.changed().await),
+                SessionState::Pending | SessionState::Suspending => {
+                    tokio::select! {
+                        biased;
+                        // The other end is in `self`.
+                        _ = status.changed() => {}
+                        () = self.calls.closed() => return Err(self.keeper_gone()),
+                    }
+                }
                 SessionState::Terminating | SessionState::Terminated => {
                     return Err(self.shared.ended());
                 }
@@ -320,9 +323,15 @@ impl Session {
         let _ = self.calls.send(Call { wish, answer });
         match answered.await {
             Ok(done) => done,
-            // Its keeper is gone.
-            Err(_) if self.state() == SessionState::Terminated => Err(self.shared.ended()),
-            Err(_) => Err(SessionError::RuntimeOver { id: self.id().to_owned() }.into()),
+            Err(_) => Err(self.keeper_gone()),
+        }
+    }
+
+    /// Why nobody answers any more.
+    fn keeper_gone(&self) -> Error {
+        match self.state() {
+            SessionState::Terminated => self.shared.ended(),
+            _ => SessionError::RuntimeOver { id: self.id().to_owned() }.into(),
         }
     }
 }

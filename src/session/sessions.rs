@@ -1,11 +1,12 @@
 //! The sessions of a directory: starting them, finding them again.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
+use std::{fmt, io};
 
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
 use super::clock::Stamp;
@@ -35,6 +36,8 @@ pub struct Sessions(Arc<Inner>);
 struct Inner {
     home: Arc<Home>,
     sessions: Mutex<BTreeMap<String, Session>>,
+    /// It keeps the sessions, whoever starts them.
+    runtime: Handle,
 }
 
 impl Sessions {
@@ -68,14 +71,12 @@ impl Sessions {
         directory: impl AsRef<Path>,
         given: impl Fn(&str) -> RestoreOptions + Send + Sync + 'static,
     ) -> Result<Self, Error> {
-        if tokio::runtime::Handle::try_current().is_err() {
-            return Err(SessionError::NoRuntime.into());
-        }
+        let runtime = Handle::try_current().map_err(|_| SessionError::NoRuntime)?;
         let directory = directory.as_ref().to_owned();
         let found = blocking(move || {
             let home = Arc::new(Home::open(&directory, Given(Box::new(given)))?);
             let ids = home.ids()?;
-            let found: Vec<_> = ids.iter().map(|id| find(&home, id)).collect();
+            let found: Vec<_> = ids.iter().filter_map(|id| find(&home, id)).collect();
             Ok::<_, SessionError>((home, found))
         });
         let (home, found) = found.await?;
@@ -85,11 +86,11 @@ impl Sessions {
             let (sender, calls) = mpsc::unbounded_channel();
             if shared.state() == SessionState::Suspended {
                 let keeper = Keeper::new(Arc::clone(&shared), calls, Body::Asleep(None));
-                tokio::spawn(keeper.keep());
+                runtime.spawn(keeper.keep());
             }
             sessions.insert(shared.id.clone(), Session { shared, calls: sender });
         }
-        Ok(Self(Arc::new(Inner { home, sessions: Mutex::new(sessions) })))
+        Ok(Self(Arc::new(Inner { home, sessions: Mutex::new(sessions), runtime })))
     }
 
     /// Makes a VM a session, in whatever state it is, and waits until it is reached: it is started or woken, its agent
@@ -129,7 +130,7 @@ impl Sessions {
         let begun = detached(async move {
             let (session, calls) = sessions.make(id, &options).await?;
             let keeper = Keeper::new(Arc::clone(&session.shared), calls, Body::Over);
-            tokio::spawn(keeper.start(start));
+            sessions.0.runtime.spawn(keeper.start(start));
             Ok::<_, Error>(session)
         });
         let session = begun.await?;
@@ -259,24 +260,30 @@ impl fmt::Debug for Sessions {
     }
 }
 
-/// A session that another process left here.
-fn find(home: &Arc<Home>, id: &str) -> Shared {
+/// A session that another process left here, if the directory of this name is that of one.
+fn find(home: &Arc<Home>, id: &str) -> Option<Shared> {
     match Record::read(&home.session(id), id) {
-        Ok(record) => found(home, id, record),
+        Ok(record) => Some(found(home, id, record)),
+        Err(SessionError::Io { source, .. })
+            if source.kind() == io::ErrorKind::NotFound && !home.is_rest(id) =>
+        {
+            None
+        }
         Err(error) => {
             let message = Some(error.to_string());
             let event = event(id, 1, SessionState::Terminated, SessionReason::Damaged, message);
             let meter = Meter::new(Metering::default(), Counts::Nothing, Default::default());
             let (policy, lasting) = (SessionPolicy::default(), Lasting::default());
-            Shared::new(Arc::clone(home), event, policy, meter, lasting)
+            Some(Shared::new(Arc::clone(home), event, policy, meter, lasting))
         }
     }
 }
 
 /// What has become of it since its record was written.
-fn found(home: &Arc<Home>, id: &str, record: Record) -> Shared {
+fn found(home: &Arc<Home>, id: &str, mut record: Record) -> Shared {
     let passed = record.stamp.until(&Stamp::now());
     let number = record.event.number.saturating_add(1);
+    let mut is_news = false;
     let (state, event) = match record.state {
         SessionState::Terminated => (SessionState::Terminated, record.event.clone()),
         SessionState::Suspended => {
@@ -285,7 +292,11 @@ fn found(home: &Arc<Home>, id: &str, record: Record) -> Shared {
             (SessionState::Suspended, SessionEvent { state: SessionState::Suspended, ..last })
         }
         before => {
-            let (state, reason, message) = lost(home, id, &record, before);
+            let fate = lost(home, id, &record, before);
+            let Fate { state, reason, message, snapshot, .. } = fate;
+            is_news = fate.is_final;
+            // What it sleeps in from now on tells what it is saved to later from this.
+            record.lasting.snapshot = snapshot.or(record.lasting.snapshot);
             (state, self::event(id, number, state, reason, message))
         }
     };
@@ -300,7 +311,6 @@ fn found(home: &Arc<Home>, id: &str, record: Record) -> Shared {
         _ => (Counts::Nothing, Default::default()),
     };
     let meter = Meter::new(metering, counts, for_how_long);
-    let is_news = state != record.state;
     let before = Shared::new(Arc::clone(home), event, record.policy, meter, record.lasting);
     if is_news {
         before.note_found(state);
@@ -308,31 +318,55 @@ fn found(home: &Arc<Home>, id: &str, record: Record) -> Shared {
     before
 }
 
+/// What becomes of a session.
+struct Fate {
+    state: SessionState,
+    reason: SessionReason,
+    message: Option<String>,
+    /// The snapshot that it sleeps in.
+    snapshot: Option<[u8; 16]>,
+    /// Whether that is so for whoever opens the sessions next, too.
+    is_final: bool,
+}
+
+impl Fate {
+    fn asleep(reason: SessionReason, files: &Snapshot) -> Self {
+        let snapshot = Some(files.id());
+        let state = SessionState::Suspended;
+        Self { state, reason, message: None, snapshot, is_final: true }
+    }
+
+    fn over(message: String) -> Self {
+        let (state, reason) = (SessionState::Terminated, SessionReason::Lost);
+        Self { state, reason, message: Some(message), snapshot: None, is_final: true }
+    }
+}
+
 /// What becomes of one that ran when its process ended.
-fn lost(
-    home: &Home,
-    id: &str,
-    record: &Record,
-    before: SessionState,
-) -> (SessionState, SessionReason, Option<String>) {
-    let asleep = home.asleep(id);
-    let snapshot = Snapshot::open(&asleep).ok().map(|snapshot| snapshot.id());
-    // Its files were finished, and nobody was there to write that down.
-    if before == SessionState::Suspending
-        && snapshot.is_some()
-        && snapshot != record.lasting.snapshot
-    {
-        return (SessionState::Suspended, record.event.reason, None);
-    }
+fn lost(home: &Home, id: &str, record: &Record, before: SessionState) -> Fate {
     let ran = matches!(before, SessionState::Running | SessionState::Suspending);
-    if ran && record.policy.lost == Lost::Restore && snapshot.is_some() {
-        return match home.sleeper(id) {
-            Ok(_) => (SessionState::Suspended, SessionReason::Restored, None),
-            Err(error) => (SessionState::Terminated, SessionReason::Lost, Some(error.to_string())),
-        };
+    let is_restored = ran && record.policy.lost == Lost::Restore;
+    match Snapshot::find(&home.asleep(id)) {
+        // Its files were finished, and nobody was there to write that down.
+        Ok(Some(files))
+            if before == SessionState::Suspending
+                && Some(files.id()) != record.lasting.snapshot =>
+        {
+            Fate::asleep(record.event.reason, &files)
+        }
+        // What else there is to be said against it, its wake says.
+        Ok(Some(files)) if is_restored => match files.changed_disk() {
+            None => Fate::asleep(SessionReason::Restored, &files),
+            Some(disk) => Fate::over(format!(
+                "the process ended while the session was {before}, and its disk {} may have changed since it slept",
+                disk.display()
+            )),
+        },
+        Err(error) if is_restored || before == SessionState::Suspending => {
+            Fate { is_final: false, ..Fate::over(error.to_string()) }
+        }
+        _ => Fate::over(format!("the process ended while the session was {before}")),
     }
-    let message = Some(format!("the process ended while the session was {before}"));
-    (SessionState::Terminated, SessionReason::Lost, message)
 }
 
 fn event(

@@ -17,6 +17,14 @@ use crate::console::Console;
 use crate::error::Error;
 use crate::microvm::{MicroVm, Running};
 
+/// What is written down that is not known to all yet.
+#[derive(Clone, Copy, Default)]
+struct News<'a> {
+    state: Option<SessionState>,
+    event: Option<&'a SessionEvent>,
+    policy: Option<&'a SessionPolicy>,
+}
+
 /// What is known of a session, for whoever asks. Its keeper alone changes its state.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -108,7 +116,7 @@ impl Shared {
 
     /// What it has used, written down before it is said: so nobody who was told sees less after a restart.
     pub(super) fn metering(&self) -> Metering {
-        let (metering, written) = self.write_as(None, None);
+        let (metering, written) = self.write_news(News::default());
         // A disk that is full does not make it unknown.
         drop(written);
         metering
@@ -136,32 +144,53 @@ impl Shared {
             "session"
         );
         self.audience.tell(&event);
+        let is_over = event.state == SessionState::Terminated;
         self.status.send_modify(|status| *status = Status { event, agent });
+        if is_over {
+            // For who began to listen before it was seen that there is no more.
+            self.audience.own.close();
+        }
     }
 
     /// Writes down in which state its guest may be from now on.
     pub(super) fn write(&self, state: SessionState) -> Result<(), SessionError> {
-        self.write_as(Some(state), None).1
+        self.write_news(News { state: Some(state), ..News::default() }).1
     }
 
-    /// Writes down that it is over, and why; to be told after that, since whoever was told may remove it.
-    pub(super) fn write_over(&self, event: &SessionEvent) -> Result<(), SessionError> {
-        self.write_as(Some(SessionState::Terminated), Some(event)).1
+    /// Writes down that it is over, and why, and then has its files removed: whoever finds them half removed knows. To be
+    /// told after that, since whoever was told may remove it all. Nothing else is written down of it from then on.
+    pub(super) fn write_over(
+        &self,
+        event: &SessionEvent,
+        remove_files: impl FnOnce(),
+    ) -> Result<(), SessionError> {
+        let over = News { state: Some(SessionState::Terminated), event: Some(event), policy: None };
+        let written = self.write_news(over).1;
+        remove_files();
+        let mut state = lock(&self.written);
+        // There may be room for it now.
+        let written = written.or_else(|_| self.write_held(&mut state, over).1);
+        *state = SessionState::Terminated;
+        written
     }
 
     /// Writes down what is known now.
     pub(super) fn note(&self) {
-        if let Err(error) = self.write_as(None, None).1 {
+        if let Err(error) = self.write_news(News::default()).1 {
             tracing::warn!(session = %self.id, %error, "cannot write down the session");
         }
     }
 
-    /// As [`note`](Self::note), for what must not be lost.
-    pub(super) fn note_or_fail(&self) -> Result<(), Error> {
+    /// Has it another policy, which is written down before anybody goes by it.
+    pub(super) fn set_policy(&self, policy: SessionPolicy) -> Result<(), Error> {
         if matches!(self.state(), SessionState::Terminating | SessionState::Terminated) {
             return Err(self.ended());
         }
-        Ok(self.write_as(None, None).1?)
+        let mut written = lock(&self.written);
+        let news = News { policy: Some(&policy), ..News::default() };
+        self.write_held(&mut written, news).1?;
+        *self.policy() = policy;
+        Ok(())
     }
 
     /// Writes down in which state its guest is. Where that cannot be done now, it is with the next note.
@@ -185,7 +214,8 @@ impl Shared {
     }
 
     fn has_come_to(&self, written: &mut SessionState, state: SessionState) {
-        if let Err(error) = self.write_held(written, Some(state), None).1 {
+        let news = News { state: Some(state), ..News::default() };
+        if let Err(error) = self.write_held(written, news).1 {
             tracing::warn!(session = %self.id, %error, "cannot write down the session");
             *written = state;
         }
@@ -198,20 +228,15 @@ impl Shared {
     }
 
     /// Writes down what is known now, what it has used included.
-    fn write_as(
-        &self,
-        state: Option<SessionState>,
-        event: Option<&SessionEvent>,
-    ) -> (Metering, Result<(), SessionError>) {
+    fn write_news(&self, news: News<'_>) -> (Metering, Result<(), SessionError>) {
         // One after the other, so that what is written never is less than before.
-        self.write_held(&mut lock(&self.written), state, event)
+        self.write_held(&mut lock(&self.written), news)
     }
 
     fn write_held(
         &self,
         written: &mut SessionState,
-        state: Option<SessionState>,
-        event: Option<&SessionEvent>,
+        News { state, event, policy }: News<'_>,
     ) -> (Metering, Result<(), SessionError>) {
         let metering = self.settle();
         // Of one that is over nothing changes; what is damaged is left as it is.
@@ -219,7 +244,7 @@ impl Shared {
             return (metering, Ok(()));
         }
         let state = state.unwrap_or(*written);
-        let policy = self.policy().clone();
+        let policy = policy.cloned().unwrap_or_else(|| self.policy().clone());
         // While it goes to sleep the snapshot is what counts.
         let sync = policy.sync && state != SessionState::Running;
         let for_how_long = self.meter().for_how_long();

@@ -23,8 +23,11 @@ use crate::snapshot::{Snapshot, SnapshotOptions};
 /// milliseconds.
 const WAKING: Duration = Duration::from_secs(60);
 
+type Sleeper = MicroVm<Suspended>;
 /// A VM that sleeps in its files, with what this process knows of it beyond them.
-type Asleep = Option<Box<MicroVm<Suspended>>>;
+type Asleep = Option<Box<Sleeper>>;
+/// Why a session is over.
+type Failure = (SessionReason, String);
 
 impl Keeper {
     /// Puts the session to sleep. One that is idle since a time is left alone where something went on after that.
@@ -120,9 +123,13 @@ impl Keeper {
         let took = Some(begin.elapsed());
         match &woken {
             Ok(()) => {
-                self.shared.meter().totals.resumes += 1;
+                let mut meter = self.shared.meter();
+                meter.totals.resumes = meter.totals.resumes.saturating_add(1);
+                drop(meter);
                 self.publish(SessionState::Running, reason, None, took);
             }
+            // It woke in vain, and cannot sleep again.
+            Err(_) if matches!(self.body, Body::Over) => {}
             Err(error) => {
                 let shared = Arc::clone(&self.shared);
                 blocking(move || shared.has_become(SessionState::Suspended)).await;
@@ -147,7 +154,10 @@ impl Keeper {
         };
         let Err((vm, error)) = agent else { return Ok(()) };
         let shared = Arc::clone(&self.shared);
-        self.body = Body::Asleep(blocking(move || back_to_sleep(&shared, *vm)).await);
+        match blocking(move || back_to_sleep(&shared, *vm)).await {
+            Ok(asleep) => self.body = Body::Asleep(Some(asleep)),
+            Err((reason, why)) => self.over(reason, Some(format!("{error}; {why}")), None).await,
+        }
         Err(error)
     }
 
@@ -187,31 +197,36 @@ fn save(shared: &Shared) -> Result<MicroVm<Suspended>, Error> {
 
 /// Has a VM sleep again that woke in vain. Where it has written nothing to its disks it sleeps as before, and has all its
 /// chances the next time; else the memory of before is no more of use, and it sleeps as it is now.
-fn back_to_sleep(shared: &Shared, vm: MicroVm<Running>) -> Asleep {
-    let place = shared.asleep();
+///
+/// # Errors
+///
+/// Why it cannot: nothing is left that knows of its disks.
+fn back_to_sleep(shared: &Shared, vm: MicroVm<Running>) -> Result<Box<Sleeper>, Failure> {
     let cpu = vm.cpu_time();
     shared.meter().settle(Some(cpu));
-    let asleep = if vm.exit_status().is_some() {
-        vm.back_to_sleep().map(Box::new)
-    } else {
-        match vm.pause() {
-            Ok(vm) if Snapshot::open(&place).is_ok_and(|files| files.disks_are_as_before()) => {
-                match vm.back_to_sleep() {
-                    Ok(asleep) => Some(Box::new(asleep)),
-                    // It did not wake from files.
-                    Err(vm) => save_again(shared, vm, cpu),
-                }
-            }
-            Ok(vm) => save_again(shared, vm, cpu),
-            // It has ended just now.
-            Err(_) => None,
+    // From here on it writes nothing any more.
+    let (vm, ended) = vm.stop();
+    let files = Snapshot::open(shared.asleep());
+    // Of a guest that has ended these files are all that there is, also where they cannot be looked at just now.
+    let changed = files.map_or(ended.is_none(), |files| files.changed_disk().is_some());
+    let back = if changed { Err(vm) } else { vm.back_to_sleep() };
+    let asleep = match (back, ended) {
+        (Ok(asleep), _) => Ok(Box::new(asleep)),
+        (Err(vm), None) => save_again(shared, vm, cpu),
+        (Err(vm), Some(status)) => {
+            drop(vm);
+            Err((SessionReason::GuestEnded, status.to_string()))
         }
     };
     shared.meter().begin(Counts::Suspended, Duration::ZERO);
     asleep
 }
 
-fn save_again(shared: &Shared, vm: MicroVm<Paused>, cpu: Duration) -> Asleep {
+fn save_again(
+    shared: &Shared,
+    vm: MicroVm<Paused>,
+    cpu: Duration,
+) -> Result<Box<Sleeper>, Failure> {
     let place = shared.asleep();
     let before = files(&place).unwrap_or_default();
     // As in `save`; on a disk that is full it is written that it ran.
@@ -220,12 +235,11 @@ fn save_again(shared: &Shared, vm: MicroVm<Paused>, cpu: Duration) -> Asleep {
     match vm.suspend_with(&place, &SnapshotOptions::new().sync(sync)) {
         Ok(asleep) => {
             has_been_saved(shared, &asleep, cpu, &before);
-            Some(Box::new(asleep))
+            Ok(Box::new(asleep))
         }
         Err(TransitionError { vm, error }) => {
-            tracing::warn!(session = %shared.id, %error, "cannot save the session again");
             drop(vm.terminate());
-            None
+            Err((SessionReason::ResumeFailed, error.to_string()))
         }
     }
 }
@@ -241,7 +255,7 @@ fn has_been_saved(
     let mut meter = shared.meter();
     meter.settle(Some(cpu));
     meter.begin(Counts::Suspended, Duration::ZERO);
-    meter.totals.suspends += 1;
+    meter.totals.suspends = meter.totals.suspends.saturating_add(1);
     let bytes = meter.totals.snapshot_bytes;
     meter.totals.snapshot_bytes = bytes.saturating_add(written(&place, before));
     drop(meter);

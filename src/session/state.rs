@@ -231,7 +231,10 @@ pub(super) struct Listeners(Mutex<Vec<mpsc::Sender<SessionEvent>>>);
 impl Listeners {
     pub(super) fn subscribe(&self) -> SessionEvents {
         let (sender, receiver) = mpsc::channel(BACKLOG);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where nothing is ever told, this is where those are seen that listen no more.
+        listeners.retain(|listener| !listener.is_closed());
+        listeners.push(sender);
         SessionEvents(receiver)
     }
 

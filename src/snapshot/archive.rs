@@ -21,6 +21,7 @@ use super::{Place, Snapshot, State, format};
 use crate::disk::{Extents, write_sparse};
 use crate::error::Error;
 use crate::input_file;
+use crate::memory;
 use crate::random::random;
 
 /// zstd's own default.
@@ -188,14 +189,16 @@ impl Write for Watched<'_> {
 }
 
 /// A file that is written beside its place, and is gone unless it gets there.
-struct Partial<'a> {
-    target: &'a Path,
+struct Partial {
+    /// Absolute, so that it means the same when the process goes elsewhere.
+    target: PathBuf,
     path: PathBuf,
     file: File,
 }
 
-impl<'a> Partial<'a> {
-    fn create(target: &'a Path) -> io::Result<Self> {
+impl Partial {
+    fn create(target: &Path) -> io::Result<Self> {
+        let target = std::path::absolute(target)?;
         let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let mut partial = std::ffi::OsString::from(".");
         partial.push(name);
@@ -210,18 +213,15 @@ impl<'a> Partial<'a> {
         if sync {
             self.file.sync_all()?;
         }
-        fs::rename(&self.path, self.target)?;
+        fs::rename(&self.path, &self.target)?;
         match self.target.parent() {
-            Some(parent) if sync && !parent.as_os_str().is_empty() => {
-                File::open(parent)?.sync_all()
-            }
-            _ if sync => File::open(".")?.sync_all(),
+            Some(parent) if sync => File::open(parent)?.sync_all(),
             _ => Ok(()),
         }
     }
 }
 
-impl Drop for Partial<'_> {
+impl Drop for Partial {
     fn drop(&mut self) {
         // Where it has got to its place, nothing has this name.
         let _ = fs::remove_file(&self.path);
@@ -339,7 +339,7 @@ impl Unpacking<'_> {
         let path = self.staging.path(name);
         let failed = |source| SnapshotError::Write { path: path.clone(), source };
         let file = self.staging.create(name)?;
-        file.set_len(bytes).map_err(failed)?;
+        memory::set_len(&file, bytes).map_err(failed)?;
         let mut buffer = vec![0; BUFFER_BYTES];
         let mut at = 0;
         while at < bytes {

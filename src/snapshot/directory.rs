@@ -97,6 +97,13 @@ impl OpenDirectory {
         renamed
     }
 
+    /// Removes what there is of the snapshot, whatever has its path by now; and its directory, where it has no others.
+    pub(super) fn remove(&self) {
+        remove_files(&self.directory);
+        // Another one that took the path is not empty.
+        let _ = fs::remove_dir(&self.path);
+    }
+
     /// Whether the path still leads here. As it is open, no other directory looks the same.
     pub(super) fn is_in_place(&self) -> bool {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
@@ -158,7 +165,8 @@ impl Staging {
             }
             linked => linked.ok(),
         };
-        let target = linked.as_deref().unwrap_or(target);
+        // As long as that takes the process may go elsewhere.
+        let target = linked.as_deref().unwrap_or(&place);
         let name = target.file_name().and_then(|name| name.to_str()).unwrap_or(name);
         let parent = parent(target);
         remove_abandoned(parent, name);

@@ -142,6 +142,15 @@ impl Snapshot {
         Ok(Self::open_directory(directory.as_ref())?)
     }
 
+    /// As [`open`](Self::open), and none where there is no snapshot, or one that is of no use to any version.
+    #[cfg(feature = "session")]
+    pub(crate) fn find(directory: &Path) -> Result<Option<Self>, Error> {
+        match Self::open_directory(directory) {
+            Err(error) if error.is_damage() => Ok(None),
+            opened => Ok(opened.map(Some)?),
+        }
+    }
+
     fn open_directory(directory: &Path) -> Result<Self, SnapshotError> {
         for _ in 0..MAX_REPLACED {
             let open = OpenDirectory::open(directory).map_err(SnapshotError::open(directory))?;
@@ -286,7 +295,7 @@ impl Snapshot {
             Err(error) => error.is_damage(),
         };
         if is_it {
-            directory::remove_snapshot(directory);
+            open.remove();
         }
     }
 

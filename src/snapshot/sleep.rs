@@ -4,6 +4,8 @@
 //! that was suspended are a snapshot as well, and say besides that one VM may go on from them as itself.
 
 use std::fs::File;
+#[cfg(feature = "session")]
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -67,12 +69,13 @@ impl Snapshot {
         Ok((sleep.clone(), options))
     }
 
-    /// Whether the disks are still what the memory here knows of them, also while the VM is awake.
+    /// A disk that may not be what the memory here knows of it any more; also while the VM is awake.
     #[cfg(feature = "session")]
-    pub(crate) fn disks_are_as_before(&self) -> bool {
+    pub(crate) fn changed_disk(&self) -> Option<&Path> {
         let state = &self.0.state;
         let mut disks = state.config.blocks.iter().zip(&state.disks);
-        disks.all(|(block, disk)| disk.is_as_before(block))
+        let changed = disks.find(|(block, disk)| disk.may_have_changed(block));
+        changed.map(|(block, _)| block.path.as_path())
     }
 
     /// Keeps others from waking the VM that sleeps here, in this process or another; none is needed

@@ -140,7 +140,10 @@ impl Entry {
 
     pub(super) fn remove(&self, snapshot: &Snapshot) {
         Snapshot::remove(&self.path(), snapshot.id());
-        let _ = fs::remove_file(self.file("inactive"));
+        // What could not be removed is not to be used again.
+        if !self.path().exists() {
+            let _ = fs::remove_file(self.file("inactive"));
+        }
     }
 
     /// A place for the snapshot until it was tried. Waits until nobody else builds this one; `waiting` is called where
@@ -179,7 +182,10 @@ impl Entry {
         for entry in entries.flatten() {
             let Some(key) = entry.file_name().to_str().and_then(half_made) else { continue };
             let lock = File::open(Self { key, ..self.clone() }.file("lock"));
-            if lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+            // Kept until it is removed: nobody builds one meanwhile.
+            if let Ok(lock) = lock
+                && lock.try_lock().is_ok()
+            {
                 let _ = fs::remove_dir_all(entry.path());
             }
         }

@@ -206,6 +206,24 @@ fn a_guest_is_stopped_where_the_user_may_queue_no_signal() {
 }
 
 #[test]
+fn a_disk_beyond_the_limit_of_a_files_size_is_refused_and_the_process_lives() {
+    if !resources::alone("a_disk_beyond_the_limit_of_a_files_size_is_refused_and_the_process_lives")
+    {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.join("disk");
+    std::fs::File::create(&disk).unwrap().set_len(1 << 30).unwrap();
+    let limit = libc::rlimit { rlim_cur: 512 << 20, rlim_max: 512 << 20 };
+    // SAFETY: the limit is a valid one, of this process alone.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
+    let private = BlockConfig::new(&disk).discard_writes();
+    let error = MicroVm::create(config(&Program::Halt).block(private)).unwrap_err();
+    assert_eq!(error.kind(), &ErrorKind::Disk);
+    assert!(error.to_string().contains("ulimit -f"), "{error}");
+}
+
+#[test]
 fn vms_whose_console_writers_block_hold_up_no_others() {
     if !resources::alone("vms_whose_console_writers_block_hold_up_no_others") {
         return;

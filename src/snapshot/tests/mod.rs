@@ -197,6 +197,20 @@ fn a_snapshot_names_no_file_of_the_host() {
         state.config.blocks[0] = BlockConfig::new("/disk").delta("/home/alice/delta");
     });
     assert!(text.contains("/home/alice/delta"), "{text}");
+    // One below it, of a VM that is to wake.
+    let mut golden = Golden::new();
+    let below = golden.path.join("disk-9");
+    fs::write(&below, [0; 512]).unwrap();
+    let base = serde_json::json!({"path": below, "facts": facts});
+    golden.state.disks[0] = saved_disk(&serde_json::json!({"left": {"base": base}}));
+    golden.state.config.blocks[0] = BlockConfig::new("/disk").discard_writes();
+    golden.state.config.blocks[0].frozen.push("/home/alice/delta".into());
+    let other = golden.path.join("disk-8");
+    File::create_new(&other).unwrap().set_len(128 << 10).unwrap();
+    let options = RestoreOptions::new().disk_base(1, other);
+    let options = options.network(0, NetConfig::tap("tap7"));
+    let config = golden.open().unwrap().config(&options, Purpose::Sleep).unwrap();
+    assert_eq!(config.blocks[0].frozen, [""; 0].map(PathBuf::from));
     let text = distrust(|state, _| {
         state.config.vsock = Some(VsockConfig::default().unix_socket("/run/socket"));
     });

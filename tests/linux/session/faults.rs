@@ -206,6 +206,29 @@ fn a_guest_that_dies_in_its_hook_resume_sleeps_as_before_and_the_next_request_tr
 }
 
 #[test]
+fn a_guest_that_wrote_to_its_disk_and_dies_in_its_hook_resume_is_over() {
+    block_on(async {
+        let scratch = Scratch::new("session-dies-written");
+        let sessions = Sessions::open(scratch.0.join("sessions")).await.unwrap();
+        let disk = scratch.0.join("disk");
+        fs::write(&disk, [0; 4096]).unwrap();
+        let dies = "echo y >/dev/vda; sync; busybox poweroff -f";
+        let agent = application().hook(HookName::Resume, Hook::command(["sh", "-c", dies]));
+        let config = config_of(Release::Linux6_12, busybox(), agent);
+        let vm = MicroVm::create(config.block(BlockConfig::new(&disk))).unwrap();
+        let session = sessions.start(vm, SessionOptions::new()).await.unwrap();
+        session.suspend().await.unwrap();
+        page(&session).await.unwrap_err();
+        // Its memory of before knows another disk: it is not woken with that, now or later.
+        assert_eq!(fs::read(&disk).unwrap()[0], b'y');
+        let event = session.watch().event();
+        assert_eq!(event.state, SessionState::Terminated);
+        assert_eq!(event.reason, SessionReason::GuestEnded, "{event}");
+        assert_eq!(page(&session).await.unwrap_err().kind(), &ErrorKind::SessionEnded);
+    });
+}
+
+#[test]
 fn a_clock_that_jumps_by_days_puts_nothing_to_sleep_and_ends_nothing_and_a_guest_that_wakes_has_it()
 {
     block_on(async {

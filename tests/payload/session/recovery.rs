@@ -239,8 +239,90 @@ fn one_that_is_killed_between_its_files_and_its_record_is_asleep() {
         assert_eq!(found(serde_json::Value::Null).await, SessionReason::Requested);
         // It is that of before: what came after is lost.
         let same = record["lasting"]["snapshot"].clone();
-        assert_eq!(found(same).await, SessionReason::Lost);
+        assert_eq!(found(same.clone()).await, SessionReason::Lost);
+        // Who found it finished knows it by then: what it did since, and did not finish to save, is lost too.
+        found(serde_json::Value::Null).await;
+        drop(reopened(&path).await);
+        let known: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        assert_eq!(known["lasting"]["snapshot"], same);
     });
+}
+
+#[test]
+fn files_that_cannot_be_read_just_now_end_no_session_for_good() {
+    block_on(async {
+        let house = House::new().await;
+        let path = house.path();
+        let session = house.halted(SessionPolicy::new().lost(Lost::Restore)).await;
+        let id = session.id().to_owned();
+        session.suspend().await.unwrap();
+        session.resume().await.unwrap();
+        let House { scratch: _scratch, sessions } = house;
+        drop((sessions, session));
+        drop(reopened(&path).await);
+        let file = path.join(&id).join("session.json");
+        let mut record: serde_json::Value =
+            serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        record["state"] = "running".into();
+        fs::write(&file, serde_json::to_vec(&record).unwrap()).unwrap();
+        // A later version, as is found where somebody goes back to this one.
+        let state = path.join(&id).join("asleep").join("state");
+        let before = fs::read(&state).unwrap();
+        let mut later = before.clone();
+        later[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        fs::write(&state, &later).unwrap();
+        let sessions = reopened(&path).await;
+        let event = sessions.get(&id).unwrap().watch().event();
+        assert_eq!((event.state, event.reason), (SessionState::Terminated, SessionReason::Lost));
+        assert!(event.message.unwrap().contains("version"));
+        drop(sessions);
+        fs::write(&state, &before).unwrap();
+        let sessions = reopened(&path).await;
+        let session = sessions.get(&id).unwrap();
+        assert_eq!(session.watch().event().reason, SessionReason::Restored);
+        session.resume().await.unwrap();
+    });
+}
+
+#[test]
+fn what_sessions_stand_beside_is_none_of_them() {
+    block_on(async {
+        let scratch = Scratch::new();
+        let directory = scratch.join("sessions");
+        fs::create_dir_all(directory.join("images")).unwrap();
+        fs::write(directory.join("images/layer"), "").unwrap();
+        // What a process left that was killed while it made one.
+        fs::create_dir(directory.join("half-made")).unwrap();
+        let sessions = Sessions::open(&directory).await.unwrap();
+        let ids: Vec<_> = sessions.list().iter().map(|session| session.id().to_owned()).collect();
+        assert_eq!(ids, ["half-made"]);
+        // The lock has no session's name.
+        let vm = MicroVm::create(config(&Program::Halt)).unwrap();
+        sessions.start(vm, SessionOptions::new().id("lock")).await.unwrap();
+    });
+}
+
+#[test]
+fn a_session_is_kept_by_the_runtime_of_all_and_who_waits_when_that_is_over_is_told() {
+    let scratch = Scratch::new();
+    let runtime = || {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(1).enable_all().build().unwrap()
+    };
+    let (opened_on, other) = (runtime(), runtime());
+    let sessions = opened_on.block_on(Sessions::open(scratch.join("sessions"))).unwrap();
+    let start = |runtime: &tokio::runtime::Runtime| {
+        let vm = MicroVm::create(config(&Program::Halt)).unwrap();
+        runtime.block_on(sessions.start(vm, SessionOptions::new())).unwrap()
+    };
+    let session = start(&other);
+    other.shutdown_background();
+    opened_on.block_on(session.suspend()).unwrap();
+    opened_on.block_on(session.resume()).unwrap();
+    opened_on.shutdown_background();
+    let last = runtime();
+    let asked = last.block_on(async { tokio::time::timeout(PATIENCE, session.suspend()).await });
+    assert_eq!(kind(asked.expect("an answer")), ErrorKind::Session);
 }
 
 /// Says so where it is not the process that the test began in, but one whose clocks have jumped.

@@ -1,0 +1,76 @@
+//! Disks that stay where they are while their guest sleeps.
+
+use super::*;
+
+#[test]
+fn a_disk_that_is_left_where_it_is_is_synced_where_that_is_asked_for() {
+    // A file of the kernel's, which cannot be.
+    let mut disk = Disk::open(&BlockConfig::new("/proc/self/oom_score_adj")).unwrap();
+    let folder = Folder::new();
+    let path = folder.path("copy");
+    assert!(matches!(disk.leave(&path, None, false, &mut go_on), Ok(SavedDisk::Left { .. })));
+    let refused = disk.leave(&path, None, true, &mut go_on).unwrap_err();
+    assert!(matches!(refused, DiskError::Save { .. }), "{refused}");
+}
+
+#[test]
+fn a_delta_that_was_left_and_is_gone_is_not_asked_for_elsewhere() {
+    let folder = Folder::new();
+    let (base, _) = folder.base();
+    let delta = folder.path("delta");
+    let config = BlockConfig::new(&base).delta(&delta);
+    let mut disk = Disk::open(&config).unwrap();
+    let saved = disk.leave(&folder.path("copy"), None, false, &mut go_on).unwrap();
+    drop(disk);
+    saved.check_left(&config).unwrap();
+    fs::remove_file(&delta).unwrap();
+    let error = Error::from(saved.check_left(&config).unwrap_err()).to_string();
+    assert!(error.contains("is gone, which was left") && !error.contains("disk_base"), "{error}");
+    // The disk below it may be had from elsewhere.
+    fs::remove_file(&base).unwrap();
+    let error = format!("{:?}", Error::from(saved.check_base().unwrap_err()));
+    assert!(error.contains("is not there") && error.contains("disk_base"), "{error}");
+}
+
+#[cfg(feature = "session")]
+#[test]
+fn a_disk_may_have_changed_where_it_has_or_where_nobody_can_tell() {
+    let folder = Folder::new();
+    let (base, _) = folder.base();
+    let config = BlockConfig::new(&base);
+    let left = |config| {
+        let mut disk = Disk::open(config).unwrap();
+        disk.leave(&folder.path("copy"), None, false, &mut go_on).unwrap()
+    };
+    let saved = left(&config);
+    assert!(!saved.may_have_changed(&config));
+    // As of a block device, whose node does not say when it was written to.
+    let SavedDisk::Left { base: mut device, delta } = saved.clone() else { panic!("{saved:?}") };
+    device.facts.modified = None;
+    assert!(SavedDisk::Left { base: device, delta }.may_have_changed(&config));
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    File::options().write(true).open(&base).unwrap().write_all_at(&[1], 0).unwrap();
+    assert!(saved.may_have_changed(&config));
+    // What is not there now may be there, as it was, when it is wanted.
+    let saved = left(&config);
+    fs::remove_file(&base).unwrap();
+    assert!(!saved.may_have_changed(&config));
+}
+
+#[test]
+fn a_delta_that_was_flushed_and_left_does_not_change_when_it_is_closed() {
+    let folder = Folder::new();
+    let (base, mut model) = folder.base();
+    let delta = folder.path("delta");
+    let config = BlockConfig::new(&base).delta(&delta);
+    let mut disk = Disk::open(&config).unwrap();
+    assert_eq!(fs::metadata(&delta).unwrap().mode() & 0o777, 0o600);
+    write(&mut disk, &mut model, 3000, 5, 0x33);
+    drop(disk.flush());
+    let saved = disk.leave(&folder.path("copy"), None, false, &mut go_on).unwrap();
+    // A time that the file's differs from if it is written to.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    drop(disk);
+    saved.check_left(&config).unwrap();
+    assert!(content(&Disk::open(&config).unwrap()) == model);
+}
