@@ -26,7 +26,7 @@ use tokio::time::{Instant, timeout};
 
 use super::alarm::Alarm;
 use super::fault::{Fault, Stage};
-use super::options::EndpointLimits;
+use super::options::{CONNECTION_WINDOW, EndpointLimits, STREAM_WINDOW};
 use super::tasks::Tasks;
 use super::upload::{Progress, Upload};
 use super::upstream::{Upstream, UpstreamStream};
@@ -35,6 +35,8 @@ use super::upstream::{Upstream, UpstreamStream};
 pub(super) const KEPT_FOR: Duration = Duration::from_secs(4);
 /// Connections to a guest that wait at a time, by either protocol.
 const MAX_KEPT: usize = 64;
+/// Requests at a time on a connection of HTTP/2: servers allow 100 and more, and hyper does not say what one does.
+const MAX_STREAMS: usize = 100;
 /// How long the rest of a request may take whose answer is over.
 const REST_TIME: Duration = Duration::from_secs(1);
 
@@ -54,15 +56,28 @@ struct Waiting {
     since: Instant,
 }
 
-/// The connection of HTTP/2 to a port. Whoever finds none makes it, and the others wait for that.
+/// The connections of HTTP/2 to a port. Whoever finds none with room makes one, and the others wait for that.
 struct Shared {
-    sender: tokio::sync::Mutex<Option<Http2>>,
+    senders: tokio::sync::Mutex<Vec<Sender>>,
     used: Mutex<Instant>,
+}
+
+/// One of them, with what each of its requests holds until its answer is over.
+#[derive(Clone)]
+struct Sender {
+    sender: Http2,
+    open: Arc<()>,
+}
+
+impl Sender {
+    fn has_room(&self) -> bool {
+        Arc::strong_count(&self.open) <= MAX_STREAMS
+    }
 }
 
 impl Shared {
     fn new() -> Self {
-        Self { sender: tokio::sync::Mutex::default(), used: Mutex::new(Instant::now()) }
+        Self { senders: tokio::sync::Mutex::default(), used: Mutex::new(Instant::now()) }
     }
 
     fn used(&self) -> MutexGuard<'_, Instant> {
@@ -297,26 +312,27 @@ impl Connections {
         }
     }
 
-    /// Asks the application at a port by HTTP/2, without an upgrade.
+    /// Asks the application at a port by HTTP/2, without an upgrade. Until the answer is over, what comes with it is held.
     pub(super) async fn ask_h2(
         &self,
         upstream: &dyn Upstream,
         port: u16,
         mut request: Request<Upload>,
-    ) -> Result<Response<Incoming>, Fault> {
+    ) -> Result<(Response<Incoming>, Arc<()>), Fault> {
         let shared = self.shared_at(port);
         loop {
             let sender = async {
-                let mut shared = shared.sender.lock().await;
-                match shared.take().filter(|sender| !sender.is_closed()) {
-                    Some(sender) => Ok((shared.insert(sender).clone(), false)),
-                    None => {
-                        let stream = connect(upstream, port).await?;
-                        Ok((shared.insert(self.open_h2(stream).await?).clone(), true))
-                    }
+                let mut senders = shared.senders.lock().await;
+                senders.retain(|one| !one.sender.is_closed());
+                if let Some(one) = senders.iter().find(|one| one.has_room()) {
+                    return Ok((one.clone(), false));
                 }
+                let stream = connect(upstream, port).await?;
+                let one = Sender { sender: self.open_h2(stream).await?, open: Arc::new(()) };
+                senders.push(one.clone());
+                Ok((one, true))
             };
-            let (mut sender, is_new) = self.in_time(sender).await?;
+            let (Sender { mut sender, open }, is_new) = self.in_time(sender).await?;
             let patience = Patience::new(&request, self.limits.answer_timeout);
             let mut alarm = Alarm::new(patience.until());
             let mut sending = pin!(sender.try_send_request(request));
@@ -327,7 +343,7 @@ impl Connections {
                 }
             });
             match asked.await? {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => return Ok((answer, open)),
                 Err(error) => request = again(error, is_new, None)?,
             }
         }
@@ -335,7 +351,11 @@ impl Connections {
 
     async fn open_h2(&self, stream: UpstreamStream) -> Result<Http2, Fault> {
         let mut builder = http2::Builder::new(self.tasks.clone());
-        let handshake = builder.timer(TokioTimer::new()).handshake(TokioIo::new(stream)).await;
+        builder
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW);
+        let handshake = builder.handshake(TokioIo::new(stream)).await;
         let (sender, connection) = handshake.map_err(|error| fault(&error))?;
         self.tasks.spawn(connection);
         Ok(sender)

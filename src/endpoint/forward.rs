@@ -14,6 +14,7 @@ use super::connections::Lent;
 use super::fault::{Fault, Stage};
 use super::guest::{Guest, Lease};
 use super::headers::{self, Peer};
+use super::place::Place;
 use super::port::{self, Asked};
 use super::route::Target;
 use super::shared::Shared;
@@ -26,6 +27,7 @@ pub(super) struct Forward {
     pub(super) shared: Arc<Shared>,
     pub(super) peer: Peer,
     pub(super) opened: Opened,
+    pub(super) place: Place,
 }
 
 impl Forward {
@@ -89,15 +91,16 @@ impl Forward {
         if wants_h2 {
             let request = to_h2(parts, target, upload)?;
             let asked = guest.connections.ask_h2(&*lease.upstream, port, request);
-            let answer = Box::pin(asked).await?;
-            return to_client(answer, None, lease);
+            let (answer, stream) = Box::pin(asked).await?;
+            return to_client(answer, None, lease.with(stream));
         }
         let request = to_h1(parts, target, upload);
         let (answer, lent) = self.ask(&guest, port, request, &lease).await?;
         match upgrade {
             Some(upgrade) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 lent.leave();
-                Ok(upgrade.join(answer, lease, &shared.clients))
+                let place = (self.place.clone(), shared.limits.header_timeout);
+                Ok(upgrade.join(answer, lease, place, &shared.clients))
             }
             // To the client of a CONNECT that would say that the tunnel is there (RFC 9110 §9.3.6).
             Some(upgrade) if upgrade.is_connect() && answer.status().is_success() => {

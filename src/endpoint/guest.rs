@@ -107,7 +107,7 @@ impl Guest {
             Fault::new(StatusCode::TOO_MANY_REQUESTS, Stage::Request, message).retry_after(1)
         })?;
         let awake = self.wake(&*upstream).await?;
-        Ok(Lease { upstream, _awake: awake, _request: request })
+        Ok(Lease { upstream, _awake: awake, _request: request, _stream: None })
     }
 
     async fn wake(self: &Arc<Self>, upstream: &dyn Upstream) -> Result<Awake, Fault> {
@@ -160,9 +160,16 @@ pub(super) struct Lease {
     pub(super) upstream: Arc<dyn Upstream>,
     _awake: Awake,
     _request: Count,
+    /// Its place on a connection of HTTP/2.
+    _stream: Option<Arc<()>>,
 }
 
 impl Lease {
+    /// The same, which holds that place too.
+    pub(super) fn with(self, stream: Arc<()>) -> Self {
+        Self { _stream: Some(stream), ..self }
+    }
+
     pub(super) fn is_up(&self) -> bool {
         self.upstream.is_up()
     }

@@ -35,18 +35,17 @@ fn is_of_one_hop(name: &HeaderName) -> bool {
     )
 }
 
-/// What an application may trust, since no client has said it.
+/// What an application may trust, since no client has said it. To some, as CGI, an underscore is a hyphen.
 fn is_of_origin(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "forwarded"
-            | "x-forwarded-for"
-            | "x-forwarded-host"
-            | "x-forwarded-proto"
-            | "x-forwarded-port"
-            | "x-forwarded-prefix"
-            | "x-real-ip"
-    )
+    let name = name.as_str().as_bytes();
+    let plain = name.iter().map(|byte| if *byte == b'_' { b'-' } else { *byte });
+    let begins = |with: &[u8]| {
+        name.len() >= with.len() && plain.clone().take(with.len()).eq(with.iter().copied())
+    };
+    begins(b"x-forwarded-")
+        || [&b"forwarded"[..], b"x-real-ip"]
+            .iter()
+            .any(|own| name.len() == own.len() && begins(own))
 }
 
 /// Where the requests of a connection come from, as it is written in each.

@@ -17,6 +17,7 @@ pub(crate) mod fuzzing;
 mod guest;
 mod headers;
 mod options;
+mod place;
 mod port;
 mod preface;
 mod route;

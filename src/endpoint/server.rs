@@ -5,24 +5,27 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
+use hyper::{Method, Request};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
 use super::alarm::HeadTimer;
 use super::forward::Forward;
 use super::headers::Peer;
-use super::preface;
+use super::options::{CONNECTION_WINDOW, STREAM_WINDOW};
 use super::shared::Shared;
 use super::signal::Signal;
-use super::streams::Streams;
+use super::streams::{StreamBody, Streams};
 use super::token::Opened;
+use super::{place, preface};
 
 /// How long nothing is accepted when the process has no descriptors left.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -52,10 +55,7 @@ impl Server {
                 match listener.accept().await {
                     Ok((stream, peer)) => {
                         let server = self.clone();
-                        self.shared.clients.spawn(async move {
-                            server.greet(stream, peer).await;
-                            drop(permit);
-                        });
+                        self.shared.clients.spawn(server.greet(stream, peer, permit));
                     }
                     Err(error) => {
                         tracing::warn!(%error, "a connection cannot be accepted");
@@ -71,14 +71,16 @@ impl Server {
     }
 
     /// Learns what the client speaks.
-    async fn greet(self, stream: TcpStream, peer: SocketAddr) {
+    async fn greet(self, stream: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
         // What is written together is sent together already.
         let _ = stream.set_nodelay(true);
         let _ = keep_alive(&stream);
+        let (stream, place) = place::of(stream, permit);
         let forward = Forward {
             shared: Arc::clone(&self.shared),
             peer: Peer::new(peer, self.tls.is_some()),
             opened: Opened::default(),
+            place,
         };
         let patience = self.shared.limits.header_timeout;
         match &self.tls {
@@ -104,11 +106,17 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        let (place, often) = (forward.place.clone(), self.shared.limits.header_timeout);
         let forward = Arc::new(forward);
         if is_h2 {
             self.serve_h2(stream, forward).await
         } else {
-            self.serve_h1(stream, forward).await
+            let served = self.serve_h1(stream, forward);
+            tokio::select! {
+                () = served => {}
+                // Where an answer is waited for, hyper does not look at what comes from a client that has said more.
+                () = place.gone(often) => {}
+            }
         }
     }
 
@@ -151,15 +159,20 @@ impl Server {
             .timer(TokioTimer::new())
             .keep_alive_interval(PULSE)
             .max_concurrent_streams(limits.streams)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .max_header_list_size(limits.header_bytes)
             .enable_connect_protocol();
         let streams = Arc::new(Streams::default());
         let counter = Arc::clone(&streams);
-        let service = service_fn(move |request| {
-            let (forward, stream) = (Arc::clone(&forward), counter.begin());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            let (forward, stream) = (Arc::clone(&forward), Arc::new(counter.begin()));
+            if request.method() == Method::CONNECT {
+                request.extensions_mut().insert(Arc::clone(&stream));
+            }
             async move {
                 let answer = forward.answer(request).await;
-                answer.map(|answer| answer.map(|body| stream.until_end_of(body)))
+                answer.map(|answer| answer.map(|body| StreamBody::new(body, stream)))
             }
         });
         let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));

@@ -33,15 +33,8 @@ impl Streams {
     }
 }
 
-/// One that is open, until it is dropped.
+/// One that is open, until it is dropped: by its body, and by the tunnel that it became.
 pub(super) struct OpenStream(Arc<Streams>);
-
-impl OpenStream {
-    /// It is open until the body is over.
-    pub(super) fn until_end_of(self, body: AnswerBody) -> StreamBody {
-        StreamBody { body, _open: self }
-    }
-}
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
@@ -52,7 +45,13 @@ impl Drop for OpenStream {
 /// A body whose stream is open while it is read.
 pub(super) struct StreamBody {
     body: AnswerBody,
-    _open: OpenStream,
+    _open: Arc<OpenStream>,
+}
+
+impl StreamBody {
+    pub(super) fn new(body: AnswerBody, open: Arc<OpenStream>) -> Self {
+        Self { body, _open: open }
+    }
 }
 
 impl Body for StreamBody {

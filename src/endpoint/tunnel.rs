@@ -3,6 +3,7 @@
 //! Source: RFC 9110 §7.8, `Upgrade`; RFC 8441, WebSockets over HTTP/2.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
@@ -22,6 +23,8 @@ use super::body::AnswerBody;
 use super::fault::{Fault, Stage};
 use super::guest::Lease;
 use super::headers;
+use super::place::Place;
+use super::streams::OpenStream;
 use super::tasks::Tasks;
 use crate::random::random;
 
@@ -36,6 +39,8 @@ pub(super) struct Upgrade {
     is_connect: bool,
     /// A subprotocol that is the endpoint's own: browsers want one of theirs to be chosen.
     pub(super) subprotocol: Option<HeaderValue>,
+    /// The stream of HTTP/2 that it is, which is open while it is.
+    stream: Option<Arc<OpenStream>>,
 }
 
 impl Upgrade {
@@ -55,8 +60,9 @@ impl Upgrade {
             None
         };
         Ok(protocol.map(|protocol| {
-            let client = hyper::upgrade::on(request);
-            Self { protocol, client, is_connect, subprotocol: None }
+            let client = hyper::upgrade::on(&mut *request);
+            let stream = request.extensions_mut().remove();
+            Self { protocol, client, is_connect, subprotocol: None, stream }
         }))
     }
 
@@ -82,11 +88,12 @@ impl Upgrade {
         Ok(())
     }
 
-    /// Joins both sides, when the application has agreed.
+    /// Joins both sides, when the application has agreed. The client has its place among all until that is over.
     pub(super) fn join(
         self,
         mut answer: Response<hyper::body::Incoming>,
         lease: Lease,
+        (place, often): (Place, Duration),
         tasks: &Tasks,
     ) -> Response<AnswerBody> {
         let guest = hyper::upgrade::on(&mut answer);
@@ -103,11 +110,18 @@ impl Upgrade {
             parts.headers.insert(UPGRADE, self.protocol);
         }
         parts.version = Version::HTTP_11;
-        let client = self.client;
+        let (client, stream) = (self.client, self.stream);
         tasks.spawn(async move {
-            let _awake = lease;
-            if let (Ok(client), Ok(guest)) = tokio::join!(client, guest) {
-                carry(TokioIo::new(client), TokioIo::new(guest)).await;
+            let _held = (lease, stream);
+            let joined = async {
+                if let (Ok(client), Ok(guest)) = tokio::join!(client, guest) {
+                    carry(TokioIo::new(client), TokioIo::new(guest)).await;
+                }
+            };
+            tokio::select! {
+                () = joined => {}
+                // Who waits for the guest, to read or to speak, does not look at the client.
+                () = place.gone(often) => {}
             }
         });
         Response::from_parts(parts, AnswerBody::none())

@@ -119,7 +119,7 @@ impl App {
 }
 
 /// What the application says.
-async fn answer(request: Request<Incoming>) -> Result<Response<AppBody>, Infallible> {
+pub async fn answer(request: Request<Incoming>) -> Result<Response<AppBody>, Infallible> {
     let path = request.uri().path().to_owned();
     Ok(match path.as_str() {
         "/hello" => text("hello\n"),

@@ -1,5 +1,7 @@
 //! HTTP/2 without TLS, to the endpoint and to applications; gRPC as its specification puts it into HTTP/2.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
@@ -7,8 +9,10 @@ use dormouse::EndpointLimits;
 use http_body_util::BodyExt;
 use hyper::body::{Bytes, Frame};
 use hyper::header::{HeaderMap, HeaderValue};
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
 use hyper::{Method, Request, Version};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio_tungstenite::WebSocketStream;
@@ -246,5 +250,84 @@ fn a_websocket_goes_through_a_stream_of_http_2() {
         talk(&mut socket).await;
         drop(socket);
         setup.guest.until_held(0).await;
+    });
+}
+
+#[test]
+fn a_websocket_of_http_2_is_a_stream_that_is_open_and_is_waited_for_when_the_endpoint_closes() {
+    run(async {
+        let mut limits = EndpointLimits::default();
+        limits.header_timeout = Duration::from_millis(500);
+        let setup = Setup::with_app(websocket::echo().await, crate::open().limits(limits)).await;
+        let mut sender = h2(setup.endpoint.address()).await;
+        let answer = sender.send_request(websocket("/chat")).await.unwrap();
+        let stream = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+        let mut socket = WebSocketStream::from_raw_socket(stream, Role::Client, None).await;
+        // Nothing else goes on on its connection meanwhile.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        talk(&mut socket).await;
+        let closing = tokio::spawn(setup.endpoint.close(crate::PATIENCE));
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        talk(&mut socket).await;
+        assert!(!closing.is_finished());
+        drop(socket);
+        closing.await.unwrap();
+    });
+}
+
+#[test]
+fn who_holds_all_streams_that_an_application_allows_holds_up_nobody() {
+    run(async {
+        let app = App::serve(|stream| async move {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder.max_concurrent_streams(100);
+            let service = service_fn(crate::app::answer);
+            let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+        });
+        let mut limits = EndpointLimits::default();
+        limits.streams = 1000;
+        let setup = Setup::with_app(app.await, crate::open().limits(limits)).await;
+        let mut sender = h2(setup.endpoint.address()).await;
+        let mut open = Vec::new();
+        for _ in 0..101 {
+            let (sent, mut request) = upload("http://one.localhost/echo");
+            request.headers_mut().remove("host");
+            let forced = HeaderValue::from_static("true");
+            request.headers_mut().insert("x-aws-proxy-force-h2", forced);
+            open.push((sent, sender.send_request(request).await.unwrap()));
+        }
+        assert_eq!(setup.guest.connections.load(SeqCst), 2);
+        drop(open);
+        setup.guest.until_held(0).await;
+    });
+}
+
+#[test]
+fn an_upload_that_nobody_reads_stops_no_other_of_its_connection() {
+    run(async {
+        let setup = Setup::open().await;
+        let mut sender = h2(setup.endpoint.address()).await;
+        let (sent, mut unread) = upload("http://one.localhost/never");
+        unread.headers_mut().remove("host");
+        let mut other = sender.clone();
+        let _unread = tokio::spawn(async move { other.send_request(unread).await });
+        let given = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&given);
+        tokio::spawn(async move {
+            while sent.send(Frame::data(Bytes::from_static(&[7; 16 << 10]))).await.is_ok() {
+                count.fetch_add(1, SeqCst);
+            }
+        });
+        // Until all that takes it on the way is full.
+        let mut before = usize::MAX;
+        while given.load(SeqCst) != before || before == 0 {
+            before = given.load(SeqCst);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        let (sent, mut read_at_once) = upload("http://one.localhost/length");
+        read_at_once.headers_mut().remove("host");
+        let answer = tokio::spawn(async move { sender.send_request(read_at_once).await });
+        write(sent, 100_000).await;
+        assert_eq!(read(answer.await.unwrap().unwrap()).await.1, "100000");
     });
 }

@@ -1,6 +1,7 @@
 //! Requests that two readers could understand differently, and clients that take more than they may. What the application
 //! hears is looked at, too: it is the second reader.
 
+use std::future::pending;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -8,7 +9,9 @@ use dormouse::EndpointLimits;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
+use crate::app::App;
 use crate::client::{Answer, exchange, get, request, send};
 use crate::{Setup, client, open, run};
 
@@ -280,6 +283,42 @@ fn limits_that_no_clock_reaches_are_none_and_those_that_let_nobody_in_are_refuse
     });
 }
 
+/// An application that says this to whoever asks, and then neither speaks nor listens.
+async fn mute(words: &'static str) -> App {
+    App::serve(move |mut stream| async move {
+        let _ = stream.read(&mut [0; 1024]).await;
+        let _ = stream.write_all(words.as_bytes()).await;
+        pending::<()>().await;
+    })
+    .await
+}
+
+#[test]
+fn a_client_that_is_gone_keeps_no_session_awake_whose_application_is_silent() {
+    run(async {
+        let events = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let tunnel =
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n";
+        let mut limits = EndpointLimits::default();
+        limits.header_timeout = Duration::from_secs(1);
+        // The one has begun to say more, so that nobody reads what comes; to the other nobody listens.
+        let upgrade = "Connection: upgrade\r\nUpgrade: x\r\n";
+        for (words, headers, more) in [(events, "", 2), (tunnel, upgrade, 64 << 20)] {
+            let setup = Setup::with_app(mute(words).await, open().limits(limits.clone())).await;
+            let mut client = TcpStream::connect(setup.endpoint.address()).await.unwrap();
+            let request = format!("GET / HTTP/1.1\r\nHost: one.localhost\r\n{headers}\r\n");
+            client.write_all(request.as_bytes()).await.unwrap();
+            client.readable().await.unwrap();
+            let more = vec![b'\n'; more];
+            let _ = timeout(Duration::from_secs(2), client.write_all(&more)).await;
+            assert_eq!(*setup.guest.held.borrow(), 1);
+            // With something unread, so that it is a reset.
+            drop(client);
+            setup.guest.until_held(0).await;
+        }
+    });
+}
+
 #[test]
 fn no_more_clients_are_served_at_a_time_than_may_be() {
     run(async {
@@ -297,5 +336,23 @@ fn no_more_clients_are_served_at_a_time_than_may_be() {
         drop(idle);
         let answer: Answer = third.await.unwrap();
         assert_eq!(answer.status, 200);
+
+        // What was a request and is a tunnel has its place, too.
+        let tunnel =
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n";
+        let mut limits = EndpointLimits::default();
+        limits.connections = 1;
+        let setup = Setup::with_app(mute(tunnel).await, open().limits(limits)).await;
+        let address = setup.endpoint.address();
+        let mut tunnel = TcpStream::connect(address).await.unwrap();
+        let asked =
+            "GET / HTTP/1.1\r\nHost: one.localhost\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n";
+        tunnel.write_all(asked.as_bytes()).await.unwrap();
+        tunnel.readable().await.unwrap();
+        let second = tokio::spawn(async move { exchange(address, "nonsense\r\n\r\n").await });
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!second.is_finished());
+        drop(tunnel);
+        assert!(second.await.unwrap().contains("400"));
     });
 }

@@ -69,6 +69,7 @@ fn an_application_sees_what_it_was_asked_and_nothing_of_the_hop_before() {
              Keep-Alive: timeout=5\r\nProxy-Connection: d\r\nProxy-Authorization: e\r\nTE: gzip\r\n\
              X-AWS-Proxy-Whatever: f\r\nX-Forwarded-For: 6.6.6.6\r\nForwarded: for=6.6.6.6\r\n\
              X-Real-IP: 6.6.6.6\r\nX-Forwarded-Prefix: /g\r\nCookie: h=1\r\nAuthorization: Basic aTpq\r\n\
+             X-Forwarded-User: admin\r\nX-Forwarded-Ssl: on\r\nX_Forwarded_For: 6.6.6.6\r\nX_Real_IP: 6.6.6.6\r\n\
              Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n";
         let answer =
             get(setup.endpoint.address(), "one.localhost:99", "/a%2Fb//c/../d?e=f%20", headers);
