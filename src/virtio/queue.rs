@@ -151,7 +151,7 @@ impl<'a> Queues<'a> {
 /// What became of requests that were taken together.
 struct Taken {
     count: usize,
-    /// The sizes of those that are done.
+    /// Their sizes.
     bytes: u64,
     put_back: bool,
 }
@@ -214,7 +214,7 @@ impl VirtQueue {
                     bytes += size;
                     taken.bytes += size;
                 }
-                Answer::InFlight => {}
+                Answer::InFlight => taken.bytes += size,
                 Answer::PutBack => {
                     taken.put_back = true;
                     break;

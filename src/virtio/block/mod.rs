@@ -42,6 +42,9 @@ const QUEUE_SIZE: u16 = 256;
 /// A queue full of buffers, without the header and the status.
 const MAX_BUFFERS: u32 = QUEUE_SIZE as u32 - 2;
 
+/// Operations that wait at a time, beside those of one request: what they take of the host's memory is the host's to say.
+const MAX_OPERATIONS: usize = 4096;
+
 /// The place of the rate limiter among the sources; the I/O queue is the other one.
 const LIMITER: usize = 1;
 
@@ -59,6 +62,8 @@ pub(crate) struct Block {
     /// Whether the file's page cache can be written without waiting. Many file systems cannot.
     writes_cached: bool,
     pending: PendingRequests,
+    /// Requests are left in their queues until operations have ended.
+    is_full: bool,
     /// Operations that were found during a turn, and begin together at its end.
     unsubmitted: Vec<(u64, Transfer)>,
     metrics: BlockMetrics,
@@ -89,6 +94,7 @@ impl Block {
             limiter: RateLimiter::new(config.rate_limit)?,
             writes_cached: true,
             pending: PendingRequests::default(),
+            is_full: false,
             unsubmitted: Vec::new(),
             metrics: BlockMetrics::default(),
         })
@@ -289,6 +295,10 @@ impl VirtioDevice for Block {
     fn serve(&mut self, index: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         let ram = queues.ram();
         let served = queues.serve(index, |chain| {
+            if self.pending.operations() > MAX_OPERATIONS {
+                self.is_full = true;
+                return Answer::PutBack;
+            }
             let data = (chain.readable.len() + chain.writable.len()).saturating_sub(FRAMING_BYTES);
             match self.limiter.take(data) {
                 true => self.answer(index, chain, ram),
@@ -305,7 +315,9 @@ impl VirtioDevice for Block {
     fn ready(&mut self, source: usize, queues: &mut Queues<'_>) -> Result<Served, QueueError> {
         self.finish(queues)?;
         let mut served = Served::All;
-        if source == LIMITER {
+        let has_room = self.is_full && self.pending.operations() <= MAX_OPERATIONS;
+        if source == LIMITER || has_room {
+            self.is_full = false;
             for index in 0..self.queues.into() {
                 if self.serve(index, queues)? == Served::Some {
                     served = Served::Some;

@@ -41,6 +41,8 @@ pub(super) struct PendingRequests {
     /// Flushes run one at a time: what one takes on, the next must not think done.
     flushing: bool,
     flushes: VecDeque<Reply>,
+    /// Of all that wait.
+    operations: usize,
 }
 
 #[derive(Debug)]
@@ -56,6 +58,11 @@ impl PendingRequests {
         self.waiting.len() + self.flushes.len()
     }
 
+    /// The operations that have not ended. A request has many where its disk lies in many pieces.
+    pub(super) fn operations(&self) -> usize {
+        self.operations
+    }
+
     /// Takes on a request with its operations; returns them under its token.
     pub(super) fn add(
         &mut self,
@@ -65,6 +72,7 @@ impl PendingRequests {
     ) -> Vec<(u64, Transfer)> {
         let token = self.next_token;
         self.next_token = token.wrapping_add(1);
+        self.operations += transfers.len();
         let waiting = Waiting { reply, job, operations: transfers.len(), failed: false };
         self.waiting.insert(token, waiting);
         transfers.into_iter().map(|transfer| (token, transfer)).collect()
@@ -96,6 +104,7 @@ impl PendingRequests {
     ) -> (Option<Ended>, Vec<(u64, Transfer)>) {
         let Some(waiting) = self.waiting.get_mut(&token) else { return (None, Vec::new()) };
         waiting.operations -= 1;
+        self.operations -= 1;
         waiting.failed |= failed;
         if waiting.operations > 0 {
             return (None, Vec::new());
@@ -104,6 +113,7 @@ impl PendingRequests {
             && let Some(stage) = flush.next_stage()
         {
             waiting.operations = stage.len();
+            self.operations += stage.len();
             let stage = stage.into_iter().map(|transfer| (token, transfer));
             return (None, stage.collect());
         }

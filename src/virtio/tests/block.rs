@@ -343,6 +343,29 @@ fn requests_of_every_size_are_outstanding_together_and_none_is_written_to_too_la
     }
 }
 
+#[test]
+fn a_disk_in_many_pieces_has_no_more_of_them_under_way_than_it_may_and_answers_all() {
+    const SECTORS: usize = 4096;
+    let past_the_cache = |config: BlockConfig| config.direct(true).discard_writes();
+    let mut disk = TestDisk::with("pieces", SECTORS * 512, past_the_cache);
+    let mut model = disk.content();
+    for sector in (0..SECTORS).step_by(2) {
+        disk.driver.write_blocks(sector, &[0x5a; 512]).unwrap();
+        model[sector * 512..(sector + 1) * 512].fill(0x5a);
+    }
+    // Each needs half as many operations as it has sectors, all of them more than there may be.
+    let mut reads: Vec<_> =
+        (0..5).map(|_| Outstanding::new(0, vec![0; SECTORS * 512], false)).collect();
+    for read in &mut reads {
+        read.submit(&mut disk.driver);
+    }
+    while reads.iter().any(|read| !read.done) {
+        let Some(token) = disk.driver.peek_used() else { continue };
+        let read = reads.iter_mut().find(|read| read.token == token && !read.done);
+        read.unwrap().complete(&mut disk.driver, &mut model);
+    }
+}
+
 /// A request that waits for the device.
 struct Outstanding {
     sector: usize,
