@@ -96,7 +96,9 @@ impl Package {
         let mut taken: HashMap<String, Vec<u8>> = HashMap::new();
         let mut bytes = 0;
         let mut fault = None;
-        let Self { path: package, release, builtin, names: all, companions } = self;
+        // Of one that could not be read whole nothing is known.
+        let mut known = Self { release: self.release.clone(), ..Self::new(self.path.clone()) };
+        let Self { path: package, release, builtin, names: all, companions } = &mut known;
         let package = &*package;
         const PROCEED: io::Result<ControlFlow<()>> = Ok(ControlFlow::Continue(()));
         let visited = visit_files(package, |path, content| {
@@ -133,10 +135,13 @@ impl Package {
             DebError::Open(source) => ModuleError::Read { path: package.clone(), source },
             error => ModuleError::Package { path: package.clone(), reason: error.to_string() },
         })?;
-        match fault {
-            Some(fault) => Err(fault),
-            None => Ok(taken),
+        if let Some(fault) = fault {
+            return Err(fault);
         }
+        if first {
+            *self = known;
+        }
+        Ok(taken)
     }
 }
 

@@ -179,7 +179,11 @@ mod package {
         let whole = fs::read(path).unwrap();
         for len in (0..whole.len() - 64).step_by(7) {
             fs::write(path, &whole[..len]).unwrap();
-            load(&mut Modules::in_package(path), &["a"], &[]).unwrap_err();
+            let mut modules = Modules::in_package(path);
+            load(&mut modules, &["a"], &[]).unwrap_err();
+            // It was not all there yet.
+            fs::write(path, &whole).unwrap();
+            load(&mut modules, &["a"], &[]).unwrap();
         }
     }
 

@@ -212,9 +212,12 @@ fn unpack(
         }
         _ => pump(&mut source, sender, returned, budget),
     };
-    if let Err(LayerFault::Limit { .. }) = pumped {
-        return pumped;
-    }
+    let pumped = match pumped {
+        Err(LayerFault::Limit { what, limit }) => return Err(LayerFault::Limit { what, limit }),
+        // Nobody wants the rest.
+        Ok(Pumped::GivenUp) => return Ok(()),
+        pumped => pumped.map(drop),
+    };
     // What the decoder did not need is part of the blob too; and that a blob is not the one that is meant says
     // more than what is wrong in it.
     io::copy(&mut source, &mut io::sink())?;
@@ -234,12 +237,18 @@ struct Budget {
     max_ratio: u64,
 }
 
+/// How far it came.
+enum Pumped {
+    All,
+    GivenUp,
+}
+
 fn pump(
     mut reader: impl Read,
     sender: &SyncSender<Result<Vec<u8>, LayerFault>>,
     returned: &Receiver<Vec<u8>>,
     budget: Budget,
-) -> Result<(), LayerFault> {
+) -> Result<Pumped, LayerFault> {
     let mut sum = 0;
     loop {
         let mut chunk = returned.try_recv().unwrap_or_default();
@@ -257,8 +266,11 @@ fn pump(
             return Err(LayerFault::Limit { what: "unpacked bytes for each packed one", limit });
         }
         chunk.truncate(filled);
-        if filled == 0 || sender.send(Ok(chunk)).is_err() {
-            return Ok(());
+        if filled == 0 {
+            return Ok(Pumped::All);
+        }
+        if sender.send(Ok(chunk)).is_err() {
+            return Ok(Pumped::GivenUp);
         }
     }
 }

@@ -115,10 +115,12 @@ impl Directory {
                     link.map_err(ImageError::Root)?;
                     continue;
                 }
-                several.insert(identity, inner);
             }
             let fault = |source| ImageError::Directory { path: full.clone(), source };
             let Some(kind) = kind(&full, &place, metadata, build, on_bytes)? else { continue };
+            if metadata.nlink() > 1 && !metadata.is_dir() {
+                several.insert((metadata.dev(), metadata.ino()), inner);
+            }
             let xattrs = kept_xattrs(name, xattrs(&by_descriptor(&place)).map_err(fault)?);
             let node = Node {
                 kind,
