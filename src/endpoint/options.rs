@@ -38,7 +38,8 @@ enum Tokens {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct EndpointLimits {
-    /// Connections of clients at a time (4,096). More wait until one ends.
+    /// Connections of clients at a time (4,096), those that have become something other than HTTP too. More wait until one
+    /// ends.
     pub connections: usize,
     /// Requests at a time on one connection of HTTP/2 (256). More wait.
     pub streams: u32,
@@ -47,7 +48,8 @@ pub struct EndpointLimits {
     /// Headers of a request over HTTP/1 (100). More are answered with 431.
     pub headers: usize,
     /// How long a connection may take for TLS, and for the line and headers of each request; so it is also how long
-    /// one is kept that asks for nothing (30 s). Then it is closed.
+    /// one is kept that asks for nothing (30 s). Then it is closed. This often it is looked whether a client is still
+    /// there from whom nothing is read.
     pub header_timeout: Duration,
     /// Requests and open streams of one session at a time (1,024). More are answered with 429.
     pub session_requests: usize,

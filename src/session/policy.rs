@@ -15,7 +15,8 @@ pub enum Lost {
     #[default]
     Report,
     /// It is suspended, as it was when it slept the last time: what it did since is gone. It is over where it never
-    /// slept, and where a disk outside of its files has changed since.
+    /// slept, and where a disk outside of its files has changed since, or is a device that its guest writes to, of which
+    /// nobody can tell.
     Restore,
 }
 

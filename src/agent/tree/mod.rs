@@ -47,7 +47,8 @@ impl CopyLimits {
         Self::default()
     }
 
-    /// Bytes of all files together, without their holes; 16 GiB unless set.
+    /// Bytes of all files together, of each of their holes 4 KiB at most, as a byte between two of them takes a block of
+    /// the disk; 16 GiB unless set.
     #[must_use]
     pub fn bytes(mut self, bytes: u64) -> Self {
         self.bytes = bytes;
