@@ -14,7 +14,7 @@ use super::connection::{Connection, lost, to_async};
 use super::patience::{PATIENCE, silent, within};
 use super::pulse::Pulse;
 use crate::error::Error;
-use crate::protocol::{AGENT_PORT, Call, Frame, HEADER_BYTES, MAX_MESSAGE_BYTES, Reply};
+use crate::protocol::{AGENT_PORT, Call, Frame, HEADER_BYTES, MAX_MESSAGE_BYTES};
 use crate::vsock::{Connecting, Vsock};
 
 /// Connections that wait for a call, at most. Each is a thread in the guest, of some 12 KiB.
@@ -62,21 +62,6 @@ impl Calls {
         };
         let connection = within(PATIENCE, called).await.unwrap_or_else(|| Err(silent()))?;
         Ok(connection.counted(ongoing))
-    }
-
-    /// The answer to a call that takes as long as the guest's disks do, if the agent answers otherwise meanwhile.
-    pub(super) async fn late_reply(&self, connection: &mut Connection) -> Result<Reply, Error> {
-        let mut beat = self.pulse().begin();
-        let reply = tokio::select! {
-            biased;
-            reply = connection.reader.message() => reply,
-            silent = beat.stops() => return Err(AgentError::Hangs { silent }.into()),
-        };
-        match reply {
-            Ok(Some(reply)) => Ok(reply),
-            Ok(None) => Err(lost(self.vsock())),
-            Err(error) => Err(error.explain(self.vsock())),
-        }
     }
 
     /// On a connection that was kept. None where there is none, and where the agent cannot have heard

@@ -165,11 +165,7 @@ impl Agent {
     ///
     /// As [`remove`](Self::remove).
     pub async fn remove_all(&self, path: impl AsRef<Path>) -> Result<(), Error> {
-        let call = Call::Remove(Remove { path: path_bytes(path.as_ref()), recursive: true });
-        let mut connection = self.calls().call(&call).await?;
-        Self::check_done(self.calls().late_reply(&mut connection).await?)?;
-        self.calls().keep(connection);
-        Ok(())
+        self.done(&Call::Remove(Remove { path: path_bytes(path.as_ref()), recursive: true })).await
     }
 
     /// Makes a directory, and those above it; it may be there. Mode 0755.

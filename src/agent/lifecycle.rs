@@ -21,7 +21,7 @@ const SWITCH_OFF: Duration = Duration::from_secs(30);
 
 impl Agent {
     /// Makes the guest ready to be saved: runs the hook `suspend`, writes file systems to their disks, and stops
-    /// all processes but the agent, and those that the guest's root has put into the cgroup that it is in. To be followed by [`MicroVm::suspend`](MicroVm::<Running>::suspend), a snapshot
+    /// all processes but the agent, and those that the guest's root has put into cgroups of their own. To be followed by [`MicroVm::suspend`](MicroVm::<Running>::suspend), a snapshot
     /// or clones: each VM that comes of it gets its own clock, entropy, machine-id, hostname and
     /// addresses before its processes go on, which they do when [`MicroVm::agent`] has found it.
     /// A VM that goes on as it is needs [`thaw`](Self::thaw). Until then no program is started
@@ -43,8 +43,7 @@ impl Agent {
         let calls = self.link.calls();
         calls.forget();
         let mut connection = calls.call(&Call::Freeze).await?;
-        // What was not on the disks yet is written first.
-        Self::check_done(calls.late_reply(&mut connection).await?)
+        Self::check_done(connection.reply(calls.vsock()).await?)
     }
 
     /// Lets the processes go on, after a [`freeze`](Self::freeze) of which nothing came, or in the

@@ -13,7 +13,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, split};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{OnceCell, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -38,6 +38,8 @@ use crate::vsock::{VsockListener, VsockStream};
 const OPENING: Duration = Duration::from_secs(10);
 /// How long the agent may take to become who it shall be.
 const RENEWAL: Duration = Duration::from_secs(60);
+/// How much of each direction between a program and a service is on its way here.
+const FORWARD_BYTES: usize = 16 << 10;
 /// What a service that takes no more has to say may take this long.
 const GOODBYE: Duration = Duration::from_secs(10);
 /// Connections of the guest at a time, to services and to say hello.
@@ -223,24 +225,49 @@ async fn pass_on(guest: impl AsyncRead + AsyncWrite, service: impl AsyncRead + A
     let (mut from_guest, mut to_guest) = split(guest);
     let (mut from_service, mut to_service) = split(service);
     let there = async {
-        let copied = copy(&mut from_guest, &mut to_service).await;
+        let end = forward(&mut from_guest, &mut to_service).await;
         let _ = to_service.shutdown().await;
-        copied
+        end
     };
     let back = async {
-        let copied = copy(&mut from_service, &mut to_guest).await;
+        let end = forward(&mut from_service, &mut to_guest).await;
         let _ = to_guest.shutdown().await;
-        copied
+        end
     };
     let (mut there, mut back) = (pin!(there), pin!(back));
     tokio::select! {
-        copied = &mut there => match copied {
-            Ok(_) => drop(back.await),
-            Err(_) => drop(timeout(GOODBYE, back).await),
+        end = &mut there => match end {
+            FlowEnd::Said => drop(back.await),
+            FlowEnd::Unheard => drop(timeout(GOODBYE, back).await),
+            FlowEnd::CutOff => {}
         },
-        copied = &mut back => if copied.is_ok() {
-            let _ = there.await;
+        end = &mut back => if matches!(end, FlowEnd::Said) {
+            drop(there.await);
         },
+    }
+}
+
+/// How one direction ended.
+enum FlowEnd {
+    Said,
+    /// Who it goes to takes no more.
+    Unheard,
+    /// Who it comes from did not come to its end.
+    CutOff,
+}
+
+/// Passes on what one says. All that was read is written before anything else is asked for.
+async fn forward(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) -> FlowEnd {
+    let mut buffer = vec![0; FORWARD_BYTES];
+    loop {
+        match from.read(&mut buffer).await {
+            Ok(0) => return FlowEnd::Said,
+            Ok(count) => match to.write_all(&buffer[..count]).await {
+                Ok(()) => {}
+                Err(_) => return FlowEnd::Unheard,
+            },
+            Err(_) => return FlowEnd::CutOff,
+        }
     }
 }
 

@@ -188,7 +188,7 @@ impl FileWriter {
         };
         let answer = match self.early.take() {
             Some(early) => early,
-            None => self.calls.late_reply(&mut self.connection).await,
+            None => self.connection.reply(self.calls.vsock()).await,
         };
         match (answer, ended) {
             (Ok(Reply::Done), Ok(())) => {

@@ -32,7 +32,7 @@ impl Rhythm {
     }
 }
 
-/// How many programs run, and calls that may take long; and how often the agent was found silent.
+/// How many programs run, and how often the agent was found silent.
 #[derive(Debug)]
 pub(super) struct Pulse {
     running: watch::Sender<usize>,
@@ -45,7 +45,7 @@ impl Default for Pulse {
     }
 }
 
-/// A program that runs, or such a call.
+/// A program that runs.
 pub(super) struct Beat {
     pulse: Arc<Pulse>,
     silences: watch::Receiver<Duration>,

@@ -33,6 +33,8 @@ use self::delta::Delta;
 pub(crate) use self::error::DiskError;
 pub(crate) use self::extents::Extents;
 pub(crate) use self::progress::Progress;
+#[cfg(feature = "session")]
+pub(crate) use self::saved::Since;
 pub(crate) use self::saved::{BELOW, SavedDisk};
 use crate::config::{BlockConfig, FileFacts, Writes};
 use crate::file_lock::{self, Locked};

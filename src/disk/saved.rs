@@ -31,6 +31,16 @@ pub(crate) enum SavedDisk {
     },
 }
 
+/// What became of a disk since its guest went to sleep.
+#[cfg(feature = "session")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Since {
+    Unchanged,
+    Changed,
+    /// It cannot be looked at where it was.
+    Unknown,
+}
+
 /// The file that a saved disk needs, as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Base {
@@ -168,14 +178,18 @@ impl SavedDisk {
         }
     }
 
-    /// Whether what the disk needs beside its saved file may be another than it was. Of a block device that its guest
-    /// writes to nobody can tell, so it may be; what cannot be found is only refused when it is opened.
+    /// What became of what the disk needs beside its saved file. A block device that its guest writes to does not say, and
+    /// is taken to have changed.
     #[cfg(feature = "session")]
-    pub(crate) fn may_have_changed(&self, original: &BlockConfig) -> bool {
-        let is_device =
-            matches!(self, Self::Left { base, delta: None } if base.facts.modified.is_none());
-        let checked = self.check_left(original).and_then(|()| self.check_base());
-        is_device || matches!(checked, Err(DiskError::BaseChanged { .. }))
+    pub(crate) fn since(&self, original: &BlockConfig) -> Since {
+        if matches!(self, Self::Left { base, delta: None } if base.facts.modified.is_none()) {
+            return Since::Changed;
+        }
+        match self.check_left(original).and_then(|()| self.check_base()) {
+            Ok(()) => Since::Unchanged,
+            Err(DiskError::BaseChanged { .. }) => Since::Changed,
+            Err(_) => Since::Unknown,
+        }
     }
 
     /// The same disk, on a file at another place, which is known by its size alone.

@@ -33,10 +33,11 @@ use super::upstream::{Upstream, UpstreamStream};
 
 /// How long a connection waits for a request: less than servers let one wait, of which most close it after 5 s.
 pub(super) const KEPT_FOR: Duration = Duration::from_secs(4);
-/// Connections to a guest that wait at a time, by either protocol.
+/// Connections of HTTP/1 to a guest that wait at a time, and ports that are connected to by HTTP/2.
 const MAX_KEPT: usize = 64;
-/// Requests at a time on a connection of HTTP/2: servers allow 100 and more, and hyper does not say what one does.
-const MAX_STREAMS: usize = 100;
+/// Requests at a time on a connection of HTTP/2: servers allow 100 and more, and hyper does not say what one does. So many
+/// have a window each of the connection's, so that those that are not read stop no other.
+const MAX_STREAMS: usize = (CONNECTION_WINDOW / STREAM_WINDOW) as usize;
 /// How long the rest of a request may take whose answer is over.
 const REST_TIME: Duration = Duration::from_secs(1);
 
@@ -45,7 +46,7 @@ type Http2 = http2::SendRequest<Upload>;
 /// Those of one guest, by port.
 pub(super) struct Connections {
     waiting: Mutex<HashMap<u16, VecDeque<Waiting>>>,
-    /// One for all requests at a time.
+    /// Each for many requests at a time.
     shared: Mutex<HashMap<u16, Arc<Shared>>>,
     tasks: Tasks,
     limits: Arc<EndpointLimits>,

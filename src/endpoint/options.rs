@@ -10,8 +10,8 @@ use super::tls::TlsIdentity;
 use super::token::TokenKeys;
 use crate::session::is_label;
 
-/// As much of a body as comes before anybody reads it: 256 KiB of one, and 16 MiB of all, so that one that is not read
-/// does not stop the others of its connection.
+/// As much of a body as comes before anybody reads it: 256 KiB of one, and 16 MiB of all of a connection, so that it takes
+/// 64 that are not read to stop the others.
 pub(super) const STREAM_WINDOW: u32 = 256 << 10;
 pub(super) const CONNECTION_WINDOW: u32 = 16 << 20;
 

@@ -50,7 +50,8 @@ impl Place {
         let stream = lock(&self.stream);
         let mut fds = [PollFd::new(stream.as_ref(), PollFlags::empty())];
         let _ = poll(&mut fds, Some(&Timespec::default()));
-        fds[0].revents().intersects(PollFlags::ERR | PollFlags::HUP)
+        // It is hung up where both have said all, too, and not all that was said has been read.
+        fds[0].revents().contains(PollFlags::ERR)
     }
 }
 

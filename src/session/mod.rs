@@ -142,7 +142,7 @@ impl Session {
     /// # Errors
     ///
     /// The hook's, or those of [`MicroVm::resume`](MicroVm::<crate::Suspended>::resume): it sleeps as before, or, where its
-    /// guest has written to its disks by then, as it was when that failed.
+    /// guest has written to its disks by then, as it was when that failed; or it is over, where that cannot be.
     /// [`ErrorKind::SessionEnded`](crate::ErrorKind::SessionEnded) for one that is over.
     pub async fn resume(&self) -> Result<(), Error> {
         self.ask(Wish::Resume).await

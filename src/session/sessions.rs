@@ -61,8 +61,7 @@ impl Sessions {
     /// As [`open`](Self::open), with what of this host a session that wakes from its files gets, by its name: a writer for its
     /// console, networks that had a descriptor, disks that lie elsewhere now; and, without
     /// [`outside_paths`](RestoreOptions::outside_paths), nothing that is not given. A session that this process put to sleep
-    /// itself wakes with what it had. `given` is called when a session wakes, also in vain, and where its files are looked at
-    /// before; not in tasks.
+    /// itself wakes with what it had. `given` is called when a session wakes, also in vain; not in tasks.
     ///
     /// # Errors
     ///

@@ -15,6 +15,7 @@ use super::shared::Shared;
 use super::state::{SessionReason, SessionState};
 use crate::agent::Agent;
 use crate::config::HookName;
+use crate::disk::Since;
 use crate::error::Error;
 use crate::microvm::{MicroVm, Paused, Running, Suspended, TransitionError};
 use crate::snapshot::{Snapshot, SnapshotOptions};
@@ -206,42 +207,47 @@ fn back_to_sleep(shared: &Shared, vm: MicroVm<Running>) -> Result<Box<Sleeper>, 
     shared.meter().settle(Some(cpu));
     // From here on it writes nothing any more.
     let (vm, ended) = vm.stop();
-    let files = Snapshot::open(shared.asleep());
-    // Of a guest that has ended these files are all that there is, also where they cannot be looked at just now.
-    let changed = files.map_or(ended.is_none(), |files| files.changed_disk().is_some());
-    let back = if changed { Err(vm) } else { vm.back_to_sleep() };
-    let asleep = match (back, ended) {
-        (Ok(asleep), _) => Ok(Box::new(asleep)),
-        (Err(vm), None) => save_again(shared, vm, cpu),
-        (Err(vm), Some(status)) => {
-            drop(vm);
-            Err((SessionReason::GuestEnded, status.to_string()))
+    let since = Snapshot::open(shared.asleep()).map_or(Since::Unknown, |files| files.since());
+    let saved = match (since, ended) {
+        (Since::Unchanged, _) | (Since::Unknown, Some(_)) => Err((vm, None)),
+        (Since::Changed | Since::Unknown, None) => {
+            let saved = save_again(shared, vm, cpu);
+            saved.map_err(|TransitionError { vm, error }| {
+                let why = (SessionReason::ResumeFailed, error.to_string());
+                (vm, (since == Since::Changed).then_some(why))
+            })
+        }
+        (Since::Changed, Some(status)) => {
+            Err((vm, Some((SessionReason::GuestEnded, status.to_string()))))
         }
     };
+    let asleep = saved.or_else(|(vm, over)| match over {
+        None => vm.back_to_sleep().map_err(|vm| {
+            drop(vm.terminate());
+            (SessionReason::ResumeFailed, "it did not wake from files".to_owned())
+        }),
+        Some(over) => {
+            drop(vm.terminate());
+            Err(over)
+        }
+    });
     shared.meter().begin(Counts::Suspended, Duration::ZERO);
-    asleep
+    asleep.map(Box::new)
 }
 
 fn save_again(
     shared: &Shared,
     vm: MicroVm<Paused>,
     cpu: Duration,
-) -> Result<Box<Sleeper>, Failure> {
+) -> Result<Sleeper, TransitionError<Paused>> {
     let place = shared.asleep();
     let before = files(&place).unwrap_or_default();
     // As in `save`; on a disk that is full it is written that it ran.
     let _ = shared.write(SessionState::Suspending);
     let sync = shared.policy().sync;
-    match vm.suspend_with(&place, &SnapshotOptions::new().sync(sync)) {
-        Ok(asleep) => {
-            has_been_saved(shared, &asleep, cpu, &before);
-            Ok(Box::new(asleep))
-        }
-        Err(TransitionError { vm, error }) => {
-            drop(vm.terminate());
-            Err((SessionReason::ResumeFailed, error.to_string()))
-        }
-    }
+    let asleep = vm.suspend_with(&place, &SnapshotOptions::new().sync(sync))?;
+    has_been_saved(shared, &asleep, cpu, &before);
+    Ok(asleep)
 }
 
 /// Counts what it took, and writes down that it sleeps, and in which files. There were those `before`.

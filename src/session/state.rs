@@ -83,7 +83,8 @@ pub enum SessionReason {
     StartFailed,
     /// It could not be suspended, and runs on: its hook `suspend` failed, the disk is full.
     SuspendFailed,
-    /// It could not be woken, and is suspended as before: its hook `resume` failed, its files are damaged.
+    /// It could not be woken, and is suspended as before: its hook `resume` failed, its files are damaged. It is over where
+    /// its guest had written to its disks by then, and could not be saved again.
     ResumeFailed,
     /// Its guest ended by itself.
     GuestEnded,

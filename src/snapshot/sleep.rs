@@ -13,6 +13,8 @@ use super::directory::OpenDirectory;
 use super::error::SnapshotError;
 use super::{Place, Purpose, Snapshot};
 use crate::config::{InterfaceConfig, RestoreOptions};
+#[cfg(feature = "session")]
+use crate::disk::Since;
 use crate::error::Error;
 use crate::file_lock::{self, Locked};
 
@@ -69,13 +71,26 @@ impl Snapshot {
         Ok((sleep.clone(), options))
     }
 
-    /// A disk that may not be what the memory here knows of it any more; also while the VM is awake.
+    /// A disk that is not what the memory here knows of it any more; also while the VM is awake.
     #[cfg(feature = "session")]
     pub(crate) fn changed_disk(&self) -> Option<&Path> {
+        let changed = self.disks_since().find(|(_, since)| *since == Since::Changed);
+        changed.map(|(path, _)| path)
+    }
+
+    /// What became of all its disks.
+    #[cfg(feature = "session")]
+    pub(crate) fn since(&self) -> Since {
+        let all = [Since::Changed, Since::Unknown].into_iter();
+        let worst = all.into_iter().find(|one| self.disks_since().any(|(_, since)| since == *one));
+        worst.unwrap_or(Since::Unchanged)
+    }
+
+    #[cfg(feature = "session")]
+    fn disks_since(&self) -> impl Iterator<Item = (&Path, Since)> {
         let state = &self.0.state;
-        let mut disks = state.config.blocks.iter().zip(&state.disks);
-        let changed = disks.find(|(block, disk)| disk.may_have_changed(block));
-        changed.map(|(block, _)| block.path.as_path())
+        let disks = state.config.blocks.iter().zip(&state.disks);
+        disks.map(|(block, disk)| (block.path.as_path(), disk.since(block)))
     }
 
     /// Keeps others from waking the VM that sleeps here, in this process or another; none is needed

@@ -280,7 +280,7 @@ fn who_holds_all_streams_that_an_application_allows_holds_up_nobody() {
     run(async {
         let app = App::serve(|stream| async move {
             let mut builder = http2::Builder::new(TokioExecutor::new());
-            builder.max_concurrent_streams(100);
+            builder.max_concurrent_streams(64);
             let service = service_fn(crate::app::answer);
             let _ = builder.serve_connection(TokioIo::new(stream), service).await;
         });
@@ -289,7 +289,7 @@ fn who_holds_all_streams_that_an_application_allows_holds_up_nobody() {
         let setup = Setup::with_app(app.await, crate::open().limits(limits)).await;
         let mut sender = h2(setup.endpoint.address()).await;
         let mut open = Vec::new();
-        for _ in 0..101 {
+        for _ in 0..65 {
             let (sent, mut request) = upload("http://one.localhost/echo");
             request.headers_mut().remove("host");
             let forced = HeaderValue::from_static("true");

@@ -95,7 +95,8 @@ impl Agent {
 
     /// Copies a file, or a directory with all that is in it, out of the guest, to the path `host`.
     /// Permissions (not set-user-id and set-group-id), links and holes are kept; everything
-    /// belongs to this process's user; devices, pipes and sockets are left out.
+    /// belongs to this process's user; devices, pipes and sockets are left out. Directories that are there keep their
+    /// mode and time.
     ///
     /// Whatever the guest says its files are, nothing outside of `host` is written: names lead
     /// nowhere, and links are made but never followed.

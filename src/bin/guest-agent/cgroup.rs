@@ -4,7 +4,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +11,6 @@ use std::time::{Duration, Instant};
 use crate::protocol::{Failure, FailureKind};
 use crate::sys::{self, CgroupFds};
 
-const ROOT: &str = "/sys/fs/cgroup";
 const DIRECTORY: &str = "/sys/fs/cgroup/guest";
 
 /// How long processes may take to start, and then to stop.
@@ -131,54 +129,17 @@ pub(crate) fn thaw() -> Result<(), Failure> {
     thawed.map_err(|error| Failure::of("thaw the guest's processes", &error))
 }
 
-/// The cgroups of all processes but the agent and those that were put where it is: ours, and those that the guest's own
-/// programs have made beside it, as for their containers.
-fn all() -> io::Result<Vec<PathBuf>> {
-    let mut all = vec![PathBuf::from(DIRECTORY)];
-    for entry in fs::read_dir(ROOT)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() && entry.path() != all[0] {
-            all.push(entry.path());
-        }
-    }
-    Ok(all)
-}
-
 fn set_frozen(frozen: bool) -> io::Result<()> {
-    all()?.iter().try_for_each(|cgroup| set(cgroup, frozen))
-}
-
-fn set(cgroup: &Path, frozen: bool) -> io::Result<()> {
-    match fs::write(cgroup.join("cgroup.freeze"), if frozen { "1" } else { "0" }) {
-        // It has been removed just now.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && cgroup != Path::new(DIRECTORY) => {
-            Ok(())
-        }
-        written => written,
-    }
-}
-
-fn is_frozen(cgroup: &Path) -> io::Result<bool> {
-    match fs::read_to_string(cgroup.join("cgroup.events")) {
-        Ok(events) => Ok(events.lines().any(|line| line == "frozen 1")),
-        Err(_) if cgroup != Path::new(DIRECTORY) => Ok(!cgroup.exists()),
-        Err(error) => Err(error),
-    }
+    let text = if frozen { "1" } else { "0" };
+    fs::write(format!("{DIRECTORY}/cgroup.freeze"), text)
 }
 
 fn wait_until_frozen() -> io::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let mut pause = Duration::from_micros(200);
     loop {
-        let mut are_frozen = true;
-        for cgroup in all()? {
-            if !is_frozen(&cgroup)? {
-                are_frozen = false;
-                // Also one that somebody made before he stood still.
-                set(&cgroup, true)?;
-            }
-        }
-        if are_frozen {
+        let events = fs::read_to_string(format!("{DIRECTORY}/cgroup.events"))?;
+        if events.lines().any(|line| line == "frozen 1") {
             return Ok(());
         }
         if Instant::now() > deadline {

@@ -89,7 +89,7 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
         match there.advance(&host, &program) {
             Ok(()) => {}
             // What it has said before it closed is still the host's.
-            Err(Fault::Write) => there.give_up(),
+            Err(Fault::Write) => there.is_unheard = true,
             // The host did not come to the end of what it had to say.
             Err(Fault::Read) => {
                 sys::reset_when_closed(&program);
@@ -101,6 +101,9 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
             // Nobody hears it any more. What the host has said before it went is still the program's.
             Err(Fault::Write) => back.is_unheard = true,
             Err(Fault::Read) => break,
+        }
+        if there.is_unheard && back.is_over {
+            break;
         }
         let now = Instant::now();
         let step = now.saturating_duration_since(mem::replace(&mut before, now)).min(ASK_EVERY);
@@ -152,11 +155,6 @@ impl Flow {
 
     fn wants_to_write(&self) -> bool {
         self.begin < self.end
-    }
-
-    /// Nobody takes it any more.
-    fn give_up(&mut self) {
-        *self = Self { is_over: true, written: self.written, ..Self::default() };
     }
 
     /// Reads and writes while that does not wait; the end of the one becomes that of the other.

@@ -212,7 +212,7 @@ fn a_guest_that_wrote_to_its_disk_and_dies_in_its_hook_resume_is_over() {
         let sessions = Sessions::open(scratch.0.join("sessions")).await.unwrap();
         let disk = scratch.0.join("disk");
         fs::write(&disk, [0; 4096]).unwrap();
-        let dies = "echo y >/dev/vda; sync; busybox poweroff -f";
+        let dies = "echo y >/dev/vda; sync; echo c >/proc/sysrq-trigger";
         let agent = application().hook(HookName::Resume, Hook::command(["sh", "-c", dies]));
         let config = config_of(Release::Linux6_12, busybox(), agent);
         let vm = MicroVm::create(config.block(BlockConfig::new(&disk))).unwrap();
