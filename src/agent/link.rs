@@ -237,12 +237,14 @@ async fn pass_on(guest: impl AsyncRead + AsyncWrite, service: impl AsyncRead + A
     let (mut there, mut back) = (pin!(there), pin!(back));
     tokio::select! {
         end = &mut there => match end {
-            FlowEnd::Said => drop(back.await),
+            FlowEnd::Said => {
+                back.await;
+            }
             FlowEnd::Unheard => drop(timeout(GOODBYE, back).await),
             FlowEnd::CutOff => {}
         },
         end = &mut back => if matches!(end, FlowEnd::Said) {
-            drop(there.await);
+            there.await;
         },
     }
 }

@@ -33,7 +33,7 @@ pub use self::balloon::BalloonConfig;
 pub use self::block::BlockConfig;
 pub(crate) use self::block::{FileFacts, Writes};
 pub use self::cpu::{CpuTemplate, CpuidRegister};
-pub(crate) use self::network::{MacAddress, NetBackend};
+pub(crate) use self::network::{Cable, CableRest, MacAddress, NetBackend};
 pub use self::network::{NetConfig, UserNetwork};
 pub use self::rate_limit::RateLimit;
 pub use self::restore::{Clock, RestoreOptions};

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -61,7 +61,37 @@ pub(crate) enum NetBackend {
     #[serde(skip)]
     TapFd(Arc<OwnedFd>),
     #[serde(skip)]
-    Socket(Arc<UnixStream>),
+    Socket(Arc<Cable>),
+}
+
+/// A socket that frames go over, and what a VM that went to sleep had not come to the end of on it.
+#[derive(Debug)]
+pub(crate) struct Cable {
+    pub(crate) socket: UnixStream,
+    rest: Mutex<CableRest>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct CableRest {
+    /// The beginning of a frame that has not all come.
+    pub(crate) received: Vec<u8>,
+    /// The rest of one that has not all been sent, and those after it.
+    pub(crate) unsent: Vec<u8>,
+}
+
+impl Cable {
+    fn new(socket: UnixStream) -> Self {
+        Self { socket, rest: Mutex::default() }
+    }
+
+    /// What whoever has it next goes on from.
+    pub(crate) fn take(&self) -> CableRest {
+        std::mem::take(&mut *self.rest.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn put_back(&self, rest: CableRest) {
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = rest;
+    }
 }
 
 impl NetConfig {
@@ -100,7 +130,7 @@ impl NetConfig {
     /// bytes; a length above that ends the connection. The socket becomes non-blocking. It
     /// serves one VM at a time.
     pub fn socket(socket: impl Into<UnixStream>) -> Self {
-        Self::with(NetBackend::Socket(Arc::new(socket.into())))
+        Self::with(NetBackend::Socket(Arc::new(Cable::new(socket.into()))))
     }
 
     /// Two ends of one cable, for two VMs that are joined to one another and to nothing else.

@@ -288,18 +288,19 @@ impl Delta {
 
     /// The delta has these sectors from now on.
     pub(super) fn mark(&mut self, offset: u64, len: u64) {
-        for sector in offset / SECTOR_BYTES..(offset + len) / SECTOR_BYTES {
-            let (page, byte) = place_of(sector);
+        let (mut sector, end) = (offset / SECTOR_BYTES, (offset + len) / SECTOR_BYTES);
+        while sector < end {
+            let (page, _) = place_of(sector);
+            let begin = page as u64 * PAGE_SECTORS;
+            let until = end.min(begin + PAGE_SECTORS);
             let Some(bits) = self.bitmap.get_mut(page) else { return };
             let bits = bits.get_or_insert_with(|| Box::new([0; PAGE_BYTES]));
-            let Some(byte) = bits.get_mut(byte) else { return };
-            let bit = 1 << (sector % 8);
-            if *byte & bit == 0 {
-                *byte |= bit;
-                if let Some(dirty) = self.dirty.get_mut(page) {
-                    *dirty = true;
-                }
+            if set_bits(bits, sector - begin, until - begin)
+                && let Some(dirty) = self.dirty.get_mut(page)
+            {
+                *dirty = true;
             }
+            sector = until;
         }
     }
 
@@ -340,6 +341,21 @@ impl Delta {
     }
 }
 
+/// Sets the bits from one to before another, which come in this order, and says whether any was not. By bytes, since a guest
+/// has many of them set at once.
+fn set_bits(bits: &mut Page, first: u64, end: u64) -> bool {
+    let (from, to) = ((first / 8) as usize, (end - 1) as usize / 8);
+    let mut is_new = false;
+    for (index, byte) in bits.iter_mut().enumerate().take(to + 1).skip(from) {
+        let above = if index == from { 0xff << (first % 8) } else { 0xff };
+        let below = if index == to { 0xff >> (7 - (end - 1) % 8) } else { 0xff };
+        let mask: u8 = above & below;
+        is_new |= *byte & mask != mask;
+        *byte |= mask;
+    }
+    is_new
+}
+
 /// Where a page of the bitmap is in the file.
 fn page_offset(page: usize) -> u64 {
     HEADER_BYTES + (page * PAGE_BYTES) as u64
@@ -355,6 +371,31 @@ impl Drop for Delta {
     fn drop(&mut self) {
         if let Err(error) = self.write_flushed() {
             tracing::error!(%error, "the delta of a disk is not complete");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn bits_of_a_range_are_set_as_one_by_one(
+            before in proptest::collection::vec(0u64..PAGE_SECTORS, 0..4),
+            first in 0u64..PAGE_SECTORS,
+            len in 1u64..PAGE_SECTORS,
+        ) {
+            let end = (first + len).min(PAGE_SECTORS);
+            let set = |bits: &mut Page, bit: u64| bits[bit as usize / 8] |= 1 << (bit % 8);
+            let mut before_it = [0; PAGE_BYTES];
+            before.iter().for_each(|bit| set(&mut before_it, *bit));
+            let (mut bits, mut expected) = (before_it, before_it);
+            (first..end).for_each(|bit| set(&mut expected, bit));
+            prop_assert_eq!(set_bits(&mut bits, first, end), expected != before_it);
+            prop_assert!(bits == expected);
         }
     }
 }

@@ -201,7 +201,7 @@ impl Disk {
         parts
     }
 
-    fn has_deltas(&self) -> bool {
+    pub(crate) fn has_deltas(&self) -> bool {
         self.delta.is_some() || !self.frozen.is_empty()
     }
 

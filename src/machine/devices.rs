@@ -136,9 +136,8 @@ fn interface(config: &NetConfig) -> Result<Net, Error> {
         }
         NetBackend::Missing => return Err(ConfigError::NoBackend.into()),
         NetBackend::User(network) => Backend::passt(network, config.mtu)?,
-        NetBackend::Socket(socket) => {
-            let stream = socket.try_clone().and_then(Stream::new);
-            Backend::Stream(stream.map_err(MachineError::Socket)?)
+        NetBackend::Socket(cable) => {
+            Backend::Stream(Stream::on(cable).map_err(MachineError::Socket)?)
         }
     };
     Ok(Net::new(backend, config).map_err(MachineError::Entropy)?)

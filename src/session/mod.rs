@@ -93,11 +93,7 @@ impl Session {
 
     /// Its events from now on.
     pub fn events(&self) -> SessionEvents {
-        let events = self.shared.audience.own.subscribe();
-        if self.state() == SessionState::Terminated {
-            self.shared.audience.own.close();
-        }
-        events
+        self.shared.audience.own.subscribe()
     }
 
     /// What it does by itself.

@@ -52,6 +52,9 @@ impl Shared {
         lasting: Lasting,
     ) -> Self {
         let audience = Audience { all: Arc::clone(&home.listeners), ..Audience::default() };
+        if event.state == SessionState::Terminated {
+            audience.own.close();
+        }
         Self {
             id: event.session.clone(),
             home,
@@ -143,13 +146,9 @@ impl Shared {
             message = event.message.as_deref(), took = event.took.map(|took| took.as_secs_f64()),
             "session"
         );
+        // Whoever was told of it finds it so.
+        self.status.send_modify(|status| *status = Status { event: event.clone(), agent });
         self.audience.tell(&event);
-        let is_over = event.state == SessionState::Terminated;
-        self.status.send_modify(|status| *status = Status { event, agent });
-        if is_over {
-            // For who began to listen before it was seen that there is no more.
-            self.audience.own.close();
-        }
     }
 
     /// Writes down in which state its guest may be from now on.

@@ -3,7 +3,7 @@
 //! The six names and the transitions between them are those of AWS Lambda's MicroVMs (2026).
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -227,28 +227,40 @@ impl SessionEvents {
 
 /// Who is told of events. It costs nothing while that is nobody.
 #[derive(Debug, Default)]
-pub(super) struct Listeners(Mutex<Vec<mpsc::Sender<SessionEvent>>>);
+pub(super) struct Listeners(Mutex<Told>);
+
+#[derive(Debug, Default)]
+struct Told {
+    listeners: Vec<mpsc::Sender<SessionEvent>>,
+    /// There are no more events.
+    is_over: bool,
+}
 
 impl Listeners {
     pub(super) fn subscribe(&self) -> SessionEvents {
         let (sender, receiver) = mpsc::channel(BACKLOG);
-        let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = self.told();
         // Where nothing is ever told, this is where those are seen that listen no more.
-        listeners.retain(|listener| !listener.is_closed());
-        listeners.push(sender);
+        told.listeners.retain(|listener| !listener.is_closed());
+        if !told.is_over {
+            told.listeners.push(sender);
+        }
         SessionEvents(receiver)
     }
 
     pub(super) fn tell(&self, event: &SessionEvent) {
-        let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        listeners.retain(|listener| {
+        self.told().listeners.retain(|listener| {
             !matches!(listener.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_)))
         });
     }
 
     /// There are no more.
     pub(super) fn close(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        *self.told() = Told { listeners: Vec::new(), is_over: true };
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -310,5 +322,6 @@ mod tests {
         audience.tell(&SessionEvent { state: SessionState::Terminated, ..event(302) });
         assert_eq!(slow.next().await.unwrap().number, 302);
         assert!(slow.next().await.is_none());
+        assert!(audience.own.subscribe().next().await.is_none());
     }
 }

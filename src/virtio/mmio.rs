@@ -69,7 +69,7 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
         match register {
             DEVICE_FEATURES_SEL => registers.device_features_sel = value,
             DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
-            DRIVER_FEATURES if registers.status & FEATURES_OK == 0 => {
+            DRIVER_FEATURES if registers.status & (FEATURES_OK | DRIVER_OK) == 0 => {
                 let (shift, mask) = match registers.driver_features_sel {
                     0 => (0, 0xffff_ffff),
                     1 => (32, 0xffff_ffff << 32),
@@ -88,7 +88,11 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
         let mut status = value | (self.registers.status & DEVICE_NEEDS_RESET);
         let features = self.registers.driver_features;
         if !self.accepts(features) {
-            status &= !(FEATURES_OK | DRIVER_OK);
+            status &= !FEATURES_OK;
+        }
+        // No driver is ready that has not said which features it uses (virtio 1.2 §3.1.1).
+        if status & FEATURES_OK == 0 {
+            status &= !DRIVER_OK;
         }
         let begins = status & DRIVER_OK != 0 && self.registers.status & DRIVER_OK == 0;
         self.registers.status = status;
@@ -118,8 +122,11 @@ impl<D: VirtioDevice + ?Sized> DeviceCore<D> {
         }
         let queue = &mut queue.queue;
         match register {
-            // What the queue refuses leaves it as it was.
-            QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            // What the queue refuses leaves it as it was. It is not told, where it would write that to the host's log.
+            QUEUE_NUM => drop(queue.try_set_size(u16::try_from(value).unwrap_or(0))),
+            QUEUE_DESC_LOW if !value.is_multiple_of(16) => {}
+            QUEUE_DRIVER_LOW if !value.is_multiple_of(2) => {}
+            QUEUE_DEVICE_LOW if !value.is_multiple_of(4) => {}
             QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
             QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),

@@ -172,7 +172,16 @@ impl VirtQueue {
 
     /// Whether the driver's choice of size and addresses can be used.
     pub(super) fn is_valid(&self, ram: &GuestRam) -> bool {
-        self.queue.is_valid(ram.inner())
+        let (queue, size) = (&self.queue, usize::from(self.queue.size()));
+        let rings = [
+            (queue.desc_table(), 16 * size),
+            (queue.avail_ring(), 6 + 2 * size),
+            (queue.used_ring(), 6 + 8 * size),
+        ];
+        // First, since the queue would write to the host's log what a guest may say as often as it likes.
+        let are_there =
+            rings.iter().all(|(at, bytes)| ram.inner().check_range(GuestAddress(*at), *bytes));
+        are_there && queue.is_valid(ram.inner())
     }
 
     /// How many descriptors the driver gave it.

@@ -13,7 +13,10 @@ use std::io;
 use std::sync::Arc;
 
 use self::pending::{Ended, Job, PendingRequests, Reply};
-use self::request::{FRAMING_BYTES, Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request};
+use self::request::{
+    Bounds, FRAMING_BYTES, Fault, MAX_CUT_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, MAX_REQUEST_BYTES,
+    Parsed, Range, Request,
+};
 use super::{
     Answer, Chain, DeviceType, QueueError, Queues, RateLimiter, Served, Source, VirtioDevice,
 };
@@ -58,6 +61,8 @@ pub(crate) struct Block {
     read_only: bool,
     id: [u8; ID_BYTES],
     queues: u16,
+    /// The queue that was served first the last time that all were.
+    first_queue: u16,
     limiter: RateLimiter,
     /// Whether the file's page cache can be written without waiting. Many file systems cannot.
     writes_cached: bool,
@@ -91,6 +96,7 @@ impl Block {
             io,
             id: bytes,
             queues: config.queues,
+            first_queue: 0,
             limiter: RateLimiter::new(config.rate_limit)?,
             writes_cached: true,
             pending: PendingRequests::default(),
@@ -111,7 +117,10 @@ impl Block {
     /// Answers a request at once, or takes it on.
     fn answer(&mut self, index: usize, chain: Chain<'_>, ram: &Arc<GuestRam>) -> Answer {
         let head = chain.head;
-        let Parsed { status, written, request } = Parsed::new(chain, self.sectors, self.read_only);
+        let is_cut = self.disk.as_ref().is_some_and(Disk::has_deltas);
+        let max_read = if is_cut { MAX_CUT_BYTES } else { MAX_REQUEST_BYTES };
+        let bounds = Bounds { sectors: self.sectors, read_only: self.read_only, max_read };
+        let Parsed { status, written, request } = Parsed::new(chain, bounds);
         let started = request.and_then(|request| self.start(request, ram));
         let reply = || Reply { queue: index, head, written, status: status.keep(ram) };
         let code = match started {
@@ -318,8 +327,10 @@ impl VirtioDevice for Block {
         let has_room = self.is_full && self.pending.operations() <= MAX_OPERATIONS;
         if source == LIMITER || has_room {
             self.is_full = false;
-            for index in 0..self.queues.into() {
-                if self.serve(index, queues)? == Served::Some {
+            // Each is the first in turn: what it takes is not there for the others.
+            self.first_queue = (self.first_queue + 1) % self.queues;
+            for index in (self.first_queue..self.queues).chain(0..self.first_queue) {
+                if self.serve(index.into(), queues)? == Served::Some {
                     served = Served::Some;
                 }
             }

@@ -21,7 +21,10 @@ pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 21;
 pub(super) const MAX_RANGES: u32 = 32;
 /// One request moves at most so much (64 MiB): the descriptors of a hostile one may overlap, and
 /// other VMs' devices wait for it.
-const MAX_REQUEST_BYTES: u64 = 64 << 20;
+pub(super) const MAX_REQUEST_BYTES: u64 = 64 << 20;
+/// One read of a disk with deltas moves at most so much (8 MiB, twice of what Linux asks for at once): it may lie in as many
+/// pieces as it has sectors.
+pub(super) const MAX_CUT_BYTES: u64 = 8 << 20;
 
 /// Why a request fails; its status says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,8 +64,8 @@ pub(super) struct Parsed<'ram> {
 }
 
 impl<'ram> Parsed<'ram> {
-    /// Parses a request for a disk of so many sectors.
-    pub(super) fn new(chain: Chain<'ram>, sectors: u64, read_only: bool) -> Self {
+    /// Parses a request for a disk with these bounds.
+    pub(super) fn new(chain: Chain<'ram>, bounds: Bounds) -> Self {
         let Chain { readable: mut header, writable: mut to_driver, .. } = chain;
         let written = to_driver.len();
         let status_at = written.checked_sub(1);
@@ -71,7 +74,6 @@ impl<'ram> Parsed<'ram> {
             let status = GuestBytes::default();
             return Self { status, written: 0, request: Err(Fault::Io) };
         };
-        let bounds = Bounds { sectors, read_only };
         let request = match header.split_off(HEADER_BYTES as u64) {
             Some(from_driver) => bounds.parse(&header, from_driver, to_driver),
             None => Err(Fault::Io),
@@ -80,9 +82,12 @@ impl<'ram> Parsed<'ram> {
     }
 }
 
-struct Bounds {
-    sectors: u64,
-    read_only: bool,
+/// What a request may want.
+pub(super) struct Bounds {
+    pub(super) sectors: u64,
+    pub(super) read_only: bool,
+    /// As much as one reads.
+    pub(super) max_read: u64,
 }
 
 impl Bounds {
@@ -96,7 +101,7 @@ impl Bounds {
         header.copy_to(&mut bytes);
         let kind = u32::from_le_bytes(array(&bytes[..4]));
         let sector = u64::from_le_bytes(array(&bytes[8..]));
-        if from_driver.len().max(to_driver.len()) > MAX_REQUEST_BYTES {
+        if from_driver.len() > MAX_REQUEST_BYTES || to_driver.len() > self.max_read {
             return Err(Fault::Io);
         }
         match kind {

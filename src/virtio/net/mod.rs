@@ -161,7 +161,13 @@ impl Net {
             self.link_up = true;
             self.metrics.link_changes += 1;
         }
+        let was_up = self.link_up;
         let served = work(self, queues);
+        // A tap that was asked after it had failed tells when it is up again, and no other.
+        if was_up && !self.link_up && self.backend.is_up() {
+            self.link_up = true;
+            self.metrics.link_changes += 1;
+        }
         if self.metrics.link_changes != changes {
             queues.config_changed();
         }

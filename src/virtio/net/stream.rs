@@ -7,9 +7,11 @@ use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use super::header::{HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES};
 use super::moved::Moved;
+use crate::config::{Cable, CableRest};
 use crate::memory::GuestBytes;
 
 const PREFIX_BYTES: usize = 4;
@@ -30,6 +32,8 @@ pub(crate) struct Stream {
     end: usize,
     /// Small frames of this turn, or what the socket did not take of those before.
     unsent: Vec<u8>,
+    /// Where what is left goes when this ends, as in a VM that goes to sleep.
+    cable: Option<Arc<Cable>>,
 }
 
 impl Stream {
@@ -37,7 +41,17 @@ impl Stream {
     pub(crate) fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let (received, unsent) = (Vec::new(), Vec::new());
-        Ok(Self { socket, is_open: true, received, begin: 0, end: 0, unsent })
+        Ok(Self { socket, is_open: true, received, begin: 0, end: 0, unsent, cable: None })
+    }
+
+    /// As [`new`](Self::new), which goes on where the last one ended.
+    pub(crate) fn on(cable: &Arc<Cable>) -> io::Result<Self> {
+        let mut stream = Self::new(cable.socket.try_clone()?)?;
+        let CableRest { received, unsent } = cable.take();
+        let (end, cable) = (received.len(), Some(Arc::clone(cable)));
+        (stream.received, stream.end) = (received, end);
+        (stream.unsent, stream.cable) = (unsent, cable);
+        Ok(stream)
     }
 
     pub(super) fn try_clone(&self) -> io::Result<OwnedFd> {
@@ -181,5 +195,18 @@ impl Stream {
             }
         }
         Ok(true)
+    }
+}
+
+impl Drop for Stream {
+    /// What comes next is read and written by whoever wakes: the two sides have to agree where a frame begins. Frames that
+    /// came whole are lost, as on any cable.
+    fn drop(&mut self) {
+        let Some(cable) = self.cable.take().filter(|_| self.is_open) else { return };
+        while let Ok(Some((at, len))) = self.frame() {
+            self.begin = at + len;
+        }
+        let received = self.received.get(self.begin..self.end).unwrap_or_default().to_vec();
+        cable.put_back(CableRest { received, unsent: std::mem::take(&mut self.unsent) });
     }
 }

@@ -8,6 +8,7 @@ mod hostile;
 mod net;
 mod queue;
 mod rng;
+mod socket;
 mod state;
 mod tap;
 mod threads;

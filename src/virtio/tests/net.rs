@@ -41,7 +41,7 @@ pub(super) fn counters(handle: &DeviceHandle<Net>) -> NetMetrics {
 }
 
 /// The program at the other end.
-pub(super) struct Peer(UnixStream);
+pub(super) struct Peer(pub(super) UnixStream);
 
 impl Peer {
     pub(super) fn send(&mut self, frame: &[u8]) {
@@ -50,7 +50,7 @@ impl Peer {
         self.0.write_all(&bytes).unwrap();
     }
 
-    fn receive(&mut self) -> Vec<u8> {
+    pub(super) fn receive(&mut self) -> Vec<u8> {
         self.0.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut len = [0; 4];
         self.0.read_exact(&mut len).unwrap();
@@ -185,8 +185,8 @@ fn frames_of_every_size_arrive_over_several_buffers() {
 fn two_machines_are_joined_by_a_pair() {
     let (one, other) = NetConfig::pair().unwrap();
     let mut drivers = [one, other].map(|config| {
-        let NetBackend::Socket(socket) = config.backend else { panic!("{config:?}") };
-        Driver::new(TestTransport::new(net(socket.try_clone().unwrap(), None))).unwrap()
+        let NetBackend::Socket(cable) = config.backend else { panic!("{config:?}") };
+        Driver::new(TestTransport::new(net(cable.socket.try_clone().unwrap(), None))).unwrap()
     });
     let mut buffer = vec![0; 2048];
     for number in 0..200 {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::device::socket::VirtIOSocket;
-use virtio_drivers::transport::{InterruptStatus, Transport};
+use virtio_drivers::transport::{DeviceStatus, InterruptStatus, Transport};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::balloon;
@@ -229,6 +229,14 @@ fn a_clone_may_get_another_address_and_its_driver_is_told() {
 #[test]
 fn features_that_a_driver_only_tried_do_not_make_its_snapshot_useless() {
     let (mut transport, used) = TestTransport::with_handle(rng());
+    transport.write_driver_features(u64::MAX);
+    used.pause();
+    is_the_identity(&used, rng());
+    // Nor does one begin that has chosen none, or choose anew when it has begun.
+    let (mut transport, used) = TestTransport::with_handle(rng());
+    transport
+        .set_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER | DeviceStatus::DRIVER_OK);
+    assert!(!transport.get_status().contains(DeviceStatus::DRIVER_OK));
     transport.write_driver_features(u64::MAX);
     used.pause();
     is_the_identity(&used, rng());
