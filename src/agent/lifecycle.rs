@@ -21,9 +21,11 @@ const SWITCH_OFF: Duration = Duration::from_secs(30);
 
 impl Agent {
     /// Makes the guest ready to be saved: runs the hook `suspend`, writes file systems to their disks, and stops
-    /// all processes but the agent, and those that the guest's root has put into cgroups of their own. To be followed by [`MicroVm::suspend`](MicroVm::<Running>::suspend), a snapshot
-    /// or clones: each VM that comes of it gets its own clock, entropy, machine-id, hostname and
-    /// addresses before its processes go on, which they do when [`MicroVm::agent`] has found it.
+    /// all processes in the cgroup of the agent's programs, `/sys/fs/cgroup/guest`, and below it; what the guest's root
+    /// takes out of that, as a container engine does, goes on. To be followed by
+    /// [`MicroVm::suspend`](MicroVm::<Running>::suspend), a snapshot or clones: each VM that comes of it gets its own clock,
+    /// entropy, machine-id, hostname and addresses before its processes go on, which they do when [`MicroVm::agent`] has
+    /// found it.
     /// A VM that goes on as it is needs [`thaw`](Self::thaw). Until then no program is started
     /// ([`ExecFailure::Frozen`](crate::ExecFailure::Frozen)); files can be read and written.
     ///

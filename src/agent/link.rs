@@ -219,8 +219,8 @@ fn room(port: u32) -> usize {
     MAX_CONNECTIONS + for_agent
 }
 
-/// Passes on what both say, until both have ended. A service that closes before it has read all is still heard, for as
-/// long as that takes no longer than [`GOODBYE`]; a guest that does not take what it says any more ends both.
+/// Passes on what both say, until both have ended. A service that closes before it has read all is still heard, and what a
+/// program said before it did reaches the service, for as long as that takes no longer than [`GOODBYE`].
 async fn pass_on(guest: impl AsyncRead + AsyncWrite, service: impl AsyncRead + AsyncWrite) {
     let (mut from_guest, mut to_guest) = split(guest);
     let (mut from_service, mut to_service) = split(service);
@@ -243,8 +243,12 @@ async fn pass_on(guest: impl AsyncRead + AsyncWrite, service: impl AsyncRead + A
             FlowEnd::Unheard => drop(timeout(GOODBYE, back).await),
             FlowEnd::CutOff => {}
         },
-        end = &mut back => if matches!(end, FlowEnd::Said) {
-            there.await;
+        end = &mut back => match end {
+            FlowEnd::Said => {
+                there.await;
+            }
+            FlowEnd::Unheard => drop(timeout(GOODBYE, there).await),
+            FlowEnd::CutOff => {}
         },
     }
 }

@@ -77,6 +77,12 @@ fn one() -> u16 {
 }
 
 impl BlockConfig {
+    /// Whether what the guest writes is there when its VM is gone.
+    #[cfg(feature = "session")]
+    pub(crate) fn outlives_its_vm(&self) -> bool {
+        matches!(self.writes, Writes::ToDisk | Writes::ToDelta(_))
+    }
+
     /// A disk that the guest may write: as large as the file, in sectors of 512 bytes. What the
     /// guest flushes is on the host's disk (fdatasync; after the first write fsync, so that the file is known as changed).
     pub fn new(path: impl Into<PathBuf>) -> Self {

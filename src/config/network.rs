@@ -65,18 +65,24 @@ pub(crate) enum NetBackend {
 }
 
 /// A socket that frames go over, and what a VM that went to sleep had not come to the end of on it.
-#[derive(Debug)]
 pub(crate) struct Cable {
     pub(crate) socket: UnixStream,
     rest: Mutex<CableRest>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct CableRest {
-    /// The beginning of a frame that has not all come.
+    /// Frames that no guest has yet, of which the last may not have all come.
     pub(crate) received: Vec<u8>,
     /// The rest of one that has not all been sent, and those after it.
     pub(crate) unsent: Vec<u8>,
+}
+
+impl fmt::Debug for Cable {
+    /// Without what the guest's frames say.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Cable").field(&self.socket).finish()
+    }
 }
 
 impl Cable {

@@ -66,7 +66,7 @@ pub fn disk_delta(bytes: &[u8]) {
 /// The bytes of a window, from wherever they are.
 fn read(disk: &Disk, ram: &GuestRam, offset: u64) -> Vec<u8> {
     let mut content = Vec::new();
-    for part in disk.read(offset, guest(ram, WINDOW)) {
+    for part in disk.read(offset, guest(ram, WINDOW), usize::MAX).expect("all pieces") {
         let mut piece = vec![0; part.bytes.len() as usize];
         part.file.read_exact_at(&mut piece, part.offset).expect("bytes that are there");
         content.extend(piece);

@@ -33,8 +33,6 @@ use self::delta::Delta;
 pub(crate) use self::error::DiskError;
 pub(crate) use self::extents::Extents;
 pub(crate) use self::progress::Progress;
-#[cfg(feature = "session")]
-pub(crate) use self::saved::Since;
 pub(crate) use self::saved::{BELOW, SavedDisk};
 use crate::config::{BlockConfig, FileFacts, Writes};
 use crate::file_lock::{self, Locked};
@@ -180,16 +178,25 @@ impl Disk {
         self.read_only
     }
 
-    /// Where the bytes that are to be read are.
-    pub(crate) fn read<'ram>(&self, offset: u64, bytes: GuestBytes<'ram>) -> Parts<'_, 'ram> {
+    /// Where the bytes that are to be read are; none where they are in more than so many pieces.
+    pub(crate) fn read<'ram>(
+        &self,
+        offset: u64,
+        bytes: GuestBytes<'ram>,
+        max: usize,
+    ) -> Option<Parts<'_, 'ram>> {
         let mut parts = Parts::new();
         if !self.has_deltas() {
             parts.push(self.part(offset, bytes));
-            return parts;
+            return Some(parts);
         }
         let mut rest = bytes;
         let mut at = offset;
-        for piece in self.pieces(offset, rest.len()) {
+        let pieces = self.pieces(offset, rest.len());
+        if pieces.len() > max {
+            return None;
+        }
+        for piece in pieces {
             let Some((bytes, others)) = rest.split_at(piece.len) else { break };
             parts.push(match piece.delta {
                 Some(delta) => delta.part(at, bytes),
@@ -198,10 +205,10 @@ impl Disk {
             at += piece.len;
             rest = others;
         }
-        parts
+        Some(parts)
     }
 
-    pub(crate) fn has_deltas(&self) -> bool {
+    fn has_deltas(&self) -> bool {
         self.delta.is_some() || !self.frozen.is_empty()
     }
 

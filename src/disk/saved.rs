@@ -31,16 +31,6 @@ pub(crate) enum SavedDisk {
     },
 }
 
-/// What became of a disk since its guest went to sleep.
-#[cfg(feature = "session")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Since {
-    Unchanged,
-    Changed,
-    /// It cannot be looked at where it was.
-    Unknown,
-}
-
 /// The file that a saved disk needs, as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Base {
@@ -178,18 +168,18 @@ impl SavedDisk {
         }
     }
 
-    /// What became of what the disk needs beside its saved file. A block device that its guest writes to does not say, and
-    /// is taken to have changed.
+    /// Whether what the disk needs beside its saved file may be another than it was when its guest went to sleep. A block
+    /// device does not say whether it was written to, nor a file at another place; what cannot be found is refused when
+    /// it is opened.
     #[cfg(feature = "session")]
-    pub(crate) fn since(&self, original: &BlockConfig) -> Since {
-        if matches!(self, Self::Left { base, delta: None } if base.facts.modified.is_none()) {
-            return Since::Changed;
+    pub(crate) fn may_have_changed(&self, original: &BlockConfig, is_elsewhere: bool) -> bool {
+        if let Self::Left { base, delta: None } = self
+            && (is_elsewhere || base.facts.modified.is_none())
+        {
+            return true;
         }
-        match self.check_left(original).and_then(|()| self.check_base()) {
-            Ok(()) => Since::Unchanged,
-            Err(DiskError::BaseChanged { .. }) => Since::Changed,
-            Err(_) => Since::Unknown,
-        }
+        let checked = self.check_left(original).and_then(|()| self.check_base());
+        matches!(checked, Err(DiskError::BaseChanged { .. }))
     }
 
     /// The same disk, on a file at another place, which is known by its size alone.

@@ -76,7 +76,7 @@ fn write(disk: &mut Disk, model: &mut [u8], sector: usize, count: usize, value: 
 fn content(disk: &Disk) -> Vec<u8> {
     let ram = ram();
     let mut content = Vec::new();
-    for part in disk.read(0, bytes(&ram, BYTES)) {
+    for part in disk.read(0, bytes(&ram, BYTES), usize::MAX).unwrap() {
         let mut piece = vec![0; part.bytes.len() as usize];
         part.file.read_exact_at(&mut piece, part.offset).unwrap();
         content.extend(piece);

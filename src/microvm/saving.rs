@@ -10,6 +10,8 @@ use crate::error::Error;
 use crate::exit::ExitStatus;
 use crate::kvm::FreshState;
 use crate::machine::{Shell, ShellConfig};
+#[cfg(feature = "session")]
+use crate::metrics::DeviceMetrics;
 use crate::phase::Phase;
 use crate::snapshot::{Purpose, Snapshot, SnapshotOptions};
 use crate::timings::Recorder;
@@ -198,6 +200,17 @@ impl MicroVm<Paused> {
             }
             Err(stopped) => Err(Self { state: Paused { stopped }, console, recorder }),
         }
+    }
+
+    /// Whether its guest has written, since it is awake, to a disk that stays when the VM is gone. What else it had may be.
+    #[cfg(feature = "session")]
+    pub(crate) fn has_written(&self) -> bool {
+        let machine = &self.state.stopped.machine;
+        let disks = machine.config().blocks.iter().zip(machine.metrics());
+        disks.filter(|(disk, _)| disk.outlives_its_vm()).any(|(_, metrics)| match metrics {
+            DeviceMetrics::Block(block) => block.writes + block.clears + block.errors > 0,
+            _ => false,
+        })
     }
 
     fn asleep(self, snapshot: Snapshot) -> MicroVm<Suspended> {

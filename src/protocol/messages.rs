@@ -126,7 +126,7 @@ wire! {
         /// Connects to a TCP port of the guest's loopback: `Done` or `Failed`; then come the bytes of both,
         /// without frames. Half a connection is closed as half a connection is.
         9 => Connect(u16),
-        /// Stops all processes of the guest but the agent, and writes file systems to their disks: `Done` or `Failed`.
+        /// Stops all processes of the agent's cgroup for programs, and writes file systems to their disks: `Done` or `Failed`.
         /// They go on by `Thaw`, or when the agent has said `Done` to a [`Welcome`].
         10 => Freeze,
         11 => Thaw,

@@ -68,7 +68,12 @@ impl Home {
 
     /// The VM that sleeps in the files of a session.
     pub(super) fn sleeper(&self, id: &str) -> Result<MicroVm<Suspended>, Error> {
-        MicroVm::<Suspended>::open_with(self.asleep(id), &(self.given.0)(id))
+        MicroVm::<Suspended>::open_with(self.asleep(id), &self.given(id))
+    }
+
+    /// What it gets when it wakes.
+    pub(super) fn given(&self, id: &str) -> RestoreOptions {
+        (self.given.0)(id)
     }
 
     /// Makes the directory of a session that is new.

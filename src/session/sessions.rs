@@ -61,7 +61,8 @@ impl Sessions {
     /// As [`open`](Self::open), with what of this host a session that wakes from its files gets, by its name: a writer for its
     /// console, networks that had a descriptor, disks that lie elsewhere now; and, without
     /// [`outside_paths`](RestoreOptions::outside_paths), nothing that is not given. A session that this process put to sleep
-    /// itself wakes with what it had. `given` is called when a session wakes, also in vain; not in tasks.
+    /// itself wakes with what it had. `given` is called when a session wakes, also in vain, and where its files are looked at
+    /// before; not in tasks.
     ///
     /// # Errors
     ///
@@ -354,7 +355,7 @@ fn lost(home: &Home, id: &str, record: &Record, before: SessionState) -> Fate {
             Fate::asleep(record.event.reason, &files)
         }
         // What else there is to be said against it, its wake says.
-        Ok(Some(files)) if is_restored => match files.changed_disk() {
+        Ok(Some(files)) if is_restored => match files.changed_disk(&home.given(id)) {
             None => Fate::asleep(SessionReason::Restored, &files),
             Some(disk) => Fate::over(format!(
                 "the process ended while the session was {before}, and its disk {} may have changed since it slept",

@@ -146,9 +146,11 @@ impl Shared {
             message = event.message.as_deref(), took = event.took.map(|took| took.as_secs_f64()),
             "session"
         );
-        // Whoever was told of it finds it so.
-        self.status.send_modify(|status| *status = Status { event: event.clone(), agent });
-        self.audience.tell(&event);
+        // Both at once: whoever was told of it finds it so, and whoever finds it so was told.
+        self.status.send_modify(|status| {
+            self.audience.tell(&event);
+            *status = Status { event, agent };
+        });
     }
 
     /// Writes down in which state its guest may be from now on.

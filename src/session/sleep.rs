@@ -15,10 +15,9 @@ use super::shared::Shared;
 use super::state::{SessionReason, SessionState};
 use crate::agent::Agent;
 use crate::config::HookName;
-use crate::disk::Since;
 use crate::error::Error;
 use crate::microvm::{MicroVm, Paused, Running, Suspended, TransitionError};
-use crate::snapshot::{Snapshot, SnapshotOptions};
+use crate::snapshot::SnapshotOptions;
 
 /// How long a guest that wakes may take until its agent has answered, beside its hook `resume`. It takes
 /// milliseconds.
@@ -207,30 +206,18 @@ fn back_to_sleep(shared: &Shared, vm: MicroVm<Running>) -> Result<Box<Sleeper>, 
     shared.meter().settle(Some(cpu));
     // From here on it writes nothing any more.
     let (vm, ended) = vm.stop();
-    let since = Snapshot::open(shared.asleep()).map_or(Since::Unknown, |files| files.since());
-    let saved = match (since, ended) {
-        (Since::Unchanged, _) | (Since::Unknown, Some(_)) => Err((vm, None)),
-        (Since::Changed | Since::Unknown, None) => {
-            let saved = save_again(shared, vm, cpu);
-            saved.map_err(|TransitionError { vm, error }| {
-                let why = (SessionReason::ResumeFailed, error.to_string());
-                (vm, (since == Since::Changed).then_some(why))
-            })
-        }
-        (Since::Changed, Some(status)) => {
-            Err((vm, Some((SessionReason::GuestEnded, status.to_string()))))
+    let back = if vm.has_written() { Err(vm) } else { vm.back_to_sleep() };
+    let asleep = match (back, ended) {
+        (Ok(asleep), _) => Ok(asleep),
+        (Err(vm), None) => save_again(shared, vm, cpu).map_err(|TransitionError { vm, error }| {
+            drop(vm.terminate());
+            (SessionReason::ResumeFailed, error.to_string())
+        }),
+        (Err(vm), Some(status)) => {
+            drop(vm.terminate());
+            Err((SessionReason::GuestEnded, status.to_string()))
         }
     };
-    let asleep = saved.or_else(|(vm, over)| match over {
-        None => vm.back_to_sleep().map_err(|vm| {
-            drop(vm.terminate());
-            (SessionReason::ResumeFailed, "it did not wake from files".to_owned())
-        }),
-        Some(over) => {
-            drop(vm.terminate());
-            Err(over)
-        }
-    });
     shared.meter().begin(Counts::Suspended, Duration::ZERO);
     asleep.map(Box::new)
 }

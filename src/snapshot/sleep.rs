@@ -13,8 +13,6 @@ use super::directory::OpenDirectory;
 use super::error::SnapshotError;
 use super::{Place, Purpose, Snapshot};
 use crate::config::{InterfaceConfig, RestoreOptions};
-#[cfg(feature = "session")]
-use crate::disk::Since;
 use crate::error::Error;
 use crate::file_lock::{self, Locked};
 
@@ -71,26 +69,16 @@ impl Snapshot {
         Ok((sleep.clone(), options))
     }
 
-    /// A disk that is not what the memory here knows of it any more; also while the VM is awake.
+    /// A disk that may not be what the memory here knows of it any more, after the VM was awake; with what it wakes with.
     #[cfg(feature = "session")]
-    pub(crate) fn changed_disk(&self) -> Option<&Path> {
-        let changed = self.disks_since().find(|(_, since)| *since == Since::Changed);
-        changed.map(|(path, _)| path)
-    }
-
-    /// What became of all its disks.
-    #[cfg(feature = "session")]
-    pub(crate) fn since(&self) -> Since {
-        let all = [Since::Changed, Since::Unknown].into_iter();
-        let worst = all.into_iter().find(|one| self.disks_since().any(|(_, since)| since == *one));
-        worst.unwrap_or(Since::Unchanged)
-    }
-
-    #[cfg(feature = "session")]
-    fn disks_since(&self) -> impl Iterator<Item = (&Path, Since)> {
+    pub(crate) fn changed_disk(&self, options: &RestoreOptions) -> Option<&Path> {
         let state = &self.0.state;
-        let disks = state.config.blocks.iter().zip(&state.disks);
-        disks.map(|(block, disk)| (block.path.as_path(), disk.since(block)))
+        let mut disks = state.config.blocks.iter().zip(&state.disks).enumerate();
+        let changed = disks.find(|(index, (block, disk))| {
+            let is_elsewhere = options.disks.get(index).is_some_and(|disk| disk.base.is_some());
+            disk.may_have_changed(block, is_elsewhere)
+        });
+        changed.map(|(_, (block, _))| block.path.as_path())
     }
 
     /// Keeps others from waking the VM that sleeps here, in this process or another; none is needed

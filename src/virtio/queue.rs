@@ -277,6 +277,10 @@ impl VirtQueue {
         head: u16,
         written: u32,
     ) -> Result<(), QueueError> {
+        // The driver may have made the queue smaller since. It is not told: it would be written to the host's log.
+        if head >= self.queue.size() {
+            return Err(QueueError::Chain);
+        }
         self.queue.add_used(ram.inner(), head, written)?;
         self.unsignalled = self.unsignalled.saturating_add(1);
         Ok(())

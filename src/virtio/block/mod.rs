@@ -14,8 +14,7 @@ use std::sync::Arc;
 
 use self::pending::{Ended, Job, PendingRequests, Reply};
 use self::request::{
-    Bounds, FRAMING_BYTES, Fault, MAX_CUT_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, MAX_REQUEST_BYTES,
-    Parsed, Range, Request,
+    Bounds, FRAMING_BYTES, Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request,
 };
 use super::{
     Answer, Chain, DeviceType, QueueError, Queues, RateLimiter, Served, Source, VirtioDevice,
@@ -45,6 +44,9 @@ const QUEUE_SIZE: u16 = 256;
 /// A queue full of buffers, without the header and the status.
 const MAX_BUFFERS: u32 = QUEUE_SIZE as u32 - 2;
 
+/// Pieces that one read of a disk with deltas may lie in: each sector one, in 8 MiB, which is twice of what Linux asks for
+/// at once.
+const MAX_PIECES: usize = 16384;
 /// Operations that wait at a time, beside those of one request: what they take of the host's memory is the host's to say.
 const MAX_OPERATIONS: usize = 4096;
 
@@ -117,9 +119,7 @@ impl Block {
     /// Answers a request at once, or takes it on.
     fn answer(&mut self, index: usize, chain: Chain<'_>, ram: &Arc<GuestRam>) -> Answer {
         let head = chain.head;
-        let is_cut = self.disk.as_ref().is_some_and(Disk::has_deltas);
-        let max_read = if is_cut { MAX_CUT_BYTES } else { MAX_REQUEST_BYTES };
-        let bounds = Bounds { sectors: self.sectors, read_only: self.read_only, max_read };
+        let bounds = Bounds { sectors: self.sectors, read_only: self.read_only };
         let Parsed { status, written, request } = Parsed::new(chain, bounds);
         let started = request.and_then(|request| self.start(request, ram));
         let reply = || Reply { queue: index, head, written, status: status.keep(ram) };
@@ -152,7 +152,8 @@ impl Block {
             Request::Read { offset, bytes } => {
                 let len = bytes.len();
                 let mut transfers = Vec::new();
-                for part in disk.read(offset, bytes) {
+                let parts = disk.read(offset, bytes, MAX_PIECES).ok_or(Fault::Io)?;
+                for part in parts {
                     let cached = match part.cached {
                         true => part.bytes.read_cached(part.file, part.offset),
                         false => Ok(0),

@@ -21,10 +21,7 @@ pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 21;
 pub(super) const MAX_RANGES: u32 = 32;
 /// One request moves at most so much (64 MiB): the descriptors of a hostile one may overlap, and
 /// other VMs' devices wait for it.
-pub(super) const MAX_REQUEST_BYTES: u64 = 64 << 20;
-/// One read of a disk with deltas moves at most so much (8 MiB, twice of what Linux asks for at once): it may lie in as many
-/// pieces as it has sectors.
-pub(super) const MAX_CUT_BYTES: u64 = 8 << 20;
+const MAX_REQUEST_BYTES: u64 = 64 << 20;
 
 /// Why a request fails; its status says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,8 +83,6 @@ impl<'ram> Parsed<'ram> {
 pub(super) struct Bounds {
     pub(super) sectors: u64,
     pub(super) read_only: bool,
-    /// As much as one reads.
-    pub(super) max_read: u64,
 }
 
 impl Bounds {
@@ -101,7 +96,7 @@ impl Bounds {
         header.copy_to(&mut bytes);
         let kind = u32::from_le_bytes(array(&bytes[..4]));
         let sector = u64::from_le_bytes(array(&bytes[8..]));
-        if from_driver.len() > MAX_REQUEST_BYTES || to_driver.len() > self.max_read {
+        if from_driver.len().max(to_driver.len()) > MAX_REQUEST_BYTES {
             return Err(Fault::Io);
         }
         match kind {

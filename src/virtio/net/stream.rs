@@ -199,13 +199,9 @@ impl Stream {
 }
 
 impl Drop for Stream {
-    /// What comes next is read and written by whoever wakes: the two sides have to agree where a frame begins. Frames that
-    /// came whole are lost, as on any cable.
+    /// What comes next is read and written by whoever wakes: the two sides have to agree where a frame begins.
     fn drop(&mut self) {
         let Some(cable) = self.cable.take().filter(|_| self.is_open) else { return };
-        while let Ok(Some((at, len))) = self.frame() {
-            self.begin = at + len;
-        }
         let received = self.received.get(self.begin..self.end).unwrap_or_default().to_vec();
         cable.put_back(CableRest { received, unsent: std::mem::take(&mut self.unsent) });
     }
