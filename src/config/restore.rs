@@ -48,7 +48,9 @@ pub(crate) struct DiskOverride {
 #[non_exhaustive]
 pub enum Clock {
     /// The guest slept: its clocks went on. `date` is right at the first instruction, CLOCK_MONOTONIC
-    /// is later by the time that the VM was suspended, and timers that are due have run out.
+    /// is later by the time that the VM was suspended, and timers that are due have run out. The scheduler's clock goes on
+    /// by as much, which not every kernel bears after weeks: Debian's 6.12.117 has died of it (a NULL pointer in
+    /// `pick_task_fair`), two times in twenty after 30 days.
     #[default]
     Advance,
     /// The guest was frozen: its clocks go on where they stopped. No timer is early; the wall
