@@ -99,8 +99,7 @@ impl Forward {
         match upgrade {
             Some(upgrade) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 lent.leave();
-                let place = (self.place.clone(), shared.limits.header_timeout);
-                Ok(upgrade.join(answer, lease, place, &shared.clients))
+                Ok(upgrade.join(answer, lease, self.place.clone(), &shared.clients))
             }
             // To the client of a CONNECT that would say that the tunnel is there (RFC 9110 §9.3.6).
             Some(upgrade) if upgrade.is_connect() && answer.status().is_success() => {

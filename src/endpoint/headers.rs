@@ -37,15 +37,10 @@ fn is_of_one_hop(name: &HeaderName) -> bool {
 
 /// What an application may trust, since no client has said it. To some, as CGI, an underscore is a hyphen.
 fn is_of_origin(name: &HeaderName) -> bool {
-    let name = name.as_str().as_bytes();
-    let plain = name.iter().map(|byte| if *byte == b'_' { b'-' } else { *byte });
-    let begins = |with: &[u8]| {
-        name.len() >= with.len() && plain.clone().take(with.len()).eq(with.iter().copied())
-    };
-    begins(b"x-forwarded-")
-        || [&b"forwarded"[..], b"x-real-ip"]
-            .iter()
-            .any(|own| name.len() == own.len() && begins(own))
+    let is_one =
+        |name: &str| name.starts_with("x-forwarded-") || matches!(name, "forwarded" | "x-real-ip");
+    let name = name.as_str();
+    if name.contains('_') { is_one(&name.replace('_', "-")) } else { is_one(name) }
 }
 
 /// Where the requests of a connection come from, as it is written in each.

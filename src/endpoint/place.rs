@@ -17,6 +17,8 @@ use tokio::time::sleep;
 #[derive(Clone)]
 pub(super) struct Place {
     stream: Arc<Mutex<OwnedWriteHalf>>,
+    /// How often it is looked whether the client is there.
+    often: Duration,
     _permit: Arc<OwnedSemaphorePermit>,
 }
 
@@ -26,20 +28,23 @@ pub(super) struct ClientStream {
     to: Arc<Mutex<OwnedWriteHalf>>,
 }
 
-/// The stream of a client, and its place.
-pub(super) fn of(stream: TcpStream, permit: OwnedSemaphorePermit) -> (ClientStream, Place) {
+/// The stream of a client, and its place; it is looked this often whether the client is there.
+pub(super) fn of(
+    stream: TcpStream,
+    permit: OwnedSemaphorePermit,
+    often: Duration,
+) -> (ClientStream, Place) {
     let (from, to) = stream.into_split();
     let to = Arc::new(Mutex::new(to));
-    let place = Place { stream: Arc::clone(&to), _permit: Arc::new(permit) };
+    let place = Place { stream: Arc::clone(&to), often, _permit: Arc::new(permit) };
     (ClientStream { from, to }, place)
 }
 
 impl Place {
-    /// Waits until the client is gone, which is looked for this often: it has reset its connection, or does not answer. One
-    /// that has said all is not gone.
-    pub(super) async fn gone(&self, often: Duration) {
+    /// Waits until the client is gone: it has reset its connection, or does not answer. One that has said all is not gone.
+    pub(super) async fn gone(&self) {
         loop {
-            sleep(often).await;
+            sleep(self.often).await;
             if self.is_gone() {
                 return;
             }

@@ -75,7 +75,7 @@ impl Server {
         // What is written together is sent together already.
         let _ = stream.set_nodelay(true);
         let _ = keep_alive(&stream);
-        let (stream, place) = place::of(stream, permit);
+        let (stream, place) = place::of(stream, permit, self.shared.limits.header_timeout);
         let forward = Forward {
             shared: Arc::clone(&self.shared),
             peer: Peer::new(peer, self.tls.is_some()),
@@ -106,7 +106,7 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (place, often) = (forward.place.clone(), self.shared.limits.header_timeout);
+        let place = forward.place.clone();
         let forward = Arc::new(forward);
         if is_h2 {
             self.serve_h2(stream, forward).await
@@ -115,7 +115,7 @@ impl Server {
             tokio::select! {
                 () = served => {}
                 // Where an answer is waited for, hyper does not look at what comes from a client that has said more.
-                () = place.gone(often) => {}
+                () = place.gone() => {}
             }
         }
     }

@@ -93,7 +93,7 @@ impl Upgrade {
         self,
         mut answer: Response<hyper::body::Incoming>,
         lease: Lease,
-        (place, often): (Place, Duration),
+        place: Place,
         tasks: &Tasks,
     ) -> Response<AnswerBody> {
         let guest = hyper::upgrade::on(&mut answer);
@@ -121,7 +121,7 @@ impl Upgrade {
             tokio::select! {
                 () = joined => {}
                 // Who waits for the guest, to read or to speak, does not look at the client.
-                () = place.gone(often) => {}
+                () = place.gone() => {}
             }
         });
         Response::from_parts(parts, AnswerBody::none())

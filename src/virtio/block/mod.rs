@@ -13,9 +13,7 @@ use std::io;
 use std::sync::Arc;
 
 use self::pending::{Ended, Job, PendingRequests, Reply};
-use self::request::{
-    Bounds, FRAMING_BYTES, Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request,
-};
+use self::request::{FRAMING_BYTES, Fault, MAX_RANGE_SECTORS, MAX_RANGES, Parsed, Range, Request};
 use super::{
     Answer, Chain, DeviceType, QueueError, Queues, RateLimiter, Served, Source, VirtioDevice,
 };
@@ -119,8 +117,7 @@ impl Block {
     /// Answers a request at once, or takes it on.
     fn answer(&mut self, index: usize, chain: Chain<'_>, ram: &Arc<GuestRam>) -> Answer {
         let head = chain.head;
-        let bounds = Bounds { sectors: self.sectors, read_only: self.read_only };
-        let Parsed { status, written, request } = Parsed::new(chain, bounds);
+        let Parsed { status, written, request } = Parsed::new(chain, self.sectors, self.read_only);
         let started = request.and_then(|request| self.start(request, ram));
         let reply = || Reply { queue: index, head, written, status: status.keep(ram) };
         let code = match started {

@@ -61,8 +61,8 @@ pub(super) struct Parsed<'ram> {
 }
 
 impl<'ram> Parsed<'ram> {
-    /// Parses a request for a disk with these bounds.
-    pub(super) fn new(chain: Chain<'ram>, bounds: Bounds) -> Self {
+    /// Parses a request for a disk of so many sectors.
+    pub(super) fn new(chain: Chain<'ram>, sectors: u64, read_only: bool) -> Self {
         let Chain { readable: mut header, writable: mut to_driver, .. } = chain;
         let written = to_driver.len();
         let status_at = written.checked_sub(1);
@@ -71,6 +71,7 @@ impl<'ram> Parsed<'ram> {
             let status = GuestBytes::default();
             return Self { status, written: 0, request: Err(Fault::Io) };
         };
+        let bounds = Bounds { sectors, read_only };
         let request = match header.split_off(HEADER_BYTES as u64) {
             Some(from_driver) => bounds.parse(&header, from_driver, to_driver),
             None => Err(Fault::Io),
@@ -79,10 +80,9 @@ impl<'ram> Parsed<'ram> {
     }
 }
 
-/// What a request may want.
-pub(super) struct Bounds {
-    pub(super) sectors: u64,
-    pub(super) read_only: bool,
+struct Bounds {
+    sectors: u64,
+    read_only: bool,
 }
 
 impl Bounds {
