@@ -96,7 +96,8 @@ impl PoolOptions {
 ///
 /// A thread of its own restores them, one after the other. A VM that is taken is the caller's,
 /// and of nobody else; when it ends, whatever its state, its place is free again. Dropping the
-/// pool ends the VMs that are ready, not those in use.
+/// pool ends the VMs that are ready, not those in use. One that has been ready for long was paused for as long: its
+/// clocks go on from when it was restored, whatever [`Clock`](crate::Clock) says.
 ///
 /// ```no_run
 /// use dormouse::{Pool, PoolOptions, Snapshot};

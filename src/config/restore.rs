@@ -31,7 +31,7 @@ pub struct RestoreOptions {
     pub(crate) services: BTreeMap<String, HostService>,
     pub(crate) seccomp: Option<bool>,
     pub(crate) kvm_device: Option<PathBuf>,
-    pub(crate) clock: Clock,
+    pub(crate) clock: Option<Clock>,
     pub(crate) populate: bool,
     pub(crate) outside_paths: bool,
 }
@@ -43,19 +43,23 @@ pub(crate) struct DiskOverride {
     pub(crate) delta: Option<PathBuf>,
 }
 
-/// What a restored guest's clocks say. Source: KVM_SET_CLOCK, §4.30 of the KVM API's documentation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What the clocks say that a restored guest counts by: CLOCK_MONOTONIC, timers and the scheduler go by them, and CLOCK_REALTIME
+/// until somebody sets it. Source: KVM_SET_CLOCK, §4.30 of the KVM API's documentation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Clock {
     /// The guest slept: its clocks went on. `date` is right at the first instruction, CLOCK_MONOTONIC
-    /// is later by the time that the VM was suspended, and timers that are due have run out. The scheduler's clock goes on
-    /// by as much, which not every kernel bears after weeks: Debian's 6.12.117 has died of it (a NULL pointer in
-    /// `pick_task_fair`), two times in twenty after 30 days.
-    #[default]
+    /// is later by the time that the VM was suspended, and timers that are due have run out. What a guest without an
+    /// agent gets, in which nobody else would set its wall clock.
+    ///
+    /// The scheduler's clock goes on by as much, which not every kernel bears after weeks: Debian's 6.12.117 has died of it
+    /// (a NULL pointer in `pick_task_fair`), two times in twenty after 30 days.
     Advance,
-    /// The guest was frozen: its clocks go on where they stopped. No timer is early; the wall
-    /// clock is late by the time that the VM was suspended, until somebody in the guest sets it,
-    /// as the agent does.
+    /// The guest was frozen: its clocks go on where they stopped, as those of a machine that was suspended to RAM. No timer
+    /// is early; the wall clock is late by the time that the VM was suspended, until somebody in the guest sets it.
+    /// The agent does when `MicroVm::agent` finds it, before what `Agent::freeze` stopped goes on: this is what a
+    /// guest with an agent gets. CLOCK_BOOTTIME stands still too, other than after a suspend to RAM. The clocks go on with the
+    /// restore, and so while the VM is paused before it is resumed.
     Freeze,
 }
 
@@ -71,7 +75,7 @@ impl Default for RestoreOptions {
             services: BTreeMap::new(),
             seccomp: None,
             kvm_device: None,
-            clock: Clock::default(),
+            clock: None,
             populate: true,
             outside_paths: false,
         }
@@ -164,11 +168,20 @@ impl RestoreOptions {
         self
     }
 
-    /// What the guest's clocks say; [`Clock::Advance`] unless set.
+    /// What the guest's clocks say, also when it wakes again in this process. Unless set [`Clock::Freeze`] where the guest
+    /// has an agent, which sets its wall clock when `MicroVm::agent` finds it, and [`Clock::Advance`] elsewhere; the
+    /// latter is also for a host that never asks for the agent.
     #[must_use]
     pub fn clock(mut self, clock: Clock) -> Self {
-        self.clock = clock;
+        self.clock = Some(clock);
         self
+    }
+
+    /// What they say in a VM of this configuration.
+    pub(crate) fn clock_of(&self, config: &MachineConfig) -> Clock {
+        // Who has no use for agents sets no clock by them.
+        let is_set = cfg!(feature = "agent") && config.agent.is_some();
+        self.clock.unwrap_or(if is_set { Clock::Freeze } else { Clock::Advance })
     }
 
     /// Whether the pages that such a VM wrote first the last time are made its own before it

@@ -168,17 +168,24 @@ impl SavedDisk {
         }
     }
 
-    /// Whether what the disk needs beside its saved file may be another than it was when its guest went to sleep. A block
-    /// device does not say whether it was written to, nor a file at another place; what cannot be found is refused when
-    /// it is opened.
+    /// Whether what the disk needs beside its saved file may be another than it was when its guest went to sleep; `given`
+    /// is where the file that it stands on is said to be now. A block device does not say whether it was written to, nor a
+    /// file at another place, whose size is checked when it is opened, as what cannot be found is refused then.
     #[cfg(feature = "session")]
-    pub(crate) fn may_have_changed(&self, original: &BlockConfig, is_elsewhere: bool) -> bool {
+    pub(crate) fn may_have_changed(&self, original: &BlockConfig, given: Option<&Path>) -> bool {
+        let is_base = |given: &Path| {
+            std::fs::canonicalize(given).is_ok_and(|given| self.base() == Some(&given))
+        };
+        let is_elsewhere = given.is_some_and(|given| !is_base(given));
         if let Self::Left { base, delta: None } = self
             && (is_elsewhere || base.facts.modified.is_none())
         {
             return true;
         }
-        let checked = self.check_left(original).and_then(|()| self.check_base());
+        let checked = self.check_left(original).and_then(|()| match is_elsewhere {
+            true => Ok(()),
+            false => self.check_base(),
+        });
         matches!(checked, Err(DiskError::BaseChanged { .. }))
     }
 

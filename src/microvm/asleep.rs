@@ -25,9 +25,10 @@ pub(super) struct Asleep {
 impl Asleep {
     /// A machine that lies in this snapshot, in files or in memory.
     pub(super) fn new(snapshot: Snapshot, stopped: Stopped) -> Self {
-        let options = slept::as_before(&stopped.machine.config_now());
+        let mut options = slept::as_before(&stopped.machine.config_now());
         let cpu_time = stopped.cpu_time();
-        let Origin { on_end, agent, .. } = *stopped.origin;
+        let Origin { on_end, agent, clock, .. } = *stopped.origin;
+        options.clock = clock;
         let slept = Slept { place: Place::of(snapshot), options, identity: agent.into_untold() };
         Self { slept, on_end, cpu_time }
     }

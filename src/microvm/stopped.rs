@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::agent::AgentContact;
 use super::slept::Slept;
-use crate::config::RestoreOptions;
+use crate::config::{Clock, RestoreOptions};
 use crate::console::Console;
 use crate::error::Error;
 use crate::kvm::Vcpu;
@@ -34,6 +34,8 @@ pub(super) struct Origin {
     pub(super) agent: AgentContact,
     /// What vCPUs have used that it had before it slept.
     pub(super) cpu_time: Duration,
+    /// What its clocks say when it wakes, where that was chosen.
+    pub(super) clock: Option<Clock>,
     /// How it slept, where that was in files.
     pub(super) slept: Option<Slept>,
 }
@@ -99,7 +101,8 @@ impl Stopped {
             Purpose::Sleep => AgentContact::default(),
         };
         let snapshot = Some(snapshot.clone());
-        let origin = Box::new(Origin { snapshot, agent, ..Origin::default() });
+        let origin =
+            Box::new(Origin { snapshot, agent, clock: options.clock, ..Origin::default() });
         Ok(Self::new(vcpus, Box::new(machine), origin))
     }
 }

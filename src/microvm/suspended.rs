@@ -68,7 +68,7 @@ impl MicroVm<Suspended> {
     }
 
     /// Wakes the guest where it was suspended, in about a millisecond at any size of its memory,
-    /// which is mapped and not read. Its clocks have gone on meanwhile; its disks and its console
+    /// which is mapped and not read. Its clocks are as [`Clock`](crate::Clock) has them; its disks and its console
     /// are as before. What it needs of the host, a tap or a path, has to be free.
     ///
     /// The files stay, and are locked until the VM is over, or sleeps again: nobody else wakes it meanwhile,

@@ -15,8 +15,8 @@ pub enum Lost {
     #[default]
     Report,
     /// It is suspended, as it was when it slept the last time: what it did since is gone. It is over where it never
-    /// slept, and where a disk outside of its files has changed since, or is a device that its guest writes to, of which
-    /// nobody can tell.
+    /// slept, and where a disk outside of its files has changed since, or is one of which nobody can tell that its guest
+    /// has not written to it: a device, or a file that was moved ([`disk_base`](crate::RestoreOptions::disk_base)).
     Restore,
 }
 

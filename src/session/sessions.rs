@@ -244,8 +244,12 @@ impl Sessions {
         .await?;
         let (sender, calls) = mpsc::unbounded_channel();
         let session = Session { shared, calls: sender };
-        self.sessions().insert(id, session.clone());
-        session.shared.audience.tell(&event);
+        {
+            // Whoever finds it has been told of it.
+            let mut sessions = self.sessions();
+            session.shared.audience.tell(&event);
+            sessions.insert(id, session.clone());
+        }
         Ok((session, calls))
     }
 

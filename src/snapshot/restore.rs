@@ -78,7 +78,8 @@ impl Snapshot {
         };
         let (machine, vcpus) = Machine::from_shell(shell, &config, console, recorder)?;
         self.check_disks_in_place()?;
-        recorder.run(Phase::Restore, || machine.restore(&vcpus, &state.machine, options.clock))?;
+        let clock = options.clock_of(&config);
+        recorder.run(Phase::Restore, || machine.restore(&vcpus, &state.machine, clock))?;
         if let Some(written) = written.get().filter(|_| options.populate) {
             recorder.timed(Phase::Populate, || machine.ram().populate(written));
         }

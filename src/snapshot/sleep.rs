@@ -75,8 +75,8 @@ impl Snapshot {
         let state = &self.0.state;
         let mut disks = state.config.blocks.iter().zip(&state.disks).enumerate();
         let changed = disks.find(|(index, (block, disk))| {
-            let is_elsewhere = options.disks.get(index).is_some_and(|disk| disk.base.is_some());
-            disk.may_have_changed(block, is_elsewhere)
+            let given = options.disks.get(index).and_then(|disk| disk.base.as_deref());
+            disk.may_have_changed(block, given)
         });
         changed.map(|(_, (block, _))| block.path.as_path())
     }

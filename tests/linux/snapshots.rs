@@ -268,9 +268,17 @@ fn clocks_are_right(name: &str, config: VmConfig, source: &str) {
         // Less than a day where the clock is not ours to set.
         let seconds = clock.pass(asked);
         // Frozen, the guest is late by what it slept, and none of its timers has run out.
-        let frozen = Guest::restore(&snapshot, Clock::Freeze);
+        let mut frozen = Guest::restore(&snapshot, Clock::Freeze);
         assert!((seconds - 1..seconds + 20).contains(&(lateness(&frozen) - start)));
         assert_eq!(frozen.ask("ls /slept 2>/dev/null; true"), "");
+        if at == 0 {
+            // Nor do they go on in its next sleep, from which it wakes with what it woke with.
+            let Guest { vm, transcript } = frozen;
+            let asleep = vm.pause().unwrap().suspend_in_memory().unwrap();
+            let more = seconds + clock.pass(5);
+            frozen = Guest { vm: asleep.resume().unwrap(), transcript };
+            assert!((more - 1..more + 20).contains(&(lateness(&frozen) - start)));
+        }
         drop(frozen);
         let guest = Guest::restore(&snapshot, Clock::Advance);
         // Right; or as far from it as before, or nearer: what KVM shows a guest whose processors' TSCs are not

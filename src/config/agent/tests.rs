@@ -1,7 +1,7 @@
 //! What is taken, refused, told to the agent and saved.
 
 use super::*;
-use crate::config::{BlockConfig, NetConfig, RestoreOptions};
+use crate::config::{BlockConfig, Clock, NetConfig, RestoreOptions};
 use crate::protocol::{self, Bytes, Setup, Wire};
 use std::time::Duration;
 
@@ -281,6 +281,19 @@ fn a_clone_has_what_is_said_of_it_in_place_of_what_was_saved() {
     assert_eq!(error, "the snapshot's agent has no service \"db\"");
     let error = options.apply(&mut MachineConfig::default()).unwrap_err().to_string();
     assert_eq!(error, "the snapshot has no agent, whose hostname could be another");
+}
+
+/// Somebody has to set the wall clock of a guest whose clocks stood still.
+#[test]
+fn the_clocks_of_a_guest_with_an_agent_stand_still_unless_said_otherwise() {
+    let (with, without) = (machine(whole()), MachineConfig::default());
+    let options = RestoreOptions::new();
+    assert_eq!(options.clock_of(&with), Clock::Freeze);
+    assert_eq!(options.clock_of(&without), Clock::Advance);
+    for clock in [Clock::Freeze, Clock::Advance] {
+        let options = RestoreOptions::new().clock(clock);
+        assert_eq!([&with, &without].map(|config| options.clock_of(config)), [clock; 2]);
+    }
 }
 
 /// As of other parts: what is added is written only where it is not its default.

@@ -43,20 +43,31 @@ fn a_disk_has_changed_where_it_has_or_where_nobody_can_ever_tell() {
         disk.leave(&folder.path("copy"), None, false, &mut go_on).unwrap()
     };
     let saved = left(&config);
-    assert!(!saved.may_have_changed(&config, false));
-    assert!(saved.may_have_changed(&config, true));
+    assert!(!saved.may_have_changed(&config, None));
+    // It is where it was, by another name; a copy of it may have been written to.
+    let copy = folder.path("elsewhere");
+    fs::copy(&base, &copy).unwrap();
+    let link = folder.path("link");
+    std::os::unix::fs::symlink(&base, &link).unwrap();
+    assert!([&base, &link].into_iter().all(|path| !saved.may_have_changed(&config, Some(path))));
+    assert!(saved.may_have_changed(&config, Some(&copy)));
     // As of a block device, whose node does not say when it was written to.
     let SavedDisk::Left { base: mut device, delta } = saved.clone() else { panic!("{saved:?}") };
     device.facts.modified = None;
     let device = SavedDisk::Left { base: device, delta };
-    assert!(device.may_have_changed(&config, false));
+    assert!(device.may_have_changed(&config, None));
+    // What nobody writes to may be anywhere, whatever is at its old place.
+    let reads = config.clone().read_only();
+    let reads_only = left(&reads);
     std::thread::sleep(std::time::Duration::from_millis(20));
     File::options().write(true).open(&base).unwrap().write_all_at(&[1], 0).unwrap();
-    assert!(saved.may_have_changed(&config, false));
+    assert!(saved.may_have_changed(&config, None));
+    assert!(reads_only.may_have_changed(&reads, None));
+    assert!(!reads_only.may_have_changed(&reads, Some(&copy)));
     // What is not there now may be there, as it was, when it is wanted.
     let saved = left(&config);
     fs::remove_file(&base).unwrap();
-    assert!(!saved.may_have_changed(&config, false));
+    assert!(!saved.may_have_changed(&config, None));
 }
 
 #[test]

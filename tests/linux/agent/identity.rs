@@ -2,7 +2,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime};
 
 use dormouse::{
-    Agent, AgentConfig, Clock, Error, ErrorKind, ExecFailure, ExitStatus, Hook, HookName, MicroVm,
+    Agent, AgentConfig, Error, ErrorKind, ExecFailure, ExitStatus, Hook, HookName, MicroVm,
     RestoreOptions, Snapshot, Suspended, WriteOptions,
 };
 
@@ -161,10 +161,10 @@ fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
         // Files are enough: another VM comes of them.
         drop(vm);
         let snapshot = Snapshot::open(&dir).unwrap();
-        // Its clocks stand still, and the agent sets the one that has to be right. Time has to pass for that to show.
+        // Its clocks stood still, and the agent sets the one that has to be right. Time has to pass for that to show.
         tokio::time::sleep(Duration::from_secs(5).saturating_sub(slept_at.elapsed())).await;
         let transcript = Transcript::default();
-        let options = RestoreOptions::new().clock(Clock::Freeze).console(transcript.clone());
+        let options = RestoreOptions::new().console(transcript.clone());
         let vm = snapshot.restore_with(&options).unwrap().resume().unwrap();
         let agent = vm.agent().await.unwrap();
         let other = sh(&agent, "cat /etc/machine-id").await.unwrap();
