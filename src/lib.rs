@@ -176,6 +176,7 @@
 mod agent;
 mod arch;
 mod boot;
+mod bounded;
 mod bus;
 mod cmdline;
 mod compression;

@@ -30,7 +30,17 @@ const LAYERS: &[&[&str]] = &[
     &["deb"],
     &["timings", "compression"],
     &["error"],
-    &["phase", "exit", "metrics", "input_file", "file_lock", "seccomp", "protocol", "random"],
+    &[
+        "phase",
+        "exit",
+        "metrics",
+        "input_file",
+        "file_lock",
+        "seccomp",
+        "protocol",
+        "random",
+        "bounded",
+    ],
 ];
 
 /// Who may import whom within a layer: (importer, imported). Each is a step towards one module.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::make_absolute;
 use super::{ConfigError, RateLimit};
+use crate::bounded;
 
 /// A disk of a guest: a file, or a block device of the host.
 ///
@@ -37,7 +38,7 @@ pub struct BlockConfig {
     pub(crate) rate_limit: RateLimit,
     /// Deltas that lie between the file and what this VM writes, the lowest first. Any number of
     /// VMs share them, as they share the file; nobody writes to them any more.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "bounded::list")]
     pub(crate) frozen: Vec<PathBuf>,
     /// What the file has to be, where something was made for the file as it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -47,6 +47,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
 use self::nothing_else::NothingElse;
+use crate::bounded;
 use crate::cmdline::Cmdline;
 use crate::console::ConsoleWriter;
 use crate::error::{Error, ErrorKind};
@@ -356,7 +357,9 @@ pub(crate) struct MachineConfig {
     pub(crate) console_tail_bytes: usize,
     #[serde(skip)]
     pub(crate) console_writer: Option<ConsoleOutput>,
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) blocks: Vec<BlockConfig>,
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) networks: Vec<NetConfig>,
     pub(crate) entropy: bool,
     /// As it is configured; see [`vsock`](Self::vsock()).

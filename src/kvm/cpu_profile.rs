@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Capabilities, KvmError, Vcpu};
 use crate::arch::features::{self, MissingFeatures};
+use crate::bounded;
 use crate::error::{Error, ErrorKind};
 
 /// What a host is, as far as a guest depends on it.
@@ -51,6 +52,7 @@ impl HostFacts {
 pub(crate) struct CpuProfile {
     host: HostFacts,
     /// The CPUID of each vCPU.
+    #[serde(deserialize_with = "bounded::list")]
     cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// That of the first one, with those features only that the CPU itself had.
     features: Vec<kvm_cpuid_entry2>,

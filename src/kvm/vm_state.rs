@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::clock::{self, ClockState};
 use super::{KvmError, Vcpu, VcpuState, Vm, msrs};
 use crate::arch::msr::IA32_TSC;
+use crate::bounded;
 use crate::config::Clock;
 
 /// What KVM knows about a guest, but for its memory and its CPUID.
@@ -21,6 +22,7 @@ pub(crate) struct VmState {
     pub(super) clock: ClockState,
     /// In the order of [`CHIPS`].
     pub(super) irqchips: [kvm_irqchip; 3],
+    #[serde(deserialize_with = "bounded::list")]
     pub(super) vcpus: Vec<VcpuState>,
 }
 

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
 use super::Machine;
+use crate::bounded;
 use crate::devices::{LegacyError, LegacyState};
 use crate::error::{Error, ErrorKind};
 use crate::virtio::{RestoreError, TransportState};
@@ -12,6 +13,7 @@ use crate::virtio::{RestoreError, TransportState};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DevicesState {
     legacy: LegacyState,
+    #[serde(deserialize_with = "bounded::list")]
     virtio: Vec<TransportState>,
 }
 

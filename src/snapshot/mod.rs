@@ -30,6 +30,7 @@ pub(crate) use self::save::Sleeper;
 pub(crate) use self::sleep::{CloneNames, Sleep, WakeLock};
 use self::temporary::Temporary;
 use crate::arch::layout;
+use crate::bounded;
 use crate::config::MachineConfig;
 use crate::disk::SavedDisk;
 use crate::error::Error;
@@ -99,7 +100,9 @@ struct State {
     host: CpuProfile,
     config: MachineConfig,
     machine: MachineState,
+    #[serde(deserialize_with = "bounded::list")]
     memory: Vec<SavedMemory>,
+    #[serde(deserialize_with = "bounded::list")]
     disks: Vec<SavedDisk>,
     /// There where a VM was suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]

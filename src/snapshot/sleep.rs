@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::directory::OpenDirectory;
 use super::error::SnapshotError;
 use super::{Place, Purpose, Snapshot};
+use crate::bounded;
 use crate::config::{InterfaceConfig, RestoreOptions};
 use crate::error::Error;
 use crate::file_lock::{self, Locked};
@@ -29,6 +30,7 @@ pub(crate) struct Sleep {
 #[serde(default)]
 pub(crate) struct CloneNames {
     pub(crate) hostname: Option<String>,
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) interfaces: Vec<InterfaceConfig>,
 }
 

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error as ThisError;
 
+use crate::bounded;
 use crate::config::MacAddress;
 use crate::metrics::BalloonStats;
 
@@ -29,6 +30,7 @@ pub(crate) enum RestoreError {
 pub(crate) struct TransportState {
     pub(super) registers: Registers,
     pub(super) interrupt_status: u32,
+    #[serde(deserialize_with = "bounded::list")]
     pub(super) queues: Vec<QueueState>,
     pub(super) device: DeviceState,
 }

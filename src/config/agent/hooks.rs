@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bounded;
+
 /// Where the hooks of a program that serves them by HTTP are, unless it says otherwise.
 const PATH_PREFIX: &str = "/aws/lambda-microvms/runtime/v1/";
 
@@ -78,7 +80,7 @@ pub struct Hook {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum HookAction {
     /// A program and its arguments.
-    Command(Vec<String>),
+    Command(#[serde(deserialize_with = "bounded::words")] Vec<String>),
     /// A POST to a port of the guest's loopback.
     Http { port: u16, path: Option<String> },
 }

@@ -21,6 +21,7 @@ pub use self::hooks::{Hook, HookName};
 #[cfg(feature = "image")]
 pub(crate) use self::signal::signal;
 use super::{MachineConfig, VsockConfig};
+use crate::bounded;
 use crate::protocol;
 
 /// An agent in the guest, as its first process: it sets the guest up, and does there what this process asks for.
@@ -51,9 +52,12 @@ use crate::protocol;
 #[serde(default, deny_unknown_fields)]
 pub struct AgentConfig {
     pub(crate) root: Option<RootDisk>,
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) mounts: Vec<MountConfig>,
     pub(crate) hostname: Option<String>,
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) interfaces: Vec<InterfaceConfig>,
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) nameservers: Vec<String>,
     pub(crate) services: BTreeMap<String, ServicePort>,
     pub(crate) hooks: BTreeMap<HookName, Hook>,
@@ -179,7 +183,9 @@ impl AgentConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct InterfaceConfig {
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) addresses: Vec<String>,
+    #[serde(deserialize_with = "bounded::list")]
     pub(crate) gateways: Vec<String>,
 }
 
@@ -219,6 +225,7 @@ pub enum HostService {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entrypoint {
+    #[serde(deserialize_with = "bounded::words")]
     pub(crate) argv: Vec<String>,
     #[serde(default)]
     pub(crate) env: BTreeMap<String, String>,

@@ -10,7 +10,8 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
 use crate::config::{
-    AgentConfig, BlockConfig, HostService, InterfaceConfig, NetConfig, RestoreOptions, VsockConfig,
+    AgentConfig, BlockConfig, HostService, InterfaceConfig, MountConfig, NetConfig, RestoreOptions,
+    VsockConfig,
 };
 use crate::random::random;
 
@@ -52,6 +53,35 @@ impl Drop for Golden {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
     }
+}
+
+/// An entry takes a byte or two of the file, and hundreds in memory.
+#[test]
+fn lists_are_no_longer_than_any_machine_has_them_while_they_are_read() {
+    const MANY: usize = 2000;
+    let many: [fn(&mut State); 9] = [
+        |state| state.config.blocks = vec![BlockConfig::new(""); MANY],
+        |state| state.config.blocks[0].frozen = vec![PathBuf::new(); MANY],
+        |state| state.config.networks = vec![NetConfig::tap(""); MANY],
+        |state| agent(state).mounts = vec![MountConfig::new(0, ""); MANY],
+        |state| agent(state).interfaces = vec![InterfaceConfig::new(); MANY],
+        |state| agent(state).interfaces[0].addresses = vec![String::new(); MANY],
+        |state| agent(state).nameservers = vec![String::new(); MANY],
+        |state| state.memory = vec![state.memory[0].clone(); MANY],
+        |state| state.disks = vec![state.disks[0].clone(); MANY],
+    ];
+    for change in many {
+        let mut golden = Golden::new();
+        change(&mut golden.state);
+        let bytes = format::encode(&golden.state).unwrap();
+        let error = format!("{:?}", format::decode::<State>(&bytes).unwrap_err());
+        assert!(error.contains("invalid length 1025"), "{error}");
+    }
+}
+
+fn agent(state: &mut State) -> &mut AgentConfig {
+    let agent = AgentConfig::new().interface(InterfaceConfig::new());
+    state.config.agent.get_or_insert(agent)
 }
 
 /// Why the golden snapshot, changed so, is not opened.
