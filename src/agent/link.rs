@@ -7,23 +7,22 @@
 use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{OnceCell, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::timeout;
 
 use super::AgentError;
 use super::calls::Calls;
 use super::connection::{Connection, lost, to_async};
 use super::patience::within;
 use super::pulse::Rhythm;
+use super::relay::{Caller, pass_on};
 use crate::config::{AgentConfig, HostService, InterfaceConfig};
 use crate::error::Error;
 use crate::microvm::{CloneIdentity, MicroVm, Running};
@@ -38,10 +37,6 @@ use crate::vsock::{VsockListener, VsockStream};
 const OPENING: Duration = Duration::from_secs(10);
 /// How long the agent may take to become who it shall be.
 const RENEWAL: Duration = Duration::from_secs(60);
-/// How much of each direction between a program and a service is on its way here.
-const FORWARD_BYTES: usize = 16 << 10;
-/// What a service that takes no more has to say may take this long.
-const GOODBYE: Duration = Duration::from_secs(10);
 /// Connections of the guest at a time, to services and to say hello.
 const MAX_CONNECTIONS: usize = 512;
 /// More of them, for what comes from where only the agent does.
@@ -219,64 +214,6 @@ fn room(port: u32) -> usize {
     MAX_CONNECTIONS + for_agent
 }
 
-/// Passes on what both say, until both have ended. A service that closes before it has read all is still heard, and what a
-/// program said before it did reaches the service, for as long as that takes no longer than [`GOODBYE`].
-async fn pass_on(guest: impl AsyncRead + AsyncWrite, service: impl AsyncRead + AsyncWrite) {
-    let (mut from_guest, mut to_guest) = split(guest);
-    let (mut from_service, mut to_service) = split(service);
-    let there = async {
-        let end = forward(&mut from_guest, &mut to_service).await;
-        let _ = to_service.shutdown().await;
-        end
-    };
-    let back = async {
-        let end = forward(&mut from_service, &mut to_guest).await;
-        let _ = to_guest.shutdown().await;
-        end
-    };
-    let (mut there, mut back) = (pin!(there), pin!(back));
-    tokio::select! {
-        end = &mut there => match end {
-            FlowEnd::Said => {
-                back.await;
-            }
-            FlowEnd::Unheard => drop(timeout(GOODBYE, back).await),
-            FlowEnd::CutOff => {}
-        },
-        end = &mut back => match end {
-            FlowEnd::Said => {
-                there.await;
-            }
-            FlowEnd::Unheard => drop(timeout(GOODBYE, there).await),
-            FlowEnd::CutOff => {}
-        },
-    }
-}
-
-/// How one direction ended.
-enum FlowEnd {
-    Said,
-    /// Who it goes to takes no more.
-    Unheard,
-    /// Who it comes from did not come to its end.
-    CutOff,
-}
-
-/// Passes on what one says. All that was read is written before anything else is asked for.
-async fn forward(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) -> FlowEnd {
-    let mut buffer = vec![0; FORWARD_BYTES];
-    loop {
-        match from.read(&mut buffer).await {
-            Ok(0) => return FlowEnd::Said,
-            Ok(count) => match to.write_all(&buffer[..count]).await {
-                Ok(()) => {}
-                Err(_) => return FlowEnd::Unheard,
-            },
-            Err(_) => return FlowEnd::CutOff,
-        }
-    }
-}
-
 /// A connection to a service.
 trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
 
@@ -391,7 +328,7 @@ impl Host {
                 if connection.writer.message(&Reply::Done).await.is_ok()
                     && let Ok((mut guest, _)) = connection.into_stream()
                 {
-                    pass_on(&mut guest, &mut service).await;
+                    pass_on(&mut guest, &mut service, Caller::Heard).await;
                 }
             }
             Err(error) => {

@@ -26,6 +26,7 @@ mod patience;
 mod ports;
 mod process;
 mod pulse;
+mod relay;
 mod streams;
 mod tree;
 
@@ -41,6 +42,8 @@ pub use self::open_files::{FileReader, FileWriter, WriteOptions};
 pub(crate) use self::patience::within;
 pub use self::ports::GuestStream;
 pub use self::process::Process;
+#[cfg(feature = "endpoint")]
+pub(crate) use self::relay::{Caller, pass_on};
 pub use self::streams::{ProcessInput, ProcessOutput};
 pub use self::tree::{Copied, CopyLimits};
 

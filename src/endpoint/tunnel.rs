@@ -2,9 +2,7 @@
 //!
 //! Source: RFC 9110 §7.8, `Upgrade`; RFC 8441, WebSockets over HTTP/2.
 
-use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -16,8 +14,6 @@ use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, split};
-use tokio::time::timeout;
 
 use super::body::AnswerBody;
 use super::fault::{Fault, Stage};
@@ -26,10 +22,8 @@ use super::headers;
 use super::place::Place;
 use super::streams::OpenStream;
 use super::tasks::Tasks;
+use crate::agent::{Caller, pass_on};
 use crate::random::random;
-
-/// How long a client may go on after the application has ended its side.
-const GOODBYE_TIME: Duration = Duration::from_secs(10);
 
 /// What a client wants its connection, or its stream of HTTP/2, to become.
 pub(super) struct Upgrade {
@@ -115,7 +109,8 @@ impl Upgrade {
             let _held = (lease, stream);
             let joined = async {
                 if let (Ok(client), Ok(guest)) = tokio::join!(client, guest) {
-                    carry(TokioIo::new(client), TokioIo::new(guest)).await;
+                    let (client, guest) = (TokioIo::new(client), TokioIo::new(guest));
+                    pass_on(client, guest, Caller::Dismissed).await;
                 }
             };
             tokio::select! {
@@ -125,30 +120,6 @@ impl Upgrade {
             }
         });
         Response::from_parts(parts, AnswerBody::none())
-    }
-}
-
-/// Moves bytes until both directions have ended. An error in one ends both.
-async fn carry<C, G>(client: C, guest: G)
-where
-    C: AsyncRead + AsyncWrite,
-    G: AsyncRead + AsyncWrite,
-{
-    let (mut from_client, mut to_client) = split(client);
-    let (mut from_guest, mut to_guest) = split(guest);
-    let mut up = pin!(async {
-        copy(&mut from_client, &mut to_guest).await?;
-        to_guest.shutdown().await
-    });
-    let mut down = pin!(async {
-        copy(&mut from_guest, &mut to_client).await?;
-        to_client.shutdown().await
-    });
-    tokio::select! {
-        // The guest may have more to say.
-        sent = &mut up => if sent.is_ok() { let _ = down.await; },
-        // The client may say goodbye, but is not to keep a session awake to which nobody listens.
-        heard = &mut down => if heard.is_ok() { let _ = timeout(GOODBYE_TIME, up).await; },
     }
 }
 

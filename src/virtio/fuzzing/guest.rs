@@ -1,6 +1,7 @@
 //! A guest with one device: some RAM, the device's registers, and a driver's usual steps.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -19,6 +20,8 @@ const USED: u64 = 0x2000;
 /// Where its requests are.
 const BUFFERS: u64 = 0x1000;
 const STATUS: u64 = 0xf00;
+/// How long what is in flight may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(super) fn interrupt() -> Arc<Interrupt> {
     let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).expect("an eventfd");
@@ -261,7 +264,9 @@ impl<D: VirtioDevice + 'static> Guest<D> {
 
     /// What came from the host's side is served, and what is in flight is finished.
     pub(super) fn settle(&mut self) {
-        for _ in 0..10_000 {
+        // The kernel's threads take as long as a busy machine lets them.
+        let begin = Instant::now();
+        while begin.elapsed() < PATIENCE {
             for source in 0..self.sources {
                 let _ = self.device.ready(source);
             }
