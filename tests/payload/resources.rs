@@ -42,13 +42,14 @@ pub fn settled() -> Resources {
 /// guard page. Whatever grows with each VM is more than that after a hundred of them.
 const CACHED_STACKS: usize = 2 * 20;
 
-/// Waits until this process holds what it held before.
+/// Waits until this process holds no more than it held before. It may hold less: what was still going away when that was
+/// counted, such as a thread of the kernel's for the io_uring, which shows among the process's own for 5 s.
 pub fn assert_back_to(before: &Resources) {
     let begin = Instant::now();
     loop {
         let now = now();
-        let back = now.descriptors == before.descriptors
-            && now.threads == before.threads
+        let back = now.descriptors <= before.descriptors
+            && now.threads <= before.threads
             && now.mappings <= before.mappings + CACHED_STACKS;
         if back {
             return;
