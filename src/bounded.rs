@@ -1,17 +1,17 @@
 //! Lists that come from files: no longer than what reads them has a use for.
 //!
 //! An entry takes a byte or two of a file where most of it is left out, and hundreds in memory: a file that is bounded
-//! bounds no list.
+//! bounds no list. Maps have keys that differ, which take more of it.
 
 use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 
-/// More than there are of anything that a VM has several of.
-const MOST: usize = 1024;
-/// More arguments than a program is given.
-const MOST_WORDS: usize = 1 << 16;
+/// More than there may be of anything that a VM has several of.
+pub(crate) const MOST_IN_LIST: usize = 1024;
+/// As many arguments as a program may be given: their bytes are bounded.
+const MOST_WORDS: usize = 1 << 17;
 
 /// Of parts of a VM, for `#[serde(deserialize_with)]`.
 pub(crate) fn list<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
@@ -19,7 +19,7 @@ where
     T: Deserialize<'de>,
     D: Deserializer<'de>,
 {
-    deserializer.deserialize_seq(List { most: MOST, entry: PhantomData })
+    deserializer.deserialize_seq(List { most: MOST_IN_LIST, entry: PhantomData })
 }
 
 /// Likewise of the words of a command.
@@ -66,8 +66,8 @@ mod tests {
         }
         let read = |text: String| serde_json::from_str::<Lists>(&text);
         let parts = |count| read(format!(r#"{{"parts": {:?}}}"#, vec![7; count]));
-        assert_eq!(parts(MOST).unwrap().parts, [7; MOST]);
-        let error = parts(MOST + 1).unwrap_err().to_string();
+        assert_eq!(parts(MOST_IN_LIST).unwrap().parts, [7; MOST_IN_LIST]);
+        let error = parts(MOST_IN_LIST + 1).unwrap_err().to_string();
         assert!(error.contains("invalid length 1025, expected a list of up to 1024"), "{error}");
         let argv = |count| read(format!(r#"{{"argv": {:?}}}"#, vec!["x"; count]));
         assert_eq!(argv(MOST_WORDS).unwrap().argv.len(), MOST_WORDS);

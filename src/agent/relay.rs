@@ -23,7 +23,7 @@ pub(crate) enum Caller {
 }
 
 /// Passes on what both say, until both have ended. Who closes before it has read all is still heard: what it said
-/// before reaches the other, for as long as that takes no longer than [`GOODBYE`].
+/// before is written to the other, for as long as that takes no longer than [`GOODBYE`].
 pub(crate) async fn pass_on(
     caller: impl AsyncRead + AsyncWrite,
     called: impl AsyncRead + AsyncWrite,
@@ -82,7 +82,10 @@ async fn one_way(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unp
             Err(_) => break End::CutOff,
         }
     };
-    let _ = to.shutdown().await;
+    // What was cut off shall not look whole, and the other may never take an end.
+    if !matches!(end, End::CutOff) {
+        let _ = to.shutdown().await;
+    }
     end
 }
 

@@ -174,7 +174,9 @@ impl SavedDisk {
     #[cfg(feature = "session")]
     pub(crate) fn may_have_changed(&self, original: &BlockConfig, given: Option<&Path>) -> bool {
         let is_base = |given: &Path| {
-            std::fs::canonicalize(given).is_ok_and(|given| self.base() == Some(&given))
+            let saved = self.base();
+            // By its own name also where it is not there now.
+            saved == Some(given) || std::fs::canonicalize(given).is_ok_and(|it| saved == Some(&it))
         };
         let is_elsewhere = given.is_some_and(|given| !is_base(given));
         if let Self::Left { base, delta: None } = self

@@ -15,6 +15,7 @@ use super::{
     AgentConfig, Entrypoint, Hook, HookAction, HookName, HostService, InterfaceConfig,
     MachineConfig, Overlay, ServicePort,
 };
+use crate::bounded::MOST_IN_LIST;
 use crate::config::Writes;
 use crate::protocol::{MAX_MESSAGE_BYTES, Wire};
 
@@ -88,6 +89,7 @@ impl AgentConfig {
             return Err(AgentConfigError::Interfaces { interfaces, networks });
         }
         self.interfaces.iter().try_for_each(InterfaceConfig::check)?;
+        check_count("name servers", &self.nameservers)?;
         self.nameservers.iter().try_for_each(|text| check_address("a name server", text))
     }
 
@@ -133,10 +135,20 @@ impl Disks<'_> {
 
 impl InterfaceConfig {
     pub(super) fn check(&self) -> Checked {
+        check_count("addresses of an interface", &self.addresses)?;
+        check_count("gateways of an interface", &self.gateways)?;
         if let Some(text) = self.addresses.iter().find(|text| !is_address_with_prefix(text)) {
             return Err(AgentConfigError::InterfaceAddress { text: text.clone() });
         }
         self.gateways.iter().try_for_each(|text| check_address("a gateway", text))
+    }
+}
+
+/// What is longer could be saved, and not be read again.
+fn check_count(what: &'static str, list: &[String]) -> Checked {
+    match list.len() {
+        count if count > MOST_IN_LIST => Err(AgentConfigError::TooMany { what, count }),
+        _ => Ok(()),
     }
 }
 

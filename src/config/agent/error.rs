@@ -6,6 +6,7 @@ use std::time::Duration;
 use thiserror::Error as ThisError;
 
 use super::HookName;
+use crate::bounded::MOST_IN_LIST;
 use crate::protocol::MAX_MESSAGE_BYTES;
 
 /// HOST_NAME_MAX of Linux.
@@ -56,6 +57,8 @@ pub(crate) enum AgentConfigError {
     InterfaceAddress { text: String },
     #[error("the address {text:?} of {what}: it takes one like 10.0.0.1 or fd00::1")]
     Address { what: &'static str, text: String },
+    #[error("{count} {what}: it takes up to {MOST_IN_LIST}")]
+    TooMany { what: &'static str, count: usize },
     #[error("addresses of {interfaces} network interfaces: the VM has {networks}")]
     Interfaces { interfaces: usize, networks: usize },
     #[error(

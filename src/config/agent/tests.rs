@@ -260,6 +260,13 @@ fn modules_are_names_and_not_many() {
     assert_eq!(refusal(many), "65 extra modules: it takes up to 64");
 }
 
+/// A snapshot of more could not be read.
+#[test]
+fn lists_are_no_longer_than_a_snapshot_may_have_them() {
+    let many = (0..1025).fold(AgentConfig::new(), |agent, _| agent.nameserver("10.0.0.1"));
+    assert_eq!(refusal(many), "1025 name servers: it takes up to 1024");
+}
+
 #[test]
 fn a_clone_has_what_is_said_of_it_in_place_of_what_was_saved() {
     let mut config = machine(whole());

@@ -68,6 +68,7 @@ fn a_disk_has_changed_where_it_has_or_where_nobody_can_ever_tell() {
     let saved = left(&config);
     fs::remove_file(&base).unwrap();
     assert!(!saved.may_have_changed(&config, None));
+    assert!(!saved.may_have_changed(&config, Some(&base)));
 }
 
 #[test]
