@@ -1,4 +1,7 @@
 //! Bytes that are passed on between two connections: a guest and a service, a client and a guest.
+//!
+//! `tokio::io::copy_bidirectional` ends both directions at the first error, and with it what the other side had said
+//! before it closed; and it waits without an end for who goes on to whom nobody listens.
 
 use std::future::Future;
 use std::pin::pin;
