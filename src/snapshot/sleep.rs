@@ -38,7 +38,14 @@ pub(crate) struct CloneNames {
 /// however that ends.
 #[derive(Debug)]
 pub(crate) struct WakeLock {
-    _directory: File,
+    directory: File,
+}
+
+/// Closing would leave it locked for as long as a process that is being started has a copy of the descriptor.
+impl Drop for WakeLock {
+    fn drop(&mut self) {
+        let _ = self.directory.unlock();
+    }
 }
 
 impl Snapshot {
@@ -105,10 +112,31 @@ impl OpenDirectory {
             Locked::Ours | Locked::NoLocks => {}
             Locked::Taken => return Err(SnapshotError::Awake { directory: self.path.clone() }),
         }
+        let lock = WakeLock { directory: file };
         // Whoever had the lock before may have suspended the VM again, to the same place.
         if !self.is_in_place() {
             return Err(SnapshotError::Replaced { directory: self.path.clone() });
         }
-        Ok(WakeLock { _directory: file })
+        Ok(lock)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    #[test]
+    fn who_has_a_copy_of_the_descriptor_keeps_nobody_asleep() {
+        let file = TempFile::new().unwrap();
+        let open = || File::open(file.as_path()).unwrap();
+        let lock = WakeLock { directory: open() };
+        assert!(matches!(file_lock::exclusive(&lock.directory).unwrap(), Locked::Ours));
+        let copy = lock.directory.try_clone().unwrap();
+        assert!(matches!(file_lock::exclusive(&open()).unwrap(), Locked::Taken));
+        drop(lock);
+        assert!(matches!(file_lock::exclusive(&open()).unwrap(), Locked::Ours));
+        drop(copy);
     }
 }
