@@ -149,6 +149,8 @@ impl Confinement {
         // A second descriptor of a file, and whether it is waited for; no signals from it.
         let commands = [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_SETFL];
         calls.insert(libc::SYS_fcntl, is(1, &commands.map(|command| command as u32)));
+        // Whoever has a disk last lets go of its lock.
+        calls.insert(libc::SYS_flock, is(1, &[libc::LOCK_UN as u32]));
         let requests: &[u32] = match self {
             Self::Device => &[FIONBIO, TCGETS, TUNSETOFFLOAD],
             Self::Vcpu => &[KVM_RUN, KVM_GET_REGS, FIONBIO, TCGETS, TUNSETOFFLOAD],

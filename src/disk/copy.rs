@@ -56,7 +56,7 @@ impl Disk {
             None => None,
         };
         if sync {
-            let written = self.delta.as_ref().map_or(&*self.file, |delta| delta.file());
+            let written = self.delta.as_ref().map_or(&**self.file, |delta| delta.file());
             written.sync_all().map_err(failed)?;
         }
         Ok(SavedDisk::Left { base: Base { path, facts }, delta })
@@ -125,7 +125,7 @@ impl Disk {
     }
 
     fn save_file(&self, to: &File, progress: &mut Progress<'_>) -> Result<(), Failed> {
-        if ioctl_ficlone(to, &self.file).is_ok() {
+        if ioctl_ficlone(to, &**self.file).is_ok() {
             return Ok(());
         }
         memory::set_len(to, self.facts.bytes)?;
@@ -134,7 +134,7 @@ impl Disk {
 
     /// Merges all deltas into one.
     fn save_deltas(&self, to: &File, progress: &mut Progress<'_>) -> Result<(), Failed> {
-        let mut merged = Delta::create(to.try_clone()?, self.sectors)?;
+        let mut merged = Delta::create(to.try_clone()?.into(), self.sectors)?;
         let deltas = self.deltas();
         let mut used: Vec<(u64, u64)> = deltas.iter().flat_map(|delta| delta.used()).collect();
         used.sort_unstable();

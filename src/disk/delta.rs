@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use super::{DiskError, Flush, MAX_BYTES_WITH_DELTA, Part, SECTOR_BYTES, extents, lock, open};
 use crate::config::FileFacts;
+use crate::file_lock::LockedFile;
 use crate::memory::{self, Clear, GuestBytes, Transfer};
 
 const MAGIC: [u8; 8] = *b"DORMDLTA";
@@ -33,7 +34,7 @@ type Page = [u8; PAGE_BYTES];
 /// An open delta.
 #[derive(Debug)]
 pub(super) struct Delta {
-    file: Arc<File>,
+    file: Arc<LockedFile>,
     /// As many pages as the disk needs; those that are zeros are not there.
     bitmap: Vec<Option<Box<Page>>>,
     /// Which pages of the bitmap the file does not have yet.
@@ -65,7 +66,7 @@ impl Delta {
             }
             Err(source) => return Err(failed(source)),
         };
-        lock(&file, path, true)?;
+        let file = lock(file, path, true)?;
         if !Self::is_unmade(&file, sectors) {
             return Self::read(file, path, base, sectors);
         }
@@ -88,7 +89,7 @@ impl Delta {
     /// Opens a delta that nobody writes to any more, for reading. Others may have it too.
     pub(super) fn open_frozen(path: &Path, base: &Path, sectors: u64) -> Result<Self, DiskError> {
         let file = open(path, false, 0)?;
-        lock(&file, path, false)?;
+        let file = lock(file, path, false)?;
         Self::read(file, path, base, sectors)
     }
 
@@ -100,7 +101,7 @@ impl Delta {
         let sectors = header.last_chunk().copied().map_or(0, u64::from_le_bytes);
         // What is no delta, or of a disk that is too large for one, is refused when it is opened.
         let file = file.filter(|_| sectors <= MAX_BYTES_WITH_DELTA / SECTOR_BYTES);
-        let delta = file.and_then(|file| Self::read(file, path, path, sectors).ok());
+        let delta = file.and_then(|file| Self::read(file.into(), path, path, sectors).ok());
         delta.is_some_and(|delta| delta.bitmap.iter().any(Option::is_some))
     }
 
@@ -114,12 +115,12 @@ impl Delta {
         let path = std::env::temp_dir();
         let mut options = File::options();
         options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE);
-        let file = options.open(&path).and_then(|file| Self::create(file, sectors));
+        let file = options.open(&path).and_then(|file| Self::create(file.into(), sectors));
         file.map_err(|source| DiskError::CreateDelta { path, source })
     }
 
     /// Makes an empty file an empty delta.
-    pub(super) fn create(file: File, sectors: u64) -> io::Result<Self> {
+    pub(super) fn create(file: LockedFile, sectors: u64) -> io::Result<Self> {
         let delta = Self::empty(file, sectors);
         let mut header = [0; 20];
         header[..8].copy_from_slice(&MAGIC);
@@ -131,7 +132,7 @@ impl Delta {
     }
 
     /// Reads the header and the bitmap of a file that anybody may have written.
-    fn read(file: File, path: &Path, base: &Path, expected: u64) -> Result<Self, DiskError> {
+    fn read(file: LockedFile, path: &Path, base: &Path, expected: u64) -> Result<Self, DiskError> {
         let reason = |reason| DiskError::NotADelta { path: path.to_owned(), reason };
         let mut header = [0; 20];
         file.read_exact_at(&mut header, 0).map_err(|_| reason("it is too short"))?;
@@ -166,7 +167,7 @@ impl Delta {
         HEADER_BYTES + sectors.div_ceil(PAGE_SECTORS) * PAGE_BYTES as u64
     }
 
-    fn empty(file: File, sectors: u64) -> Self {
+    fn empty(file: LockedFile, sectors: u64) -> Self {
         let pages = sectors.div_ceil(PAGE_SECTORS) as usize;
         Self {
             file: Arc::new(file),
@@ -306,7 +307,7 @@ impl Delta {
 
     /// First the sectors, then the bits as they are now, so that no bit speaks of a sector that a
     /// power cut may take.
-    pub(super) fn flush(&mut self, sync: fn(&Arc<File>) -> Transfer) -> Flush {
+    pub(super) fn flush(&mut self, sync: fn(&Arc<LockedFile>) -> Transfer) -> Flush {
         let dirty = self.dirty_pages();
         let mut stages = VecDeque::from([vec![sync(&self.file)]]);
         if !dirty.is_empty() {

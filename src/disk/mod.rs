@@ -35,7 +35,7 @@ pub(crate) use self::extents::Extents;
 pub(crate) use self::progress::Progress;
 pub(crate) use self::saved::{BELOW, SavedDisk};
 use crate::config::{BlockConfig, FileFacts, Writes};
-use crate::file_lock::{self, Locked};
+use crate::file_lock::{Locked, LockedFile};
 use crate::memory::{Clear, GuestBytes, Transfer};
 
 /// The unit of a disk's size, and of what a delta remembers.
@@ -52,9 +52,9 @@ pub(crate) struct Disk {
     path: PathBuf,
     /// What the file was when it was opened.
     facts: FileFacts,
-    file: Arc<File>,
-    /// The same file past the page cache.
-    direct: Option<Arc<File>>,
+    file: Arc<LockedFile>,
+    /// The same file past the page cache. The lock is the other's.
+    direct: Option<Arc<LockedFile>>,
     /// Of others too, the lowest first.
     frozen: Vec<Delta>,
     /// Of this VM alone.
@@ -75,13 +75,13 @@ enum Change {
 
 /// A part of a request: bytes of guest RAM, and where they are on the host.
 pub(crate) struct Part<'a, 'ram> {
-    pub(crate) file: &'a Arc<File>,
+    pub(crate) file: &'a Arc<LockedFile>,
     pub(crate) offset: u64,
     pub(crate) bytes: GuestBytes<'ram>,
     /// Whether the page cache is asked first.
     pub(crate) cached: bool,
     /// The file that has the lock, where `file` is another way to the same.
-    pub(crate) locked: Option<&'a Arc<File>>,
+    pub(crate) locked: Option<&'a Arc<LockedFile>>,
 }
 
 /// The parts of a request, in order. Without a delta there is one.
@@ -129,7 +129,7 @@ impl Disk {
         let path = &config.path;
         let read_only = config.writes == Writes::Refused;
         let writable = config.writes == Writes::ToDisk;
-        let mut file = open(path, writable, 0).map_err(|error| match error {
+        let file = open(path, writable, 0).map_err(|error| match error {
             DiskError::Open { path, source } if config.expected.is_some() => {
                 DiskError::of_known(&path, source)
             }
@@ -141,12 +141,12 @@ impl Disk {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::Kind { path: path.clone() });
         }
-        lock(&file, path, writable)?;
+        let file = lock(file, path, writable)?;
         let direct = match config.direct {
-            true => Some(Arc::new(open(path, writable, libc::O_DIRECT)?)),
+            true => Some(Arc::new(open(path, writable, libc::O_DIRECT)?.into())),
             false => None,
         };
-        let end = file.seek(SeekFrom::End(0));
+        let end = (&*file).seek(SeekFrom::End(0));
         let bytes = end.map_err(|source| DiskError::Open { path: path.clone(), source })?;
         let sectors = bytes / SECTOR_BYTES;
         let facts = facts(&metadata, bytes);
@@ -323,10 +323,10 @@ fn open(path: &Path, writable: bool, flags: i32) -> Result<File, DiskError> {
 }
 
 /// Keeps others from writing to a file, or from using it at all where we write to it.
-fn lock(file: &File, path: &Path, writable: bool) -> Result<(), DiskError> {
-    let locked = if writable { file_lock::exclusive(file) } else { file_lock::shared(file) };
+fn lock(file: File, path: &Path, writable: bool) -> Result<LockedFile, DiskError> {
+    let locked = if writable { LockedFile::exclusive(file) } else { LockedFile::shared(file) };
     match locked {
-        Ok(Locked::Ours | Locked::NoLocks) => Ok(()),
+        Ok(Locked::Ours(file) | Locked::NoLocks(file)) => Ok(file),
         Ok(Locked::Taken) => Err(DiskError::InUse { path: path.to_owned() }),
         Err(source) => Err(DiskError::Open { path: path.to_owned(), source }),
     }

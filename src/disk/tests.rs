@@ -327,6 +327,25 @@ fn frozen_deltas_are_locked_against_writers_and_must_be_of_this_disk() {
 }
 
 #[test]
+fn a_disk_is_locked_until_its_last_operation_has_ended_whoever_has_copies_of_its_descriptors() {
+    let folder = Folder::new();
+    let (base, _) = folder.base();
+    let delta = folder.path("delta");
+    for config in [BlockConfig::new(&base), BlockConfig::new(&base).delta(&delta)] {
+        let mut disk = Disk::open(&config).unwrap();
+        let files = [Some(&**disk.file), disk.delta.as_ref().map(Delta::file)];
+        let copies = files.map(|file| file.map(|file| file.try_clone().unwrap()));
+        let flush = disk.flush();
+        drop(disk);
+        let error = Disk::open(&config).unwrap_err();
+        assert!(matches!(error, DiskError::InUse { .. }), "{error}");
+        drop(flush);
+        Disk::open(&config).unwrap();
+        drop(copies);
+    }
+}
+
+#[test]
 fn a_hole_of_exbibytes_is_no_disk_below_a_delta() {
     let folder = Folder::new();
     let path = folder.path("hole");
@@ -418,7 +437,7 @@ fn no_file_of_a_disk_is_said_to_never_block() {
     for _ in 0..2 {
         let disk = Disk::open(&config).unwrap();
         let flags =
-            [&disk.file, disk.direct.as_ref().unwrap()].map(|file| fcntl_getfl(file).unwrap());
+            [&disk.file, disk.direct.as_ref().unwrap()].map(|file| fcntl_getfl(&***file).unwrap());
         assert!(flags.iter().all(|flags| !flags.contains(OFlags::NONBLOCK)), "{flags:?}");
         assert!(flags[1].contains(OFlags::DIRECT) && flags[0].contains(OFlags::NOATIME));
     }

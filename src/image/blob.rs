@@ -6,11 +6,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use super::skip::Skip;
+use crate::file_lock::LockedFile;
 
 /// Bytes of a file, from an offset on. Clones share the file, and each has a position of its own.
 #[derive(Clone, Debug)]
 pub(super) struct Blob {
-    file: Arc<File>,
+    file: Arc<LockedFile>,
     begin: u64,
     len: u64,
     at: u64,
@@ -20,12 +21,12 @@ impl Blob {
     /// All of a file.
     pub(super) fn whole(file: File) -> io::Result<Self> {
         let len = file.metadata()?.len();
-        Ok(Self { file: Arc::new(file), begin: 0, len, at: 0 })
+        Ok(Self { file: Arc::new(file.into()), begin: 0, len, at: 0 })
     }
 
     /// The same, of a file that others use too.
     #[cfg(feature = "registry")]
-    pub(super) fn shared(file: Arc<File>) -> io::Result<Self> {
+    pub(super) fn shared(file: Arc<LockedFile>) -> io::Result<Self> {
         let len = file.metadata()?.len();
         Ok(Self { file, begin: 0, len, at: 0 })
     }

@@ -4,7 +4,7 @@
 //! several processes one makes it and the others wait. Whoever uses a file has it locked too, shared, so that
 //! nobody removes what is used.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, futimens};
 use super::ImageError;
 use super::rootfs::is_whole;
 use crate::error::Error;
+use crate::file_lock::{Locked, LockedFile};
 
 /// How often is looked whether another process is done.
 const LOCK_POLL: Duration = Duration::from_millis(20);
@@ -43,7 +44,7 @@ pub(super) enum Shelf {
 pub(super) struct Cached {
     pub(super) path: PathBuf,
     /// Locked, shared.
-    pub(super) file: Arc<File>,
+    pub(super) file: Arc<LockedFile>,
 }
 
 /// A name that nobody else makes a file for now.
@@ -53,7 +54,7 @@ pub(super) struct Reserved {
     partial: PathBuf,
     file: File,
     /// Locked while the file is made.
-    _lock: File,
+    _lock: LockedFile,
     is_done: bool,
 }
 
@@ -247,13 +248,13 @@ fn create(path: &Path) -> io::Result<File> {
 }
 
 /// The lock of a name, unless another has it.
-fn lock(path: &Path) -> io::Result<Option<File>> {
+fn lock(path: &Path) -> io::Result<Option<LockedFile>> {
     let file =
         OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
-    match file.try_lock() {
-        Ok(()) => Ok(is_at(&file, path)?.then_some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(error)) => Err(error),
+    match LockedFile::exclusive_now(file)? {
+        Locked::Ours(file) => Ok(is_at(&file, path)?.then_some(file)),
+        Locked::Taken => Ok(None),
+        Locked::NoLocks(_) => Err(io::ErrorKind::Unsupported.into()),
     }
 }
 
@@ -267,14 +268,14 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-fn find(path: &Path, shelf: Shelf) -> io::Result<Option<File>> {
+fn find(path: &Path, shelf: Shelf) -> io::Result<Option<LockedFile>> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file?,
     };
     // Only who removes it has it locked otherwise, and not for long.
-    file.lock_shared()?;
+    let file = LockedFile::wait_shared(file)?;
     if !is_at(&file, path)? {
         return Ok(None);
     }
@@ -285,7 +286,7 @@ fn find(path: &Path, shelf: Shelf) -> io::Result<Option<File>> {
     // The order of eviction. The time of the change stays: snapshots know the disk by it.
     let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
     let same = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
-    let _ = futimens(&file, &Timestamps { last_access: now, last_modification: same });
+    let _ = futimens(&*file, &Timestamps { last_access: now, last_modification: same });
     Ok(Some(file))
 }
 
@@ -322,11 +323,11 @@ fn remove_unused(directory: &Path, file: &OnShelf) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
         opened => opened?,
     };
-    match opened.try_lock() {
-        Err(TryLockError::WouldBlock) => return Ok(false),
-        Err(TryLockError::Error(error)) => return Err(error),
-        Ok(()) => {}
-    }
+    let _unused = match LockedFile::exclusive_now(opened)? {
+        Locked::Ours(file) => file,
+        Locked::Taken => return Ok(false),
+        Locked::NoLocks(_) => return Err(io::ErrorKind::Unsupported.into()),
+    };
     fs::remove_file(&file.path)?;
     fs::remove_file(&lock_path)?;
     Ok(true)

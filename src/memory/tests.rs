@@ -2,7 +2,8 @@
 //! another.
 
 use std::fs::{self, File};
-use std::io::{Write, pipe};
+use std::io::{PipeWriter, Write, pipe};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,17 +14,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::{Clear, FileIo, GuestBytes, GuestRam, IoQueue, Transfer};
 use crate::error::{Error, ErrorKind};
+use crate::file_lock::LockedFile;
 use crate::machine::disk_io;
 
 /// A file that goes with it.
-struct TempFile(PathBuf, Arc<File>);
+struct TempFile(PathBuf, Arc<LockedFile>);
 
 impl TempFile {
     fn new(folder: &Path, name: &str, content: &[u8]) -> Self {
         let path = folder.join(format!("dormouse-transfer-{}-{name}", std::process::id()));
         fs::write(&path, content).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
-        Self(path, Arc::new(file))
+        Self(path, Arc::new(file.into()))
     }
 }
 
@@ -31,6 +33,11 @@ impl Drop for TempFile {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
     }
+}
+
+/// One end of a pipe, as a disk that hangs when it is full.
+fn file_of(writer: &PipeWriter) -> Arc<LockedFile> {
+    Arc::new(File::from(OwnedFd::from(writer.try_clone().unwrap())).into())
 }
 
 /// Both ways to wait: the process's ring, and threads.
@@ -54,8 +61,8 @@ fn wait_for(io: &FileIo, count: usize) -> Vec<(u64, Option<i32>)> {
 
 #[test]
 fn a_full_disk_and_a_file_that_may_not_be_written_are_errors() {
-    let full = Arc::new(File::options().write(true).open("/dev/full").unwrap());
-    let read_only = Arc::new(File::open("/dev/zero").unwrap());
+    let full = Arc::new(File::options().write(true).open("/dev/full").unwrap().into());
+    let read_only = Arc::new(File::open("/dev/zero").unwrap().into());
     for queue in queues() {
         let io = FileIo::new(&queue).unwrap();
         io.submit(vec![
@@ -71,7 +78,7 @@ fn an_operation_that_hangs_holds_up_no_other() {
     let file = TempFile::new(&std::env::temp_dir(), "hang", &[0; 4096]);
     // Nothing to write into a full pipe until somebody reads from it.
     let (mut reader, mut writer) = pipe().unwrap();
-    let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(writer.try_clone().unwrap())));
+    let pipe = file_of(&writer);
     let queue = disk_io::queue().unwrap();
     let (slow, quick) = (FileIo::new(&queue).unwrap(), FileIo::new(&queue).unwrap());
     slow.submit(vec![(1, Transfer::write_bytes(&pipe, 0, vec![7; 1 << 20]))]);
@@ -162,7 +169,7 @@ fn a_client_that_hangs_has_few_places_and_gives_up_what_has_not_begun() {
     let (hung, other) = (FileIo::new(&queue).unwrap(), FileIo::new(&queue).unwrap());
     let pipes: Vec<_> = (0..300).map(|_| pipe().unwrap()).collect();
     let writes = pipes.iter().map(|(_, writer)| {
-        let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(writer.try_clone().unwrap())));
+        let pipe = file_of(writer);
         (0, Transfer::write_bytes(&pipe, 0, vec![7; 1 << 20]))
     });
     hung.submit(writes.collect());

@@ -1,7 +1,6 @@
 //! One operation on a file, with all that it touches: it can be done later, by the kernel or by
 //! another thread, whatever becomes of the device that asked for it.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use io_uring::{opcode, squeue, types};
 
 use super::{GuestBuffers, MAX_IOVECS};
+use crate::file_lock::LockedFile;
 
 /// The zeros that are written: the same for all, since a guest may ask for many ranges.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -27,10 +27,10 @@ unsafe impl Sync for Iovecs {}
 /// An operation that is not done yet.
 #[derive(Debug)]
 pub(crate) struct Transfer {
-    file: Arc<File>,
+    file: Arc<LockedFile>,
     /// Open for as long as it is under way: the one with the lock, where `file` is the same past the
     /// page cache.
-    _locked: Option<Arc<File>>,
+    _locked: Option<Arc<LockedFile>>,
     offset: u64,
     kind: Kind,
 }
@@ -88,32 +88,32 @@ pub(crate) enum Progress {
 
 impl Transfer {
     /// Fills `buffers` from `offset`.
-    pub(crate) fn read(file: &Arc<File>, offset: u64, buffers: GuestBuffers) -> Self {
+    pub(crate) fn read(file: &Arc<LockedFile>, offset: u64, buffers: GuestBuffers) -> Self {
         Self::new(file, offset, Kind::Read(buffers))
     }
 
     /// Writes `buffers` at `offset`.
-    pub(crate) fn write(file: &Arc<File>, offset: u64, buffers: GuestBuffers) -> Self {
+    pub(crate) fn write(file: &Arc<LockedFile>, offset: u64, buffers: GuestBuffers) -> Self {
         Self::new(file, offset, Kind::Write(buffers))
     }
 
     /// Writes bytes of the host at `offset`.
-    pub(crate) fn write_bytes(file: &Arc<File>, offset: u64, bytes: Vec<u8>) -> Self {
+    pub(crate) fn write_bytes(file: &Arc<LockedFile>, offset: u64, bytes: Vec<u8>) -> Self {
         Self::new(file, offset, Kind::WriteBytes { bytes, done: 0 })
     }
 
     /// Brings what was written to the disk (fdatasync).
-    pub(crate) fn data_sync(file: &Arc<File>) -> Self {
+    pub(crate) fn data_sync(file: &Arc<LockedFile>) -> Self {
         Self::new(file, 0, Kind::Sync { data_only: true })
     }
 
     /// The same, and the file's times (fsync).
-    pub(crate) fn sync(file: &Arc<File>) -> Self {
+    pub(crate) fn sync(file: &Arc<LockedFile>) -> Self {
         Self::new(file, 0, Kind::Sync { data_only: false })
     }
 
     /// Clears `len` bytes at `offset`.
-    pub(crate) fn clear(file: &Arc<File>, offset: u64, len: u64, clear: Clear) -> Self {
+    pub(crate) fn clear(file: &Arc<LockedFile>, offset: u64, len: u64, clear: Clear) -> Self {
         let ways: &[Way] = match clear {
             Clear::Discard => &[Way::Punch, Way::Nothing],
             Clear::Unmap => &[Way::Punch, Way::Zero, Way::Write],
@@ -122,12 +122,12 @@ impl Transfer {
         Self::new(file, offset, Kind::Clear { len, ways })
     }
 
-    fn new(file: &Arc<File>, offset: u64, kind: Kind) -> Self {
+    fn new(file: &Arc<LockedFile>, offset: u64, kind: Kind) -> Self {
         Self { file: Arc::clone(file), _locked: None, offset, kind }
     }
 
     /// Keeps another file open until it has ended.
-    pub(crate) fn keeping(self, locked: Option<&Arc<File>>) -> Self {
+    pub(crate) fn keeping(self, locked: Option<&Arc<LockedFile>>) -> Self {
         Self { _locked: locked.cloned(), ..self }
     }
 

@@ -12,7 +12,7 @@ use super::error::SessionError;
 use super::state::Listeners;
 use crate::config::RestoreOptions;
 use crate::error::Error;
-use crate::file_lock::{self, Locked};
+use crate::file_lock::{Locked, LockedFile};
 use crate::microvm::{MicroVm, Suspended};
 
 /// A directory of sessions that is this process's, until the last session of it is dropped.
@@ -20,7 +20,7 @@ use crate::microvm::{MicroVm, Suspended};
 pub(super) struct Home {
     path: PathBuf,
     /// Locked (flock), so that it goes with the process, however that ends.
-    _lock: File,
+    _lock: LockedFile,
     /// Who is told of the events of all sessions.
     pub(super) listeners: Arc<Listeners>,
     given: Given,
@@ -45,15 +45,15 @@ impl Home {
         let lock = path.join(".lock");
         let file = File::options().create(true).append(true).mode(0o600).open(&lock);
         let file = file.map_err(SessionError::io("open", &lock))?;
-        match file_lock::exclusive(&file).map_err(SessionError::io("lock", &lock))? {
-            Locked::Ours => {}
+        let locked = match LockedFile::exclusive(file).map_err(SessionError::io("lock", &lock))? {
+            Locked::Ours(locked) => locked,
             Locked::Taken => return Err(SessionError::InUse { path }),
-            Locked::NoLocks => {
+            Locked::NoLocks(_) => {
                 let error = io::Error::from(io::ErrorKind::Unsupported);
                 return Err(SessionError::io("lock", &lock)(error));
             }
-        }
-        Ok(Self { path, _lock: file, listeners: Arc::default(), given })
+        };
+        Ok(Self { path, _lock: locked, listeners: Arc::default(), given })
     }
 
     /// The directory of a session.

@@ -4,7 +4,7 @@
 //! a directory `.NAME.partial-…` that nobody takes for a snapshot. The next save to the same
 //! place removes it.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -17,6 +17,7 @@ use rustix::fs::{
 use thiserror::Error as ThisError;
 
 use crate::disk::BELOW;
+use crate::file_lock::{Locked, LockedFile};
 use crate::random::random;
 
 /// The file that makes a directory a snapshot.
@@ -147,7 +148,7 @@ pub(crate) struct Staging {
     target: PathBuf,
     path: PathBuf,
     /// Locked: a directory whose lock is free is of a process that is gone.
-    directory: File,
+    directory: LockedFile,
 }
 
 impl Staging {
@@ -318,15 +319,16 @@ fn open_directory(at: impl AsFd, path: &Path, more: OFlags) -> io::Result<File> 
 }
 
 /// Opens and locks a directory that was just made; `None` where it was removed before.
-pub(super) fn lock_new(path: &Path) -> io::Result<Option<File>> {
+pub(super) fn lock_new(path: &Path) -> io::Result<Option<LockedFile>> {
     let directory = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
     };
-    match directory.try_lock() {
-        Err(TryLockError::Error(error)) if error.kind() != io::ErrorKind::Unsupported => Err(error),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        _ => Ok((directory.metadata()?.nlink() > 0).then_some(directory)),
+    match LockedFile::exclusive_now(directory)? {
+        Locked::Ours(directory) | Locked::NoLocks(directory) => {
+            Ok((directory.metadata()?.nlink() > 0).then_some(directory))
+        }
+        Locked::Taken => Ok(None),
     }
 }
 
@@ -382,7 +384,7 @@ fn remove_abandoned(parent: &Path, name: &str) {
 pub(super) fn remove_unlocked(path: &Path) {
     // In a folder of many anybody may give such a name to a link to a snapshot, or to a FIFO.
     let Ok(directory) = open_directory(CWD, path, OFlags::NOFOLLOW) else { return };
-    if directory.try_lock().is_ok() {
+    if let Ok(Locked::Ours(directory)) = LockedFile::exclusive_now(directory) {
         remove_files(&directory);
         let _ = fs::remove_dir(path);
     }

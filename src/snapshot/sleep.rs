@@ -3,7 +3,6 @@
 //! A snapshot is nobody: any number of VMs come from it, each told that it is another. The files of a VM
 //! that was suspended are a snapshot as well, and say besides that one VM may go on from them as itself.
 
-use std::fs::File;
 #[cfg(feature = "session")]
 use std::path::Path;
 
@@ -15,7 +14,7 @@ use super::{Place, Purpose, Snapshot};
 use crate::bounded;
 use crate::config::{InterfaceConfig, RestoreOptions};
 use crate::error::Error;
-use crate::file_lock::{self, Locked};
+use crate::file_lock::{Locked, LockedFile};
 
 /// In the state of a VM that was suspended, and in no other's.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,14 +37,7 @@ pub(crate) struct CloneNames {
 /// however that ends.
 #[derive(Debug)]
 pub(crate) struct WakeLock {
-    directory: File,
-}
-
-/// Closing would leave it locked for as long as a process that is being started has a copy of the descriptor.
-impl Drop for WakeLock {
-    fn drop(&mut self) {
-        let _ = self.directory.unlock();
-    }
+    _directory: LockedFile,
 }
 
 impl Snapshot {
@@ -108,35 +100,16 @@ impl OpenDirectory {
     /// As [`Snapshot::wake_lock`].
     pub(super) fn wake_lock(&self) -> Result<WakeLock, SnapshotError> {
         let file = self.reopen().map_err(SnapshotError::open(&self.path))?;
-        match file_lock::exclusive(&file).map_err(SnapshotError::open(&self.path))? {
-            Locked::Ours | Locked::NoLocks => {}
-            Locked::Taken => return Err(SnapshotError::Awake { directory: self.path.clone() }),
-        }
-        let lock = WakeLock { directory: file };
+        let directory =
+            match LockedFile::exclusive(file).map_err(SnapshotError::open(&self.path))? {
+                Locked::Ours(directory) | Locked::NoLocks(directory) => directory,
+                Locked::Taken => return Err(SnapshotError::Awake { directory: self.path.clone() }),
+            };
+        let lock = WakeLock { _directory: directory };
         // Whoever had the lock before may have suspended the VM again, to the same place.
         if !self.is_in_place() {
             return Err(SnapshotError::Replaced { directory: self.path.clone() });
         }
         Ok(lock)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use vmm_sys_util::tempfile::TempFile;
-
-    use super::*;
-
-    #[test]
-    fn who_has_a_copy_of_the_descriptor_keeps_nobody_asleep() {
-        let file = TempFile::new().unwrap();
-        let open = || File::open(file.as_path()).unwrap();
-        let lock = WakeLock { directory: open() };
-        assert!(matches!(file_lock::exclusive(&lock.directory).unwrap(), Locked::Ours));
-        let copy = lock.directory.try_clone().unwrap();
-        assert!(matches!(file_lock::exclusive(&open()).unwrap(), Locked::Taken));
-        drop(lock);
-        assert!(matches!(file_lock::exclusive(&open()).unwrap(), Locked::Ours));
-        drop(copy);
     }
 }

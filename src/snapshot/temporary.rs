@@ -1,13 +1,14 @@
 //! Directories in the folder for temporary files, of snapshots that are in memory.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use super::directory;
+use crate::file_lock::LockedFile;
 use crate::random::random;
 
 const PREFIX: &str = "dormouse-";
@@ -19,7 +20,7 @@ const HOST_DIGITS: usize = 8;
 pub(super) struct Temporary {
     pub(super) path: PathBuf,
     /// Locked: a directory whose lock is free is of a process that is gone.
-    directory: Option<File>,
+    directory: Option<LockedFile>,
 }
 
 impl Temporary {
@@ -79,8 +80,6 @@ fn is_of(host: &str, name: &OsStr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
 
     #[test]
@@ -106,12 +105,8 @@ mod tests {
         assert!(locked.join("disk-0").exists() && other.join("disk-0").exists());
         assert!(foreign.join("thesis.txt").exists());
         drop(lock);
-        // A process that another test starts may still have it for a moment.
-        let begin = Instant::now();
-        while locked.exists() {
-            sweep(&folder, &host);
-            assert!(begin.elapsed() < Duration::from_secs(60));
-        }
+        sweep(&folder, &host);
+        assert!(!locked.exists());
         fs::remove_dir_all(&folder).unwrap();
         let path = used.path.clone();
         drop(used);

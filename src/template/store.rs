@@ -4,7 +4,7 @@
 //! locked by who builds it; KEY.inactive, where nobody shall start it; `.KEY.building` in between.
 
 use std::fmt;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use tokio::time::sleep;
 
 use super::error::TemplateError;
 use crate::error::Error;
+use crate::file_lock::{Locked, LockedFile};
 use crate::snapshot::Snapshot;
 
 /// How long one that is being built elsewhere is left alone.
@@ -155,24 +156,24 @@ impl Entry {
     }
 
     /// Whoever has the lock builds; a process that ends has none.
-    async fn lock(&self, waiting: impl FnOnce()) -> Result<File, Error> {
+    async fn lock(&self, waiting: impl FnOnce()) -> Result<LockedFile, Error> {
         let path = self.file("lock");
-        let file = File::options().create(true).append(true).mode(0o600).open(&path);
-        let file = file.map_err(TemplateError::io("open", &path))?;
         let mut waiting = Some(waiting);
         loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) => {
-                    if let Some(waiting) = waiting.take() {
-                        waiting();
-                    }
-                    sleep(AGAIN).await;
-                }
-                Err(TryLockError::Error(error)) => {
+            let file = File::options().create(true).append(true).mode(0o600).open(&path);
+            let file = file.map_err(TemplateError::io("open", &path))?;
+            match LockedFile::exclusive_now(file).map_err(TemplateError::io("lock", &path))? {
+                Locked::Ours(lock) => return Ok(lock),
+                Locked::Taken => {}
+                Locked::NoLocks(_) => {
+                    let error = io::Error::from(io::ErrorKind::Unsupported);
                     return Err(TemplateError::io("lock", &path)(error).into());
                 }
             }
+            if let Some(waiting) = waiting.take() {
+                waiting();
+            }
+            sleep(AGAIN).await;
         }
     }
 
@@ -184,7 +185,7 @@ impl Entry {
             let lock = File::open(Self { key, ..self.clone() }.file("lock"));
             // Kept until it is removed: nobody builds one meanwhile.
             if let Ok(lock) = lock
-                && lock.try_lock().is_ok()
+                && let Ok(Locked::Ours(_lock)) = LockedFile::exclusive_now(lock)
             {
                 let _ = fs::remove_dir_all(entry.path());
             }
@@ -205,7 +206,7 @@ pub(super) struct Building {
     pub(super) path: PathBuf,
     pub(super) id: Option<[u8; 16]>,
     /// Let go of when the snapshot is in its place, or gone.
-    _lock: File,
+    _lock: LockedFile,
 }
 
 impl Building {

@@ -227,8 +227,9 @@ fn written_pages_are_those_that_anybody_wrote() {
             let into = slice(LOW_PAGES + 10, 5000);
             into.read_frame(frame.0.as_fd(), &mut [0; 8]).unwrap();
             let io = FileIo::new(&queue).unwrap();
+            let disk = Arc::new(file.try_clone().unwrap().into());
             let into = slice(100, 3 * PAGE_BYTES).keep(&ram);
-            io.submit(vec![(0, Transfer::read(&file, 0, into))]);
+            io.submit(vec![(0, Transfer::read(&disk, 0, into))]);
             assert_eq!(wait_for(&io, 1), [(0, None)]);
             ram.write(&[8], address(200)).unwrap();
             ram.discard(address(200), PAGE_BYTES);

@@ -44,6 +44,26 @@ fn a_confined_thread_computes_and_writes_but_opens_nothing() {
     assert_eq!(status("Seccomp_filters:"), before, "the caller's thread stays as it was");
 }
 
+#[test]
+fn a_confined_thread_lets_go_of_locks_and_takes_none() {
+    use crate::file_lock::{Locked, LockedFile};
+    let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
+    let open = || std::fs::File::open(file.as_path()).unwrap();
+    for confinement in [Confinement::Device, Confinement::Vcpu] {
+        let Locked::Ours(locked) = LockedFile::exclusive_now(open()).unwrap() else {
+            panic!("it is taken")
+        };
+        let (copy, other) = (locked.try_clone().unwrap(), open());
+        confined(confinement, move || {
+            drop(locked);
+            let refused = LockedFile::shared(other).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+        });
+        assert!(matches!(LockedFile::exclusive_now(open()).unwrap(), Locked::Ours(_)));
+        drop(copy);
+    }
+}
+
 /// Sends signal 0, which is none, to a thread: 0 where another one might be sent.
 fn signal(process: i32, thread: i32) -> i64 {
     // SAFETY: the call has no memory arguments.
