@@ -6,7 +6,7 @@
 //! the guest wait, and a guest that does not read makes the host wait.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
@@ -285,12 +285,26 @@ impl Connection {
     pub(super) fn shut(&mut self, flags: u32) -> bool {
         if flags & SHUTDOWN_RECEIVE != 0 && std::mem::take(&mut self.guest_receives) {
             let _ = self.socket.shutdown(Shutdown::Read);
+            self.read_in_vain();
         }
         if flags & SHUTDOWN_SEND != 0 {
             self.guest_sends = false;
             self.flush();
         }
         !self.is_requested() && (self.guest_receives || self.guest_sends)
+    }
+
+    /// Takes what the host has said and the guest will not, once reading is shut down and nothing can follow. A socket that
+    /// is closed with something unread ends in a reset, and this guest closes in order.
+    fn read_in_vain(&self) {
+        let mut buffer = [0; 16 << 10];
+        loop {
+            match (&self.socket).read(&mut buffer) {
+                Ok(0) => break,
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => break,
+                _ => {}
+            }
+        }
     }
 
     /// Ends it, but for what the host has still to read.

@@ -221,6 +221,26 @@ fn a_host_that_closes_without_reading_resets_the_guest() {
 }
 
 #[test]
+fn a_guest_that_closes_in_order_is_at_its_end_whatever_it_did_not_take() {
+    let (mut guest, handle, vsock) = guest();
+    let listener = vsock.listen(9).unwrap();
+    guest.send(&Packet { buf_alloc: 10, ..Packet::of_guest(1, 9, REQUEST) });
+    guest.expect(RESPONSE);
+    let mut stream = listener.accept_timeout(PATIENCE).unwrap();
+    // More than it has room for.
+    stream.write_all(&[7; 1000]).unwrap();
+    assert_eq!(guest.expect(RW).body.len(), 10);
+    guest.expect(CREDIT_REQUEST);
+    guest.send(&Packet { buf_alloc: 10, ..Packet::data(1, 9, b"too large") });
+    guest.send(&Packet { flags: 3, buf_alloc: 10, ..Packet::of_guest(1, 9, SHUTDOWN) });
+    guest.expect(RST);
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "too large");
+    assert_eq!((metrics(&handle).active, metrics(&handle).reset), (0, 0));
+}
+
+#[test]
 fn a_guest_that_vanishes_leaves_the_ends_of_its_streams() {
     let (mut guest, handle, vsock) = guest();
     let listener = vsock.listen(9).unwrap();
