@@ -1,14 +1,16 @@
 //! Bytes that are passed on between two connections: a guest and a service, a client and a guest.
 //!
 //! `tokio::io::copy_bidirectional` ends both directions at the first error, and with it what the other side had said
-//! before it closed; and it waits without an end for who goes on to whom nobody listens.
+//! before it closed; and it waits without an end for who goes on to whom nobody listens. A caller who does is read from
+//! for a while, in vain: a TCP connection that is closed with something unread is reset, and may lose the end of the
+//! answer.
 
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// What is read of a connection before it is written to the other.
 const BUFFER_BYTES: usize = 16 << 10;
@@ -26,7 +28,8 @@ pub(crate) enum Caller {
 }
 
 /// Passes on what both say, until both have ended. Who closes before it has read all is still heard: what it said
-/// before is written to the other, for as long as that takes no longer than [`GOODBYE`].
+/// before is written to the other, for as long as that takes no longer than [`GOODBYE`]. So long a caller may go on to
+/// whom nobody listens, which it learns by the end of the answer alone.
 pub(crate) async fn pass_on(
     caller: impl AsyncRead + AsyncWrite,
     called: impl AsyncRead + AsyncWrite,
@@ -34,8 +37,9 @@ pub(crate) async fn pass_on(
 ) {
     let (from_caller, to_caller) = split(caller);
     let (from_called, to_called) = split(called);
-    let mut there = pin!(one_way(from_caller, to_called));
-    let mut back = pin!(one_way(from_called, to_caller));
+    let mut there = pin!(one_way(from_caller, to_called, GOODBYE));
+    // Where the caller has gone, who is called learns it at once.
+    let mut back = pin!(one_way(from_called, to_caller, Duration::ZERO));
     tokio::select! {
         end = &mut there => end.and_then(back, Caller::Heard).await,
         end = &mut back => end.and_then(there, afterwards).await,
@@ -45,8 +49,10 @@ pub(crate) async fn pass_on(
 /// How one direction ended.
 enum End {
     Said,
-    /// Who it goes to takes no more.
-    Unheard,
+    /// Who it goes to takes no more. The other direction has until then.
+    Unheard {
+        until: Instant,
+    },
     /// Who it comes from did not come to its end.
     CutOff,
 }
@@ -58,16 +64,20 @@ impl End {
             (Self::Said, Caller::Heard) => {
                 other.await;
             }
-            (Self::Said, Caller::Dismissed) | (Self::Unheard, _) => {
-                drop(timeout(GOODBYE, other).await);
-            }
+            (Self::Said, Caller::Dismissed) => drop(timeout(GOODBYE, other).await),
+            (Self::Unheard { until }, _) => drop(timeout_at(until, other).await),
             (Self::CutOff, _) => {}
         }
     }
 }
 
-/// Passes on what one says, and its end. All that was read is written before anything else is asked for.
-async fn one_way(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) -> End {
+/// Passes on what one says, and its end. All that was read is written before anything else is asked for. Where nobody
+/// listens, it is read for so long `in_vain`.
+async fn one_way(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    in_vain: Duration,
+) -> End {
     let mut buffer = vec![0; BUFFER_BYTES];
     let end = loop {
         match from.read(&mut buffer).await {
@@ -79,22 +89,33 @@ async fn one_way(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unp
                     to.flush().await
                 };
                 if written.await.is_err() {
-                    break End::Unheard;
+                    break End::Unheard { until: Instant::now() + GOODBYE };
                 }
             }
             Err(_) => break End::CutOff,
         }
     };
-    // What was cut off shall not look whole, and the other may never take an end.
-    if !matches!(end, End::CutOff) {
-        let _ = to.shutdown().await;
+    match end {
+        // The other may never take an end.
+        End::Said => drop(to.shutdown().await),
+        End::Unheard { .. } => {
+            let reading = async {
+                let _ = to.shutdown().await;
+                while from.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
+            };
+            drop(timeout(in_vain, reading).await);
+        }
+        // It shall not look whole.
+        End::CutOff => {}
     }
     end
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::UnixStream;
+    use tokio::net::{TcpListener, TcpStream, UnixStream};
+    use tokio::sync::oneshot;
+    use tokio::time::sleep;
 
     use super::*;
 
@@ -148,6 +169,41 @@ mod tests {
             drop(answers);
             over.await.unwrap();
             asks.await.unwrap();
+        }
+    }
+
+    /// Over TCP, of which much of an answer is still on its way when it was written.
+    #[tokio::test]
+    async fn who_goes_on_while_it_is_answered_loses_nothing_of_the_answer() {
+        for afterwards in [Caller::Heard, Caller::Dismissed] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let caller = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (here, _) = listener.accept().await.unwrap();
+            let (mut called, there) = UnixStream::pair().unwrap();
+            let over = tokio::spawn(pass_on(here, there, afterwards));
+            let (mut answers, mut asks) = caller.into_split();
+            let (closed, is_closed) = oneshot::channel();
+            let (done, mut is_done) = oneshot::channel();
+            let asks = tokio::spawn(async move {
+                asks.write_all(&[b'x'; 65_536]).await.unwrap();
+                is_closed.await.unwrap();
+                while is_done.try_recv().is_err() && asks.write_all(&[b'x'; 4096]).await.is_ok() {
+                    sleep(Duration::from_millis(1)).await;
+                }
+            });
+            called.read_exact(&mut [0; 65_536]).await.unwrap();
+            called.write_all(&vec![b'y'; 1 << 20]).await.unwrap();
+            drop(called);
+            closed.send(()).unwrap();
+            // All of it was taken, and nothing read yet.
+            sleep(Duration::from_millis(200)).await;
+            let mut answer = Vec::new();
+            answers.read_to_end(&mut answer).await.unwrap();
+            assert_eq!(answer.len(), 1 << 20);
+            done.send(()).unwrap();
+            asks.await.unwrap();
+            drop(answers);
+            over.await.unwrap();
         }
     }
 

@@ -18,6 +18,9 @@ use crate::threads::{self, Threads};
 /// How much of each direction is on its way.
 const BUFFER_BYTES: usize = 64 << 10;
 
+/// Reads and writes of one direction before it is the other's turn: more than a vsock stream has on its way at once.
+const MAX_STEPS: usize = 64;
+
 /// How often a host that is not read from is asked whether it is still there: to poll(2) a vsock stream that is closed
 /// looks like one that is closed by half.
 const ASK_EVERY: Duration = Duration::from_millis(500);
@@ -86,21 +89,13 @@ pub(crate) fn pass_on(host: UnixStream, program: UnixStream, patience: Duration)
         ];
         sys::poll(&mut fds, (!there.wants_to_read()).then_some(ASK_EVERY))?;
         let (written, had_said_all) = (there.written, back.is_over);
-        match there.advance(&host, &program) {
-            Ok(()) => {}
-            // What it has said before it closed is still the host's.
-            Err(Fault::Write) => there.is_unheard = true,
-            // The host did not come to the end of what it had to say.
-            Err(Fault::Read) => {
-                sys::reset_when_closed(&program);
-                break;
-            }
+        // The host did not come to the end of what it had to say.
+        if there.advance(&host, &program).is_err() {
+            sys::reset_when_closed(&program);
+            break;
         }
-        match back.advance(&program, &host) {
-            Ok(()) => {}
-            // Nobody hears it any more. What the host has said before it went is still the program's.
-            Err(Fault::Write) => back.is_unheard = true,
-            Err(Fault::Read) => break,
+        if back.advance(&program, &host).is_err() {
+            break;
         }
         if there.is_unheard && back.is_over {
             break;
@@ -137,15 +132,9 @@ struct Flow {
     /// All that was written so far.
     written: u64,
     is_over: bool,
-    /// What is read goes nowhere.
+    /// Who it goes to takes no more. What that one has said before is still the other's; what is read goes nowhere, and
+    /// not unread, or the other would find its stream reset.
     is_unheard: bool,
-}
-
-/// Of which of the two an error is.
-#[derive(Clone, Copy)]
-enum Fault {
-    Read,
-    Write,
 }
 
 impl Flow {
@@ -157,14 +146,15 @@ impl Flow {
         self.begin < self.end
     }
 
-    /// Reads and writes while that does not wait; the end of the one becomes that of the other.
-    fn advance(&mut self, mut from: &UnixStream, mut to: &UnixStream) -> Result<(), Fault> {
-        while !self.is_over {
+    /// Reads and writes while that does not wait, for a turn; the end of the one becomes that of the other. An error is one
+    /// of who is read from.
+    fn advance(&mut self, mut from: &UnixStream, mut to: &UnixStream) -> io::Result<()> {
+        for _ in 0..MAX_STEPS {
+            if self.is_over {
+                break;
+            }
             let writes = self.wants_to_write();
-            let result = if writes && self.is_unheard {
-                self.begin = self.end;
-                Ok(())
-            } else if writes {
+            let result = if writes {
                 to.write(&self.buffer[self.begin..self.end]).map(|count| {
                     self.begin += count;
                     self.written += count as u64;
@@ -172,7 +162,7 @@ impl Flow {
             } else {
                 self.buffer.resize(BUFFER_BYTES, 0);
                 from.read(&mut self.buffer).map(|count| {
-                    (self.begin, self.end) = (0, count);
+                    (self.begin, self.end) = (0, if self.is_unheard { 0 } else { count });
                     self.is_over = count == 0;
                 })
             };
@@ -180,7 +170,8 @@ impl Flow {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Err(if writes { Fault::Write } else { Fault::Read }),
+                Err(_) if writes => (self.begin, self.is_unheard) = (self.end, true),
+                Err(error) => return Err(error),
             }
             if self.is_over {
                 self.buffer = Vec::new();
