@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command, Output};
 
@@ -35,7 +34,7 @@ impl Scratch {
 
     /// A compiler that can build for musl, and for nothing else.
     fn rustc(&self, fault: &str) -> PathBuf {
-        let path = self.0.join("rustc");
+        let [written, path] = ["rustc.sh", "rustc"].map(|name| self.0.join(name));
         let text = format!(
             "#!/bin/sh\ncase \"$*\" in\n\
              *'--print sysroot'*) echo '{}'; exit;;\n\
@@ -43,8 +42,11 @@ impl Scratch {
              esac\ncat >&2 <<'END'\n{fault}\nEND\nexit 1\n",
             self.0.join("sysroot").display()
         );
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(&written, text).unwrap();
+        // By another process: what is open for writing cannot be executed, and a process that another test starts has a
+        // copy of all descriptors of this one.
+        let made = Command::new("install").arg("-m755").args([&written, &path]).status().unwrap();
+        assert!(made.success());
         path
     }
 

@@ -17,7 +17,8 @@ impl Agent {
     /// Connects to a TCP port of the guest's loopback: 127.0.0.1, then ::1. A program that listens
     /// there, or at all addresses, needs to know nothing of this crate. Many connections may be
     /// open at once, each with its own flow control. What was written before the stream was dropped reaches
-    /// the program, if that reads some of it once in ten minutes; else it finds a reset.
+    /// the program, if that reads some of it once in ten minutes; else it finds a reset, and so may one that still talks
+    /// when nobody is there any more.
     ///
     /// # Errors
     ///

@@ -200,7 +200,7 @@ mod tests {
             let mut answer = Vec::new();
             answers.read_to_end(&mut answer).await.unwrap();
             assert_eq!(answer.len(), 1 << 20);
-            done.send(()).unwrap();
+            let _ = done.send(());
             asks.await.unwrap();
             drop(answers);
             over.await.unwrap();

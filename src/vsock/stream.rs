@@ -13,8 +13,9 @@ use std::time::Duration;
 /// [`UnixStream`] for those who want that (an async runtime, say).
 ///
 /// When the guest closes its end, or ends itself, what was received can still be read; then comes
-/// the end of the stream, or `ConnectionReset` where the guest had not taken all that was written.
-/// A reset by the guest looks the same. Writes fail with `BrokenPipe`. Once the VM is dropped or
+/// the end of the stream, whatever of what was written the guest had not taken: an end is no receipt.
+/// Where the guest resets the connection, or is over, it may be `ConnectionReset` instead.
+/// Writes fail with `BrokenPipe`. Once the VM is dropped or
 /// over, what is in the socket can be read (some 200 KiB), and up to 128 KiB behind it is lost.
 /// Like any socket of Rust's library, it relies on SIGPIPE being ignored, as in Rust programs.
 #[derive(Debug)]

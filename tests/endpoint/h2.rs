@@ -257,17 +257,17 @@ fn a_websocket_goes_through_a_stream_of_http_2() {
 fn a_websocket_of_http_2_is_a_stream_that_is_open_and_is_waited_for_when_the_endpoint_closes() {
     run(async {
         let mut limits = EndpointLimits::default();
-        limits.header_timeout = Duration::from_millis(500);
+        limits.header_timeout = Duration::from_secs(3);
         let setup = Setup::with_app(websocket::echo().await, crate::open().limits(limits)).await;
         let mut sender = h2(setup.endpoint.address()).await;
         let answer = sender.send_request(websocket("/chat")).await.unwrap();
         let stream = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
         let mut socket = WebSocketStream::from_raw_socket(stream, Role::Client, None).await;
         // Nothing else goes on on its connection meanwhile.
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        tokio::time::sleep(Duration::from_secs(4)).await;
         talk(&mut socket).await;
         let closing = tokio::spawn(setup.endpoint.close(crate::PATIENCE));
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        tokio::time::sleep(Duration::from_secs(4)).await;
         talk(&mut socket).await;
         assert!(!closing.is_finished());
         drop(socket);

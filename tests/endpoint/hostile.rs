@@ -182,8 +182,8 @@ fn a_client_of_http_2_with_headers_that_are_too_large_is_refused() {
 /// An endpoint that has little patience, and enough of it for a client that sends what it has to.
 async fn impatient() -> Setup {
     let mut limits = EndpointLimits::default();
-    limits.header_timeout = Duration::from_secs(2);
-    limits.answer_timeout = Duration::from_secs(2);
+    limits.header_timeout = Duration::from_secs(6);
+    limits.answer_timeout = Duration::from_secs(6);
     Setup::new(open().limits(limits)).await
 }
 
@@ -300,7 +300,7 @@ fn a_client_that_is_gone_keeps_no_session_awake_whose_application_is_silent() {
         let tunnel =
             "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n";
         let mut limits = EndpointLimits::default();
-        limits.header_timeout = Duration::from_secs(1);
+        limits.header_timeout = Duration::from_secs(5);
         // The one has begun to say more, so that nobody reads what comes; to the other nobody listens.
         let upgrade = "Connection: upgrade\r\nUpgrade: x\r\n";
         for (words, headers, more) in [(events, "", 2), (tunnel, upgrade, 64 << 20)] {

@@ -2,8 +2,9 @@
 //! VMs that come from another.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -54,10 +55,12 @@ fn links_in_a_snapshot_lead_nowhere() {
 #[test]
 fn taps_and_programs_of_a_snapshot_need_leave() {
     let scratch = Scratch::new();
-    let (passt, ran) = (scratch.join("stand-in"), scratch.join("ran"));
-    let script = format!("#!/bin/sh\necho >> {}\nexec sleep 1000\n", ran.display());
-    fs::write(&passt, script).unwrap();
-    fs::set_permissions(&passt, fs::Permissions::from_mode(0o755)).unwrap();
+    let [text, passt, ran] = ["text", "stand-in", "ran"].map(|name| scratch.join(name));
+    fs::write(&text, format!("#!/bin/sh\necho >> {}\nexec sleep 1000\n", ran.display())).unwrap();
+    // By another process: what is open for writing cannot be executed, and a process that another test starts has a copy
+    // of all descriptors of this one.
+    let made = Command::new("install").arg("-m755").args([&text, &passt]).status().unwrap();
+    assert!(made.success());
     let user = NetConfig::user(UserNetwork::new().program(&passt));
     let (vm, _output) = guest(1, |config| config.network(user));
     let snapshot = vm.snapshot(scratch.join("base")).unwrap();

@@ -248,7 +248,7 @@ fn vms_whose_console_writers_block_hold_up_no_others() {
         has_begun.recv_timeout(PATIENCE).unwrap();
         drop(vm);
     }
-    let before = resources::settled();
+    let before = resources::settled_with(10);
     for _ in 0..100 {
         drop(MicroVm::create(config(&Program::Halt)).unwrap());
     }

@@ -20,30 +20,38 @@ pub fn now() -> Resources {
     let entries = |path: &str| fs::read_dir(path).unwrap().count();
     Resources {
         descriptors: entries("/proc/self/fd"),
-        threads: own_threads(),
+        threads: thread_names().len(),
         mappings: fs::read_to_string("/proc/self/maps").unwrap().lines().count(),
     }
 }
 
 /// Threads, without those that the kernel has for an io_uring: they come as it needs them, show among the process's own,
 /// and stay for 5 s after their work.
-fn own_threads() -> usize {
+fn thread_names() -> Vec<String> {
     let tasks = fs::read_dir("/proc/self/task").unwrap();
     // One that ends meanwhile has no name any more.
     let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
-    names.filter(|name| !name.starts_with("iou-")).count()
+    names.filter(|name| !name.starts_with("iou-")).map(|name| name.trim_end().to_owned()).collect()
 }
 
-/// What it holds once nothing changes any more.
+/// What it holds once no thread is left of VMs that are gone, and nothing changes any more.
 pub fn settled() -> Resources {
-    let mut last = now();
+    settled_with(0)
+}
+
+/// The same, with so many threads of VMs that stay.
+pub fn settled_with(threads: usize) -> Resources {
+    let begin = Instant::now();
+    let mut last = None;
     loop {
-        sleep(Duration::from_millis(200));
-        let next = now();
-        if next == last {
-            return next;
+        let names = thread_names();
+        let ours = names.iter().filter(|name| name.starts_with("dormouse-")).count();
+        match (ours == threads).then(now) {
+            Some(now) if last.as_ref() == Some(&now) => return now,
+            now => last = now,
         }
-        last = next;
+        assert!(begin.elapsed() < PATIENCE, "{threads} threads of VMs are to stay: {names:?}");
+        sleep(Duration::from_millis(200));
     }
 }
 

@@ -150,11 +150,13 @@ mod tests {
 
     /// A program that does `script` in passt's place, in a directory that goes with the test.
     fn stand_in(script: &str) -> (TempDir, UserNetwork) {
-        use std::os::unix::fs::PermissionsExt;
         let dir = TempDir::new().unwrap();
-        let path = dir.as_path().join("passt");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let [text, path] = ["text", "passt"].map(|name| dir.as_path().join(name));
+        std::fs::write(&text, format!("#!/bin/sh\n{script}\n")).unwrap();
+        // By another process: what is open for writing cannot be executed, and a process that another test starts has
+        // a copy of all descriptors of this one.
+        let made = Command::new("install").arg("-m755").args([&text, &path]).status().unwrap();
+        assert!(made.success());
         let network = UserNetwork::new().program(&path);
         (dir, network)
     }

@@ -40,10 +40,10 @@ fn a_guest_that_computes_is_not_idle_unless_that_does_not_count() {
     block_on(async {
         let house = House::new().await;
         // A thousandth of a processor, which it gets however many others want it.
-        let policy = SessionPolicy::new().idle_after(10 * SHORT).busy_cpu(0.001);
+        let policy = SessionPolicy::new().idle_after(50 * SHORT).busy_cpu(0.001);
         let session = house.start(&Program::Heartbeat, policy.clone()).await;
         let mut events = session.events();
-        tokio::time::sleep(25 * SHORT).await;
+        tokio::time::sleep(70 * SHORT).await;
         assert_eq!(session.state(), SessionState::Running);
         assert!(events.try_next().is_none());
         session.set_policy(policy.busy_cpu(None)).await.unwrap();

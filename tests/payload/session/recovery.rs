@@ -332,7 +332,7 @@ const JUMPED: &str = "DORMOUSE_TEST_SESSIONS_JUMPED";
 fn a_process_whose_monotonic_clocks_are_others_takes_no_session_for_an_old_one() {
     if let Some(directory) = std::env::var_os(JUMPED) {
         return block_on(async {
-            let sessions = Sessions::open(directory).await.unwrap();
+            let sessions = reopened(directory.as_ref()).await;
             let session = sessions.list().pop().unwrap();
             session.resume().await.unwrap();
             let metering = session.metering();

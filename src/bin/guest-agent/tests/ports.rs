@@ -117,21 +117,16 @@ fn a_host_that_has_gone_is_not_kept_for_a_program_that_does_not_read() {
 
 #[test]
 fn a_stream_that_is_given_up_is_reset_and_not_at_its_end() {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let (mut program, _) = listener.accept().unwrap();
-    let (host, theirs) = UnixStream::pair().unwrap();
-    let ours = UnixStream::from(OwnedFd::from(ours));
-    let passing = thread::spawn(move || pass_on(theirs, ours, PATIENCE));
-    let (mut writing, going) = (host.try_clone().unwrap(), host);
-    // More than TCP's buffers take.
-    let writer = thread::spawn(move || {
-        let _ = writing.write_all(&vec![7; 64 << 20]);
-    });
-    thread::sleep(PATIENCE);
-    going.shutdown(Shutdown::Both).unwrap();
-    writer.join().unwrap();
-    passing.join().unwrap().unwrap();
+    let ((mut program, mut ours), (mut host, theirs)) = (program(), UnixStream::pair().unwrap());
+    // TCP takes no more.
+    ours.set_nonblocking(true).unwrap();
+    for _ in 0..2 {
+        while ours.write(&[7; 4096]).is_ok() {}
+        thread::sleep(Duration::from_millis(50));
+    }
+    host.write_all(&[7; 100_000]).unwrap();
+    host.shutdown(Shutdown::Both).unwrap();
+    pass_on(theirs, ours, PATIENCE).unwrap();
     let error = program.read_to_end(&mut Vec::new()).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
 }
