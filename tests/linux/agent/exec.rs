@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use dormouse::{AgentConfig, ErrorKind, ExecFailure, ProcessStatus};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::Barrier;
+use tokio::sync::{Barrier, Semaphore};
 
 use super::{Guest, block_on, busybox, config, config_of};
 use crate::{PATIENCE, Release};
@@ -63,10 +63,19 @@ fn time_that_is_over_kills_the_whole_group_and_the_background_holds_up_nobody() 
     block_on(async {
         let guest = Guest::boot(config(AgentConfig::new())).await;
         let script = "sleep 1000 & echo $!; sleep 1000";
-        let command = guest.agent.command("sh").args(["-c", script]);
-        let output = command.timeout(Duration::from_secs(2)).output().await.unwrap();
-        assert_eq!(output.status, ProcessStatus::TimedOut);
-        let gone = format!("while test -d /proc/{}; do sleep 0.1; done", output.text().trim());
+        let mut said = String::new();
+        // Where the guest stands still it may be killed before it says anything.
+        for seconds in [2, 30] {
+            let command = guest.agent.command("sh").args(["-c", script]);
+            let output = command.timeout(Duration::from_secs(seconds)).output().await.unwrap();
+            assert_eq!(output.status, ProcessStatus::TimedOut);
+            said = output.text().trim().to_owned();
+            if !said.is_empty() {
+                break;
+            }
+        }
+        let child: u32 = said.parse().unwrap();
+        let gone = format!("while test -d /proc/{child}; do sleep 0.1; done");
         guest.sh(&gone).await;
         // A child that keeps the output open.
         let output = guest.agent.exec("sh", ["-c", "sleep 1000 & echo done"]).await.unwrap();
@@ -137,13 +146,18 @@ fn hundreds_of_programs_run_at_once() {
     block_on(async {
         let guest = Guest::boot(config(AgentConfig::new()).memory_mib(512)).await;
         let all_run = Arc::new(Barrier::new(COUNT));
+        // One processor starts them all, and has a minute for each call.
+        let starting = Arc::new(Semaphore::new(30));
         let mut tasks = tokio::task::JoinSet::new();
         for at in 0..COUNT {
             let (agent, all_run) = (guest.agent.clone(), Arc::clone(&all_run));
+            let starting = Arc::clone(&starting);
             tasks.spawn(async move {
                 let script = format!("read a; echo $a; exit {}", at % 100);
                 let command = agent.command("sh").args(["-c", &script]).stdin_piped();
+                let permit = starting.acquire().await.unwrap();
                 let mut process = command.spawn().await.unwrap();
+                drop(permit);
                 // None has had its input before the last has started.
                 all_run.wait().await;
                 let input = format!("input {at}\n");
@@ -186,8 +200,10 @@ fn a_terminal_is_one_and_has_the_size_that_it_is_told() {
         }
         assert!(text.contains("/dev/pts/"), "{text}");
         // ^C interrupts what runs in the foreground, and the shell goes on.
-        stdin.write_all(b"sleep 1000\n").await.unwrap();
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        stdin.write_all(b"busybox sleep 1000\n").await.unwrap();
+        // Before that its shell, which edits lines, would take the key for one of a line.
+        let begun = "until busybox ps | grep -q '[s]leep 1000'; do busybox usleep 100000; done";
+        guest.sh(begun).await;
         stdin.write_all(b"\x03").await.unwrap();
         stdin.write_all(b"exit 3\n").await.unwrap();
         assert_eq!(shell.wait().await.unwrap(), ProcessStatus::Code(3));
@@ -221,7 +237,7 @@ fn orphans_leave_no_zombies() {
         let guest = Guest::boot(config(AgentConfig::new())).await;
         let script = "for at in 1 2 3 4 5 6 7 8; do (setsid sleep 0.1 &); done; sleep 0.5";
         guest.sh(script).await;
-        let gone = "while busybox grep -q '^State:.Z' /proc/[0-9]*/status 2>/dev/null || busybox pgrep sleep; \
+        let gone = "while busybox grep -q '^State:.Z' /proc/[0-9]*/status 2>/dev/null || busybox ps | grep -q '[s]leep 0.1'; \
             do busybox usleep 100000; done; echo gone";
         assert!(guest.sh(gone).await.ends_with("gone\n"));
     });

@@ -110,13 +110,14 @@ fn thirty_two_clones_of_linux_6_1_on_2_vcpus_share_no_random_bytes() {
     });
 }
 
-/// A guest's clock says what ours does, however long it takes to ask it.
+/// A guest's clock says what ours does, however long it takes to ask it. It is late by what passes between the host's
+/// look at its own and the guest's setting of it: seconds, where the machine stands still just then.
 async fn assert_right(agent: &Agent) {
     let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let before = now();
     let date = sh(agent, "date +%s").await.unwrap();
     let date: u64 = date.trim().parse().unwrap();
-    let right = before - 2..=now() + 2;
+    let right = before - 10..=now() + 2;
     assert!(right.contains(&date), "{date} is not in {right:?}");
 }
 
@@ -162,7 +163,7 @@ fn a_sleeper_wakes_as_itself_with_the_right_time_and_hooks_have_run() {
         drop(vm);
         let snapshot = Snapshot::open(&dir).unwrap();
         // Its clocks stood still, and the agent sets the one that has to be right. Time has to pass for that to show.
-        tokio::time::sleep(Duration::from_secs(5).saturating_sub(slept_at.elapsed())).await;
+        tokio::time::sleep(Duration::from_secs(15).saturating_sub(slept_at.elapsed())).await;
         let transcript = Transcript::default();
         let options = RestoreOptions::new().console(transcript.clone());
         let vm = snapshot.restore_with(&options).unwrap().resume().unwrap();
