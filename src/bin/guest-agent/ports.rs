@@ -18,7 +18,7 @@ use crate::threads::{self, Threads};
 /// How much of each direction is on its way.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Reads and writes of one direction before it is the other's turn: more than a vsock stream has on its way at once.
+/// Reads and writes of one direction before it is the other's turn.
 const MAX_STEPS: usize = 64;
 
 /// How often a host that is not read from is asked whether it is still there: to poll(2) a vsock stream that is closed
