@@ -31,7 +31,10 @@ impl Source {
         let root = std::env::var_os("DORMOUSE_GUEST_ROOT").map_or("/".into(), PathBuf::from);
         fs::create_dir_all(cache)?;
         let (image, agent) = match image {
-            Some(file) if Path::new(&file).exists() => (Image::open(file), AgentConfig::new()),
+            // What looks like a file is none that a registry has: where it is missing, that is said.
+            Some(file) if Path::new(&file).exists() || file.ends_with(".tar") => {
+                (Image::open(file), AgentConfig::new())
+            }
             Some(reference) => (registry::pull(reference)?, AgentConfig::new()),
             None => {
                 let server = ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"];
@@ -95,7 +98,7 @@ impl Bars {
 mod registry {
     use dormouse::{Image, ImageSource};
 
-    pub(super) fn pull(reference: String) -> Result<ImageSource, &'static str> {
+    pub(super) fn pull(reference: String) -> Result<ImageSource, String> {
         Ok(Image::pull(reference))
     }
 }
@@ -104,7 +107,7 @@ mod registry {
 mod registry {
     use dormouse::ImageSource;
 
-    pub(super) fn pull(_: String) -> Result<ImageSource, &'static str> {
-        Err("there is no such file, and references need `--features registry`")
+    pub(super) fn pull(name: String) -> Result<ImageSource, String> {
+        Err(format!("there is no file {name}, and references need `--features registry`"))
     }
 }

@@ -73,7 +73,10 @@ fn id(text: &str) -> Option<u32> {
 }
 
 fn not_found(what: &str, name: &str, list: &str) -> Failure {
-    Failure::new(FailureKind::NotFound, format!("find the {what} {name} in the guest's {list}"))
+    Failure::new(
+        FailureKind::NotFound,
+        format!("no {what} {name:?} in the guest's {list} (a number needs no entry)"),
+    )
 }
 
 fn lines(text: &str) -> impl Iterator<Item = Vec<&str>> {
@@ -123,6 +126,7 @@ mod tests {
         for spec in others.into_iter().chain(last) {
             let failure = Account::find_in(spec, &passwd, GROUP).unwrap_err();
             assert_eq!(failure.kind, FailureKind::NotFound, "{spec}");
+            assert!(failure.what.starts_with("no "), "{failure:?}");
         }
     }
 }

@@ -54,6 +54,7 @@ async fn programs(release: Release) {
     assert_eq!(error.kind(), &refused(ExecFailure::BadDirectory), "{error}");
     let error = agent.command("true").user("nobody-here").output().await.unwrap_err();
     assert_eq!(error.kind(), &refused(ExecFailure::NotFound), "{error}");
+    assert!(error.to_string().contains("no user \"nobody-here\" in"), "{error}");
     let resident = agent.memory_bytes().await.unwrap();
     assert!((1..=4 << 20).contains(&resident), "{resident} bytes");
 }
